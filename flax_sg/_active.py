@@ -1,0 +1,124 @@
+"""Which blocks are open: one stack a thread, mirrored into the keys of JAX's trace caches.
+
+An `Entry` is one opening of a transform: where it was opened and which variables it covers. It
+knows names, not modules; `_scope` asks it about each read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from flax_sg import _compat, _filters
+from flax_sg._filters import Path, VariableInfo
+
+if TYPE_CHECKING:
+    from flax_sg._transform import Transform
+
+__all__ = ['Entry', 'opened', 'relative', 'state']
+
+
+class _State(threading.local):
+    """What is open in this thread."""
+
+    def __init__(self) -> None:
+        self.stack: tuple[Entry, ...] = ()
+        self.blocks: list[tuple[Transform, Any]] = []  # `with` blocks, to be left in order
+        self.setups: list[Any] = []  # runs of `setup` in progress, see _setup
+
+
+state = _State()
+
+
+class Entry:
+    """One opening of a transform.
+
+    Attributes:
+      transform: what is applied.
+      opener: the absolute path of the module that opened it; paths are relative to it.
+      family: the identity of the root variables it covers, or None to cover every root.
+      attached: it belongs to a lifted module, and is open whenever that module is used.
+      key: what the opening means, as a value, for JAX's caches. It holds no array.
+      trace: the JAX trace in which it was opened.
+    """
+
+    __slots__ = (
+        'attached', 'family', 'kept', 'key', 'missing', 'names', 'opener', 'quiet', 'roots',
+        'trace', 'transform')
+
+    def __init__(self, transform: Transform, opener: Path, family: dict | None, *,
+                 attached: bool = False, initializing: bool = False):
+        self.transform = transform
+        self.opener = opener
+        self.family = family
+        self.attached = attached
+        self.key = (transform.key(), opener, family is None)
+        self.trace = _compat.trace_state()
+        self.kept: dict[int, tuple] = {}  # see _setup
+        # A module may create a variable after its block, so blocks inside do not check at init.
+        self.quiet = transform.allow_unmatched or (initializing and family is not None)
+        self.missing = () if self.quiet else tuple(dict.fromkeys(transform.filter.patterns()))
+        self.names: dict[VariableInfo, None] = {}
+        self.roots: weakref.WeakSet = weakref.WeakSet()
+
+    def covers(self, family: dict) -> bool:
+        return self.family is None or self.family is family
+
+    def info(self, path: Path, collection: str, value: Any) -> VariableInfo:
+        return VariableInfo.of(relative(path, self.opener), path, collection, value)
+
+    def selects(self, info: VariableInfo) -> bool:
+        """Say whether the transform applies, and cross off the patterns that this variable meets."""
+        if not self.transform.in_collections(info.collection):
+            return False
+        if self.missing:
+            self.cross_off(info)
+        return self.transform.filter.selects(info)
+
+    def cross_off(self, info: VariableInfo) -> None:
+        self.names[info] = None
+        self.missing = tuple(p for p in self.missing if not p.selects(info))
+
+    def cross_off_tree(self, variables: dict[str, Any]) -> None:
+        """Cross off what stored variables meet, read or not."""
+        for collection in variables:
+            if self.missing and self.transform.in_collections(collection):
+                for info, value in _filters.walk(variables[collection], collection):
+                    self.cross_off(self.info(info.absolute_path, collection, value))
+                    if not self.missing:
+                        break
+
+    def check(self) -> None:
+        """Raise UnmatchedPathError if a pattern selects nothing."""
+        if self.missing and self.family is not None:
+            self.cross_off_tree(self.family)
+        if self.missing and (self.family is not None or self.names):
+            raise _filters.unmatched(
+                self.missing, self.names, where=repr(self.transform), of=f"'/{'/'.join(self.opener)}'")
+
+
+def relative(path: Path, start: Path) -> Path:
+    """Return ``path`` as seen from ``start``, with '..' parts for what lies outside."""
+    common = 0
+    for a, b in zip(path, start):
+        if a != b:
+            break
+        common += 1
+    return ('..',) * (len(start) - common) + path[common:]
+
+
+@contextlib.contextmanager
+def opened(entry: Entry) -> Iterator[None]:
+    """Run a block inside the entry; an UnmatchedPathError gives way to the block's own error."""
+    before = state.stack
+    with _compat.cache_keys((*_compat.cache_keys.value, entry.key)):
+        state.stack = (*before, entry)
+        try:
+            yield
+        finally:
+            state.stack = before
+    if not entry.attached:
+        entry.check()

@@ -1,0 +1,92 @@
+"""Filters from the predicates of NNX and of Haiku. A filter is an NNX filter as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_sg._errors import PredicateError
+from flax_sg._filters import Filter, VariableInfo, where
+
+__all__ = ['from_haiku', 'from_nnx']
+
+
+class _FromNnx:
+    """A callable that asks an NNX predicate about a Linen variable."""
+
+    def __init__(self, filter: Any, predicate: Callable[[tuple, Any], bool]):
+        self.filter, self.predicate = filter, predicate
+
+    def __call__(self, info: VariableInfo) -> bool:
+        kind = nnx.variable_type_from_name(info.collection, allow_register=True)
+        return self.predicate(info.path, kind(_abstract(info)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _FromNnx) and self.predicate == other.predicate
+
+    def __hash__(self) -> int:
+        return hash(self.predicate)
+
+
+def from_nnx(filter: Any) -> Filter:
+    """Make a filter from an NNX one: a variable type, a tag, ``PathContains``, ``All``, ``...``.
+
+    A variable's NNX type is that of its collection: ``nnx.Param`` for ``'params'``,
+    ``nnx.BatchStat`` for ``'batch_stats'``. The value it sees has a shape and a dtype and no data.
+
+    >>> from flax import nnx
+    >>> from_nnx(nnx.All(nnx.Param, nnx.PathContains('gln'))).mask({'gln': 1.0, 'code': 2.0})
+    {'code': False, 'gln': True}
+
+    Args:
+      filter: what ``nnx.filterlib.to_predicate`` takes.
+
+    Returns:
+      The filter.
+
+    Raises:
+      PredicateError: NNX does not take it.
+    """
+    try:
+        return where(_FromNnx(filter, nnx.filterlib.to_predicate(filter)))
+    except (TypeError, ValueError):
+        raise PredicateError(
+            f'from_nnx: an object of type {type(filter).__name__} is no NNX filter; expected a '
+            'variable type, a tag, a callable of (path, value), ..., a bool, None, or a list.'
+        ) from None
+
+
+class _FromHaiku:
+    """A callable that asks a Haiku predicate about a Linen variable."""
+
+    def __init__(self, fn: Callable[[str, str, Any], bool]):
+        self.fn = fn
+
+    def __call__(self, info: VariableInfo) -> bool:
+        return self.fn('/'.join(info.path[:-1]), info.path[-1], _abstract(info))
+
+
+def from_haiku(fn: Callable[[str, str, Any], bool]) -> Filter:
+    """Make a filter from a Haiku predicate ``fn(module_name, name, value)``.
+
+    ``module_name`` is the '/'-joined path of the parent, ``value`` has a shape and a dtype only.
+
+    >>> from_haiku(lambda module_name, name, value: name == 'b').mask({'mlp': {'b': 1.0, 'w': 2.0}})
+    {'mlp': {'b': True, 'w': False}}
+
+    Args:
+      fn: the predicate, as for ``data_structures.partition``.
+
+    Returns:
+      The filter.
+
+    Raises:
+      PredicateError: ``fn`` is not callable.
+    """
+    if not callable(fn):
+        raise PredicateError(
+            f'from_haiku: expected a callable of (module_name, name, value), got {fn!r}.')
+    return where(_FromHaiku(fn))

@@ -1,0 +1,89 @@
+"""The value of a callable: two lambdas from one source line with equal closures are one predicate.
+
+``functools.partial``, bound methods and callable objects count by their parts. What cannot be
+compared by value counts by identity.
+"""
+
+import functools
+import inspect
+import os
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+__all__ = ['callable_key', 'describe_callable']
+
+
+class _Identity:
+    """Wrap a value so that it equals only itself, and stays alive while it is a key."""
+
+    __slots__ = ('value',)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def callable_key(fn: Callable, _seen: tuple[int, ...] = ()) -> Hashable:
+    """Return a hashable value that equal callables share, as they are at this moment.
+
+    A closure's cells are read now: a loop variable that a lambda captured changes its key.
+    """
+    if id(fn) in _seen:
+        return ('recursive', _seen.index(id(fn)))
+    value = functools.partial(_value_key, _seen=(*_seen, id(fn)))
+    if isinstance(fn, functools.partial):
+        keywords = tuple((name, value(fn.keywords[name])) for name in sorted(fn.keywords))
+        return ('partial', value(fn.func), tuple(map(value, fn.args)), keywords)
+    if inspect.ismethod(fn):
+        return ('method', value(fn.__func__), value(fn.__self__))
+    if isinstance(fn, types.FunctionType):
+        code, defaults = fn.__code__, fn.__kwdefaults__ or {}
+        return (
+            'function', code, code.co_filename, fn.__qualname__, _Identity(fn.__globals__),
+            tuple(map(value, fn.__defaults__ or ())),
+            tuple((name, value(defaults[name])) for name in sorted(defaults)),
+            tuple(value(_cell(cell)) for cell in fn.__closure__ or ()))
+    return _hashable(fn)
+
+
+def _value_key(value: Any, _seen: tuple[int, ...]) -> Hashable:
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return callable_key(value, _seen)
+    if isinstance(value, (tuple, list)):
+        return (type(value), tuple(_value_key(v, _seen) for v in value))
+    if isinstance(value, (set, frozenset)):
+        return (type(value), frozenset(_value_key(v, _seen) for v in value))
+    if isinstance(value, dict):
+        return (dict, tuple((_hashable(k), _value_key(v, _seen)) for k, v in value.items()))
+    return _hashable(value)
+
+
+def _hashable(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return _Identity(value)
+    return (type(value), value)  # 1, 1.0 and True are equal, and not the same predicate
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet, as in a function that calls itself
+        return _cell
+
+
+def describe_callable(fn: Callable) -> str:
+    """Return the callable's name and, where Python knows it, its file and line."""
+    inner = fn.func if isinstance(fn, functools.partial) else fn
+    inner = getattr(inner, '__func__', inner)
+    code = getattr(inner, '__code__', None)
+    name = getattr(inner, '__qualname__', None) or type(inner).__name__
+    name = name.rpartition('<locals>.')[2]
+    return f'{name} at {os.path.basename(code.co_filename)}:{code.co_firstlineno}' if code else name

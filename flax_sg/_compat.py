@@ -1,0 +1,123 @@
+"""The only importer of private names of flax (and of names of jax that are newer than its docs).
+
+Flax has no public hook for reads of variables. Haiku has one, the custom getter; here are the four
+points of Flax at which one has to stand, each with its version and reason. A *tap* wraps one
+function of Flax for good, at import. While no block is open it does what Flax does; it keeps no
+state, and nothing is patched or restored when a block opens or closes.
+
+Checked with flax 0.12.8 and 0.12.12, jax 0.10.2 and 0.12.0.1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax.core import lift, tracers
+from flax.core.scope import Scope, Variable
+from flax.linen import module as _module
+from flax.linen import Module
+
+__all__ = [
+    'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root',
+    'packed_scopes', 'restore_counters', 'root_variables', 'scope_path', 'run_setup', 'setup_pending', 'snapshot_counters', 'tap',
+    'tap_pack', 'trace_state',
+]
+
+# jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
+# cache of traces, so that one function traced in different blocks is never mistaken for another.
+cache_keys = jax.make_user_context(())
+
+
+def trace_state() -> Any:
+    """Return a value that is equal as long as the same JAX trace is the current one."""
+    return tracers.current_trace()  # wraps jax's get_opaque_trace_state, which moved in 0.10
+
+
+def current_module() -> Module | None:
+    """Return the bound module whose method is running in this thread, or None outside of all."""
+    module = _module._context.module_stack[-1]  # no public name as of 0.12
+    return module if module is not None and module.scope is not None else None
+
+
+def root_variables(scope: Scope) -> dict[str, Any]:
+    """Return the dict that all scopes under one root read; its identity is that of the root.
+
+    The root Scope object itself will not do: a compact call replaces it by a rewound copy.
+    """
+    return scope.root._variables
+
+
+def in_scratch_root(scope: Scope) -> bool:
+    """Say whether Flax is only checking a module's names, in a throw-away scope."""
+    return isinstance(scope.root, _module.TestScope)
+
+
+def scope_path(scope: Scope) -> tuple[str, ...]:
+    """Return the path in the variables, which `Scope.path` is not after `nn.share_scope`."""
+    names: list[str] = []
+    while scope.parent is not None:
+        names.append(scope.name)
+        scope = scope.parent
+    return (*scope.path, *reversed(names))
+
+
+def packed_scopes(scopes: list[Scope]) -> tuple[Scope, ...]:
+    """Return the scopes whose variables `lift.pack` hands on: those not below another one."""
+    return lift._dedup_scopes(scopes)[0]
+
+
+def setup_pending(module: Module) -> bool:
+    """Say whether the next use of the module will run its ``setup``."""
+    state = module._state
+    return (module.scope is not None and not state.in_setup
+            and state.setup_called != _module.SetupState.DONE)
+
+
+def run_setup(module: Module) -> None:
+    """Run the module's ``setup`` if it has not run."""
+    module._try_setup()
+
+
+def snapshot_counters(scope: Scope) -> list[tuple[dict, dict]]:
+    """Record how many keys the scope and those below it have drawn from each random stream."""
+    return _counters(scope.rng_counters)
+
+
+def _counters(counters: dict) -> list[tuple[dict, dict]]:
+    found = [(counters, dict(counters))]
+    for value in counters.values():
+        if isinstance(value, dict):
+            found += _counters(value)
+    return found
+
+
+def restore_counters(snapshot: list[tuple[dict, dict]]) -> None:
+    """Put recorded counts back, in place: scopes share these dicts."""
+    for counters, content in snapshot:
+        counters.clear()
+        counters.update(content)
+
+
+def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:
+    """Replace ``owner.name`` by the decorated function, which gets the original one first."""
+    original = getattr(owner, name)
+    original = getattr(original, '_flax_sg_original', original)  # importing twice taps once
+
+    def install(fn: Callable) -> Callable:
+        @functools.wraps(original)
+        def tapped(*args, **kwargs):
+            return fn(original, *args, **kwargs)
+
+        tapped._flax_sg_original = original
+        setattr(owner, name, tapped)
+        return fn
+
+    return install
+
+
+def tap_pack(fn: Callable) -> Callable:
+    """Tap `flax.core.lift.pack`, through which every lifted transform hands variables on."""
+    return tap(lift, 'pack')(fn)

@@ -1,0 +1,45 @@
+"""The library's errors. Each message says where, what was expected, what was got, and the way out."""
+
+from flax import errors
+
+__all__ = ['FrozenVariableError', 'LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError']
+
+
+class PredicateError(ValueError, TypeError):
+    """A predicate is not one: a wrong type, an empty pattern, a glob or regex that does not parse.
+
+    See :func:`flax_sg.path` for what a string may hold, and the guide's section on filters for
+    every kind of predicate.
+    """
+
+
+class UnmatchedPathError(ValueError):
+    """A glob or a regex selects no variable.
+
+    Nothing is more silent than a mask that masks nothing: a typo trains what should be held. So
+    each glob and each regex of a predicate, also under ``~`` and inside ``&`` and ``|``, must
+    select a variable that exists by the end of the block, whether or not the block read it.
+    ``allow_unmatched=True`` says that a pattern may be idle, as in a block shared by several
+    architectures. Callables and bools are never unmatched. While a module is being initialised
+    its blocks do not check, since a variable may be created after the block.
+    """
+
+
+class LabelError(ValueError):
+    """Predicates that should divide a tree overlap, or leave some of it out; the paths are listed."""
+
+
+class UsageError(ValueError, TypeError):
+    """A transform was given something that it cannot take, or was used where it cannot work."""
+
+
+class FrozenVariableError(errors.ModifyScopeVariableError):
+    """A write to a variable that ``constant`` holds.
+
+    It derives from Flax's error for a write to an immutable collection, so that code which
+    already expects that one needs no change.
+    """
+
+    def __init__(self, message: str):
+        # Flax builds its message from a collection and a name; ours also has the block to tell.
+        Exception.__init__(self, message)

@@ -1,0 +1,474 @@
+"""Predicates over variables: which variables a transform selects, by path, pattern or callable.
+
+A filter is a frozen value. It compares, hashes and prints by what it says, so that entering a
+block with an equal filter again finds JAX's caches warm. Filters look at names, shapes and
+dtypes; nothing here reads or changes a value, that is the transforms' part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Union
+
+import jax
+from flax import linen
+from flax.core import meta
+
+from flax_sg._callables import callable_key, describe_callable
+from flax_sg._errors import PredicateError, UnmatchedPathError
+from flax_sg._glob import compile_glob, suggest
+
+__all__ = [
+    'Filter', 'Path', 'Predicate', 'VariableInfo', 'as_filter', 'everything', 'nothing', 'path',
+    'regex', 'where',
+]
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VariableInfo:
+    """What a predicate may know of a variable: its names, shape and dtype, never its value.
+
+    Attributes:
+      path: the variable's path, relative to the module that opened the block. Variables outside
+        that module have leading ``'..'`` parts, as a relative file path has.
+      absolute_path: the path from the root of the variables.
+      collection: the Flax collection, such as ``'params'`` or ``'batch_stats'``.
+      shape: the unboxed array's shape, or None where the variable is no single array.
+      dtype: the unboxed array's dtype, or None likewise.
+
+    >>> info = VariableInfo(('gln', 'kernel'), ('net', 'gln', 'kernel'), 'params', (2, 3), 'float32')
+    >>> info.name, info.absolute_name
+    ('gln/kernel', 'net/gln/kernel')
+    """
+
+    path: Path
+    absolute_path: Path
+    collection: str = 'params'
+    shape: tuple[int, ...] | None = None
+    dtype: Any = None
+
+    @property
+    def name(self) -> str:
+        """The relative path, joined by '/'."""
+        return '/'.join(self.path)
+
+    @property
+    def absolute_name(self) -> str:
+        """The absolute path, joined by '/', without a leading one."""
+        return '/'.join(self.absolute_path)
+
+    @classmethod
+    def of(cls, path: Path, absolute_path: Path, collection: str, value: Any) -> VariableInfo:
+        """Describe a stored value, a box included."""
+        value = meta.unbox(value) if isinstance(value, meta.AxisMetadata) else value
+        shape = getattr(value, 'shape', None)
+        return cls(path, absolute_path, collection, shape, getattr(value, 'dtype', None))
+
+
+Predicate = Union[
+    'Filter', str, re.Pattern, Callable[[VariableInfo], bool], bool, Sequence['Predicate']
+]
+
+
+class Filter:
+    """A set of variables. Combine filters with ``&``, ``|`` and ``~``.
+
+    >>> path('gln') | ~path('**/bias')
+    path('gln') | ~path('**/bias')
+    >>> path('gln') == path('gln'), path('gln') == path('code_*')
+    (True, False)
+
+    A filter is also an NNX filter, a callable of ``(path, value)``:
+
+    >>> path('gln')(('gln', 'kernel'), None)
+    True
+    """
+
+    __slots__ = ()
+
+    def selects(self, info: VariableInfo) -> bool:
+        """Say whether the variable is in the set."""
+        raise NotImplementedError
+
+    def key(self) -> Hashable:
+        """Return what the filter says now, as a value; closures are read at the call."""
+        raise NotImplementedError
+
+    def patterns(self) -> Iterator[Filter]:
+        """Yield the globs and regexes inside, each of which has to select something."""
+        return iter(())
+
+    @property
+    def positional(self) -> bool:
+        """Whether the answer may depend on where in the tree the opening module stands."""
+        return False
+
+    def mask(self, params: Any, *, allow_unmatched: bool = False) -> Any:
+        """Return a tree of bools with the structure of ``params``: True where a leaf is selected.
+
+        Use it for ``optax.masked``, ``optax.freeze`` and ``optax.selective_transform``.
+
+        >>> path('gln').mask({'gln': {'kernel': 1.0}, 'code': {'kernel': 2.0}})
+        {'code': {'kernel': False}, 'gln': {'kernel': True}}
+
+        Args:
+          params: a nested dict or FrozenDict, boxed leaves included; paths are from its root.
+          allow_unmatched: accept a glob or regex that selects nothing.
+
+        Returns:
+          The same tree with a bool for every array.
+
+        Raises:
+          UnmatchedPathError: a glob or regex of the filter selects no leaf.
+        """
+        found = list(walk(params))
+        if not allow_unmatched:
+            check_matched(self, (info for info, _ in found), where=f'{self!r}.mask', of='the tree')
+        chosen = {info.path: self.selects(info) for info, _ in found}
+        return map_tree(lambda info, leaf: jax.tree.map(lambda _: chosen[info.path], leaf), params)
+
+    def __call__(self, path: Sequence[Any], value: Any) -> bool:
+        names = tuple(str(part) for part in path)
+        collection = getattr(value, 'collection', None) or 'params'
+        shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
+        return self.selects(VariableInfo(names, names, collection, shape, dtype))
+
+    def __or__(self, other: Predicate) -> Filter:
+        return _Any(_flat(_Any, self) + _flat(_Any, as_filter(other)))
+
+    def __ror__(self, other: Predicate) -> Filter:
+        return as_filter(other) | self
+
+    def __and__(self, other: Predicate) -> Filter:
+        return _All(_flat(_All, self) + _flat(_All, as_filter(other)))
+
+    def __rand__(self, other: Predicate) -> Filter:
+        return as_filter(other) & self
+
+    def __invert__(self) -> Filter:
+        return self.inner if isinstance(self, _Not) else _Not(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self.key() == other.key() if isinstance(other, Filter) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+
+def _flat(kind: type, item: Filter) -> tuple[Filter, ...]:
+    return item.filters if isinstance(item, kind) else (item,)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Constant(Filter):
+    value: bool
+
+    def selects(self, info: VariableInfo) -> bool:
+        return self.value
+
+    def key(self) -> Hashable:
+        return ('constant', self.value)
+
+    def __repr__(self) -> str:
+        return 'everything' if self.value else 'nothing'
+
+
+everything: Filter = _Constant(True)
+nothing: Filter = _Constant(False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Glob(Filter):
+    pattern: str
+
+    def selects(self, info: VariableInfo) -> bool:
+        name = info.absolute_name if self.pattern.startswith('/') else info.name
+        return compile_glob(self.pattern).match(name) is not None
+
+    def key(self) -> Hashable:
+        return ('path', self.pattern)
+
+    def patterns(self) -> Iterator[Filter]:
+        yield self
+
+    @property
+    def positional(self) -> bool:
+        return self.pattern.startswith(('/', '..', '**'))
+
+    def __repr__(self) -> str:
+        return f'path({self.pattern!r})'
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Regex(Filter):
+    pattern: re.Pattern[str]
+
+    def selects(self, info: VariableInfo) -> bool:
+        return self.pattern.search(info.name) is not None
+
+    def key(self) -> Hashable:
+        return ('regex', self.pattern.pattern, self.pattern.flags)
+
+    def patterns(self) -> Iterator[Filter]:
+        yield self
+
+    @property
+    def positional(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        flags = re.RegexFlag(self.pattern.flags & ~re.UNICODE)
+        return f'regex({self.pattern.pattern!r}{f", {flags!r}" if flags else ""})'
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Where(Filter):
+    fn: Callable[[VariableInfo], bool]
+
+    def selects(self, info: VariableInfo) -> bool:
+        chosen = self.fn(info)
+        if isinstance(chosen, jax.core.Tracer) or isinstance(chosen, Filter):
+            raise PredicateError(
+                f'{self!r} returned {chosen!r} for {info.name!r}; expected a bool. A predicate '
+                'sees names, shapes and dtypes; it cannot depend on a traced value.')
+        return bool(chosen)
+
+    def key(self) -> Hashable:
+        return ('where', callable_key(self.fn))
+
+    @property
+    def positional(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f'where({describe_callable(self.fn)})'
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Many(Filter):
+    filters: tuple[Filter, ...]
+    symbol = ''
+
+    def key(self) -> Hashable:
+        return (self.symbol, tuple(f.key() for f in self.filters))
+
+    def patterns(self) -> Iterator[Filter]:
+        for item in self.filters:
+            yield from item.patterns()
+
+    @property
+    def positional(self) -> bool:
+        return any(item.positional for item in self.filters)
+
+    def __repr__(self) -> str:
+        inner = (f'({f!r})' if isinstance(f, _Many) else repr(f) for f in self.filters)
+        return f' {self.symbol} '.join(inner)
+
+
+class _Any(_Many):
+    symbol = '|'
+
+    def selects(self, info: VariableInfo) -> bool:
+        return any(f.selects(info) for f in self.filters)
+
+
+class _All(_Many):
+    symbol = '&'
+
+    def selects(self, info: VariableInfo) -> bool:
+        return all(f.selects(info) for f in self.filters)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Not(Filter):
+    inner: Filter
+
+    def selects(self, info: VariableInfo) -> bool:
+        return not self.inner.selects(info)
+
+    def key(self) -> Hashable:
+        return ('~', self.inner.key())
+
+    def patterns(self) -> Iterator[Filter]:
+        return self.inner.patterns()
+
+    @property
+    def positional(self) -> bool:
+        return self.inner.positional
+
+    def __repr__(self) -> str:
+        return f'~({self.inner!r})' if isinstance(self.inner, _Many) else f'~{self.inner!r}'
+
+
+def path(pattern: str) -> Filter:
+    """Select variables by a glob over their '/'-joined path.
+
+    ``*``, ``?`` and ``[a-c]`` (``[!a-c]`` for its complement) match within one name, ``**`` any
+    number of names. A variable is selected when the pattern matches its path or any leading part
+    of it. Paths are relative to the module that opens the block, and variables outside it have
+    ``..`` parts, which only ``..`` and ``**`` match; a leading '/' counts from the root instead.
+
+    >>> path('code_*')(('code_value', 'Dense_0', 'kernel'), None)
+    True
+    >>> path('**/bias')(('encoder', 'Dense_0', 'bias'), None)
+    True
+
+    Args:
+      pattern: the glob.
+
+    Returns:
+      The filter. A string used as a predicate is this filter.
+
+    Raises:
+      PredicateError: the pattern is empty, has an empty name (``'a//b'``), an open ``[``, or a
+        ``**`` that is only part of a name.
+    """
+    if not isinstance(pattern, str):
+        raise PredicateError(f'path({pattern!r}): expected a string, got {_kind(pattern)}.')
+    compile_glob(pattern)
+    return _Glob(pattern)
+
+
+def regex(pattern: str | re.Pattern[str], flags: int = 0) -> Filter:
+    """Select variables whose '/'-joined relative path has a match of a regular expression.
+
+    The expression may match anywhere, as with ``re.search``; anchor it with ``^`` and ``$``.
+
+    >>> regex(r'^layer_[0-3]/')(('layer_2', 'kernel'), None)
+    True
+
+    Args:
+      pattern: a string or a compiled pattern. A compiled pattern used as a predicate is this filter.
+      flags: as for ``re.compile``; only with a string.
+
+    Returns:
+      The filter.
+
+    Raises:
+      PredicateError: the pattern is empty, is of bytes, or does not compile.
+    """
+    try:
+        compiled = re.compile(pattern, flags)
+    except (re.error, TypeError, ValueError) as error:
+        raise PredicateError(f'regex({pattern!r}): {error}. Fix the expression.') from None
+    if not isinstance(compiled.pattern, str):
+        raise PredicateError(f'regex({pattern!r}): expected a str pattern, got bytes.')
+    if not compiled.pattern:
+        raise PredicateError("regex(''): an empty pattern. Use flax_sg.everything to select all.")
+    return _Regex(compiled)
+
+
+def where(fn: Callable[[VariableInfo], bool]) -> Filter:
+    """Select variables for which a callable of their :class:`VariableInfo` is true.
+
+    Two lambdas from one source line with equal closures give equal filters. The callable should
+    depend on its argument and closure alone: like a jitted function it is not watched further.
+
+    >>> where(lambda v: v.name.startswith('gln'))(('gln', 'kernel'), None)
+    True
+
+    Args:
+      fn: the callable. A callable used as a predicate is this filter.
+
+    Returns:
+      The filter.
+
+    Raises:
+      PredicateError: ``fn`` is not a callable, or is a class or a Module.
+    """
+    if isinstance(fn, Filter):
+        return fn
+    if not callable(fn) or isinstance(fn, (type, linen.Module)):
+        raise PredicateError(
+            f'where({_kind(fn)}): expected a callable of one VariableInfo that returns a bool.')
+    return _Where(fn)
+
+
+def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
+    """Return the filter that a predicate stands for; see :data:`Predicate`.
+
+    Raises:
+      PredicateError: it stands for none.
+    """
+    if isinstance(predicate, Filter):
+        return predicate
+    if isinstance(predicate, bool):
+        return everything if predicate else nothing
+    if isinstance(predicate, str):
+        return path(predicate)
+    if isinstance(predicate, re.Pattern):
+        return regex(predicate)
+    if isinstance(predicate, (tuple, list)):
+        if not predicate:
+            raise PredicateError(
+                f'{name}: an empty {type(predicate).__name__} selects nothing. If that is meant, '
+                'pass flax_sg.nothing.')
+        return functools.reduce(lambda a, b: a | b, (as_filter(p, name=name) for p in predicate))
+    if isinstance(predicate, type):
+        raise PredicateError(
+            f'{name}: got the class {predicate.__name__}. A predicate selects by name; for an NNX '
+            'filter such as a variable type use flax_sg.from_nnx. To transform a Module class, '
+            'make the transform first: stop_gradient(predicate)(ModuleClass).')
+    if isinstance(predicate, linen.Module) or isinstance(predicate, (Mapping, jax.Array)):
+        raise PredicateError(
+            f'{name}: got {_kind(predicate)}. A predicate says which variables; hand the module or '
+            'tree to the transform that it makes: stop_gradient(predicate)(module_or_tree).')
+    if callable(predicate):
+        return where(predicate)
+    raise PredicateError(
+        f'{name}: got {_kind(predicate)}; expected a string (a glob), a compiled regex, a callable '
+        'of a VariableInfo, a bool, a filter, or a tuple or list of these.')
+
+
+def _kind(value: Any) -> str:
+    return f'an object of type {type(value).__name__}'
+
+
+def walk(tree: Any, collection: str = 'params') -> Iterator[tuple[VariableInfo, Any]]:
+    """Yield each variable of a nested mapping with its info; paths are from the tree's root."""
+    def visit(node: Any, names: Path) -> Iterator[tuple[VariableInfo, Any]]:
+        if isinstance(node, Mapping):
+            for name in node:
+                yield from visit(node[name], (*names, str(name)))
+        else:
+            yield VariableInfo.of(names, names, collection, node), node
+    return visit(tree, ())
+
+
+def map_tree(fn: Callable[[VariableInfo, Any], Any], tree: Any, collection: str = 'params') -> Any:
+    """Apply ``fn`` to each variable of a nested mapping; dict stays dict, FrozenDict FrozenDict."""
+    leaves = [fn(info, leaf) for info, leaf in walk(tree, collection)]
+    rest = iter(leaves)
+    def rebuild(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return next(rest)
+        return type(node)({name: rebuild(node[name]) for name in node})
+    return rebuild(tree)
+
+
+def check_matched(filter: Filter, infos: Any, *, where: str, of: str) -> None:
+    """Raise UnmatchedPathError when a pattern of the filter selects none of ``infos``."""
+    missing, names = set(filter.patterns()), []
+    for info in infos:
+        names.append(info)
+        missing -= {p for p in missing if p.selects(info)}
+        if not missing:
+            return
+    if missing:
+        raise unmatched(missing, names, where=where, of=of)
+
+
+def unmatched(missing: Any, infos: Any, *, where: str, of: str) -> UnmatchedPathError:
+    """Build the error for patterns that select nothing among ``infos``."""
+    pattern = min(missing, key=repr)
+    text = getattr(pattern.pattern, 'pattern', pattern.pattern)
+    absolute = isinstance(pattern, _Glob) and text.startswith('/')
+    names = [('/' + i.absolute_name) if absolute else i.name for i in infos]
+    return UnmatchedPathError(
+        f'{where}: no variable of {of} matches {text!r}. {suggest(text, names)} '
+        'Fix the pattern, or pass allow_unmatched=True.')

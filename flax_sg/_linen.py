@@ -1,0 +1,193 @@
+"""Transforms on linen modules: a class, an instance and a method run their body inside a block.
+
+A lifted class also attaches its transforms to its instances' scopes, so that what is read from
+outside any of its methods, an attribute or a submodule, is transformed too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from flax_sg import _compat
+from flax_sg._active import opened, state
+from flax_sg._compat import Module, Scope
+from flax_sg._errors import UsageError
+from flax_sg._scope import attach, attached_entries, open_at
+
+if TYPE_CHECKING:
+    from flax_sg._transform import Transform
+
+__all__ = ['lift_class', 'lift_function', 'lift_instance', 'open_block']
+
+_OWN = '_flax_sg_transforms'
+_READS = ('get_variable', 'variables')  # methods of Module itself that read
+_GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
+_classes: weakref.WeakKeyDictionary[type, dict[tuple, type]] = weakref.WeakKeyDictionary()
+
+
+def open_block(transform: Transform) -> contextlib.AbstractContextManager[None]:
+    """Open a transform at the module whose method is running, or outside all modules."""
+    module = _compat.current_module()
+    return open_at(transform, None if module is None else module.scope)
+
+
+def lift_function(transform: Transform, fn: Callable) -> Callable:
+    """Wrap a method, or a function that takes a module first, to run inside the block."""
+    if inspect.ismethod(fn):
+        return functools.partial(lift_function(transform, fn.__func__), fn.__self__)
+
+    @functools.wraps(fn)
+    def wrapped(*args, **kwargs):
+        if not args or not isinstance(args[0], Module):
+            got = type(args[0]).__name__ if args else 'no argument'
+            raise UsageError(
+                f'{transform!r} decorates {getattr(fn, "__name__", fn)!r}, whose first argument '
+                f'should be a flax.linen Module; got {got}. Decorate a method of a Module, or open '
+                'a block with `with`.')
+        scope = args[0].scope
+        with contextlib.nullcontext() if scope is None else open_at(transform, scope):
+            return fn(*args, **kwargs)
+
+    return wrapped
+
+
+def lift_class(transform: Transform, cls: type[Module]) -> type[Module]:
+    """Return a subclass of the same name whose every read goes through the transform."""
+    base, transforms = _parts(cls)
+    return _subclass(base, (*transforms, transform))
+
+
+def _parts(cls: type[Module]) -> tuple[type[Module], tuple[Transform, ...]]:
+    """Split a lifted class into the class as it was written and its transforms."""
+    return vars(cls).get(_OWN, (cls, ()))
+
+
+def _subclass(base: type[Module], transforms: tuple[Transform, ...]) -> type[Module]:
+    """Make the lifted class; equal transforms of one class give one class, so caches stay warm."""
+    made = _classes.setdefault(base, {})
+    key = tuple(t.key() for t in transforms)
+    if key not in made:
+        lifted = {name: _lift_member(member, transforms) for name, member in _members(base).items()}
+        cls = type(base.__name__, (base,), {
+            **{name: member for name, member in lifted.items() if member is not None},
+            '__init__': base.__init__, '__module__': base.__module__,
+            '__qualname__': base.__qualname__, '__doc__': base.__doc__,
+            '__reduce__': _reduce, _OWN: (base, transforms)})
+        cls.scope = _AttachedScope(transforms)
+        made[key] = cls
+    return made[key]
+
+
+def _members(base: type[Module]) -> dict[str, Any]:
+    """Return the methods and properties that may read variables, as the class resolves them."""
+    found = {name: vars(Module)[name] for name in _READS}
+    for cls in reversed(base.__mro__):
+        if issubclass(cls, Module) and cls is not Module:
+            found.update({name: member for name, member in vars(cls).items()
+                          if name in (*_READS, '__call__')
+                          or not hasattr(Module, name) and name not in _GENERATED})
+    return found
+
+
+def _lift_member(member: Any, transforms: tuple[Transform, ...]) -> Any:
+    """Lift a method or a property; return None for what is neither."""
+    member = getattr(member, 'wrapped', member)  # Flax wraps descriptors
+    lift = functools.partial(_lift_method, transforms)
+    if inspect.isfunction(member):
+        return lift(member)
+    if isinstance(member, property):
+        return property(lift(member.fget), member.fset, member.fdel, member.__doc__)
+    if isinstance(member, functools.cached_property):
+        return functools.cached_property(lift(member.func))
+    return None
+
+
+def _lift_method(transforms: tuple[Transform, ...], fn: Callable) -> Callable:
+    @functools.wraps(fn)
+    def wrapped(self, *args, **kwargs):
+        with _own_block(self.scope, transforms):
+            return fn(self, *args, **kwargs)
+    return wrapped
+
+
+@contextlib.contextmanager
+def _own_block(scope: Scope | None, transforms: tuple[Transform, ...]) -> Iterator[None]:
+    """Open a lifted module's own entries, unless one of its methods is running already."""
+    own = () if scope is None else attached_entries(scope, transforms)
+    new = [entry for entry in own if entry not in state.stack]
+    with contextlib.ExitStack() as stack:
+        for entry in new:
+            stack.enter_context(opened(entry))
+        yield
+    for entry in new:
+        entry.check()
+
+
+class _AttachedScope:
+    """The attribute `scope` of a lifted module: a scope, once set, carries the transforms."""
+
+    def __init__(self, transforms: tuple[Transform, ...]):
+        self.transforms = transforms
+
+    def __get__(self, module: Module | None, owner: type) -> Scope | None:
+        return None if module is None else vars(module).get('scope')
+
+    def __set__(self, module: Module, scope: Scope | None) -> None:
+        vars(module)['scope'] = None if scope is None else attach(scope, self.transforms)
+
+
+def _reduce(self):
+    return _rebuild, _parts(type(self)), vars(self)
+
+
+_reduce.nowrap = True  # Flax would run setup first
+
+
+def _rebuild(base: type[Module], transforms: tuple[Transform, ...]) -> Module:
+    cls = _subclass(base, transforms)
+    return cls.__new__(cls)
+
+
+def lift_instance(transform: Transform, module: Module) -> Module:
+    """Return a mirror of a module: the same fields, parameters and random streams, transformed."""
+    cls = lift_class(transform, type(module))
+    if module.scope is None:
+        return cls(parent=None, **_fields(module))
+    mirror = cls(parent=module.scope.rewound(), **_fields(module))
+    for name, value in _fields(mirror).items():
+        object.__setattr__(mirror, name, _rebound(value, module.scope, mirror.scope))
+    object.__setattr__(mirror, 'parent', module.parent)
+    return mirror
+
+
+def _fields(module: Module) -> dict[str, Any]:
+    return {f.name: getattr(module, f.name) for f in dataclasses.fields(module)
+            if f.init and f.name != 'parent'}
+
+
+def _rebound(value: Any, old: Scope, new: Scope) -> Any:
+    """Bind modules below one scope to the same paths below another."""
+    start = _compat.scope_path(old)
+
+    def rebind(leaf: Any) -> Any:
+        if not isinstance(leaf, Module) or leaf.scope is None:
+            return leaf
+        path = _compat.scope_path(leaf.scope)
+        if (_compat.root_variables(leaf.scope) is not _compat.root_variables(old)
+                or path[:len(start)] != start or path == start):
+            return leaf
+        scope = new
+        for name in path[len(start):]:
+            scope = scope.push(name, reuse=True)
+        fields = {k: _rebound(v, old, new) for k, v in _fields(leaf).items()}
+        return type(leaf)(parent=scope, **fields)
+
+    return jax.tree.map(rebind, value)

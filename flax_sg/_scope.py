@@ -1,0 +1,287 @@
+"""Reads of `flax.core` scopes under open transforms. It knows Scope, not nn.Module.
+
+Nothing is swapped or written: each read takes the stored value and returns what the transforms
+that cover it make of it. A lifted transform is a read too, of all that it hands to its body: the
+values of immutable collections are transformed there, outside the loop or the checkpoint. A mutable
+collection goes in as it is and is transformed at each read inside, or the body would hand
+transformed values back to the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax.core import FrozenDict, meta
+from flax.core.scope import in_filter
+
+from flax_sg import _compat
+from flax_sg._active import Entry, opened, state
+from flax_sg._compat import Scope
+from flax_sg._filters import Path
+
+__all__ = ['attach', 'attached_entries', 'effective', 'family_of', 'open_at', 'transformed']
+
+_FLAG = 'flax_sg'
+_MISSING = object()
+
+# Set for good once a block inside a lifted body has asked for absolute paths.
+_positional = False
+
+
+class Mark:
+    """What a scope carries in its flags, which Flax hands on to child scopes and lifted ones.
+
+    Attributes:
+      family: the root variables outside all lifted transforms.
+      applied: collections whose values were transformed when a lifted transform handed them in.
+      done: the entries that were applied to those.
+      pending: the entries that apply inside the body to the others, which it may write.
+      own: entries of lifted modules, for every read through the scope and below.
+    """
+
+    __slots__ = ('applied', 'done', 'family', 'own', 'pending')
+
+    def __init__(self, family: dict, applied: frozenset[str] = frozenset(),
+                 done: tuple[Entry, ...] = (), pending: tuple[Entry, ...] = (),
+                 own: tuple[Entry, ...] = ()):
+        self.family, self.applied = family, applied
+        self.done, self.pending, self.own = done, pending, own
+
+    # nn.jit hashes a scope's flags into its cache key: marks compare by meaning.
+    def _value(self) -> tuple:
+        entries = (tuple(e.key for e in es) for es in (self.done, self.pending, self.own))
+        return (self.applied, *entries)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mark) and self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return hash(self._value())
+
+
+def _mark_of(scope: Scope) -> Mark:
+    return scope.flags.get(_FLAG) or Mark(_compat.root_variables(scope))
+
+
+def _set_mark(scope: Scope, mark: Mark) -> None:
+    scope.flags = scope.flags.copy({_FLAG: mark})
+
+
+def family_of(scope: Scope) -> dict:
+    """Return the identity of the scope's root, the same inside and outside lifted transforms."""
+    return _mark_of(scope).family
+
+
+def effective(scope: Scope, collection: str | None = None, *, own: bool = True
+              ) -> tuple[Entry, ...]:
+    """Return the entries to apply to a read through the scope, outermost first.
+
+    Args:
+      scope: the scope that is read.
+      collection: the collection; None asks for all entries that may apply to any.
+      own: include entries of lifted modules that are not running.
+    """
+    if _compat.in_scratch_root(scope):
+        return ()
+    mark = _mark_of(scope)
+    pending = () if collection in mark.applied else mark.pending
+    skip = mark.done if collection is None or collection in mark.applied else ()
+    inside = [e for e in (*state.stack, *mark.own * own) if e not in skip]
+    return tuple(dict.fromkeys(e for e in (*pending, *inside) if e.covers(mark.family)))
+
+
+def transformed(entries: tuple[Entry, ...], path: Path, collection: str, value: Any) -> Any:
+    """Apply entries to a stored variable, or to the mapping of variables below a name."""
+    if isinstance(value, Mapping):
+        items = {k: transformed(entries, (*path, k), collection, v) for k, v in value.items()}
+        return FrozenDict(items) if isinstance(value, FrozenDict) else items
+    for entry in entries:
+        info = entry.info(path, collection, value)
+        if entry.selects(info):
+            value = entry.transform.read(info, value)
+    return value
+
+
+def open_at(transform: Any, scope: Scope | None) -> contextlib.AbstractContextManager[None]:
+    """Open a transform at a module's scope, or outside all modules."""
+    global _positional
+    if scope is None:
+        return opened(Entry(transform, (), None))
+    if _FLAG in scope.flags and transform.filter.positional:
+        _positional = True
+    initializing = bool(scope.get_flag('initializing', False))
+    return opened(Entry(
+        transform, _compat.scope_path(scope), family_of(scope), initializing=initializing))
+
+
+def attach(scope: Scope, transforms: tuple[Any, ...]) -> Scope:
+    """Return a view of the scope through which every read is transformed.
+
+    The view shares variables, names and random streams with the scope. A scope that carries the
+    transforms already, as inside a lifted method, is returned as it is.
+    """
+    mark, path = _mark_of(scope), _compat.scope_path(scope)
+    found = attached_entries(scope, transforms)
+    have, missing = [e.transform for e in found], []
+    for transform in reversed(transforms):
+        if transform in have:
+            have.remove(transform)
+        else:
+            missing.append(transform)
+    if not missing:
+        return scope
+    initializing = bool(scope.get_flag('initializing', False))
+    new = tuple(Entry(t, path, mark.family, attached=True, initializing=initializing)
+                for t in missing)
+    outer = tuple(e for e in mark.own if e not in found)
+    inner = tuple(e for e in mark.own if e in found)
+    own = outer + new + inner
+    return _view(scope, Mark(mark.family, mark.applied, mark.done, mark.pending, own))
+
+
+def _view(scope: Scope, mark: Mark) -> Scope:
+    view = scope.rewound()
+    view.reservations = scope.reservations
+    _set_mark(view, mark)
+    return view
+
+
+def attached_entries(scope: Scope, transforms: tuple[Any, ...]) -> tuple[Entry, ...]:
+    """Return the entries that `attach` gave the scope for these transforms, outermost first."""
+    mark, path = _mark_of(scope), _compat.scope_path(scope)
+    entries = dict.fromkeys((*mark.own, *mark.done, *mark.pending))
+    return tuple(e for e in entries
+                 if e.attached and e.opener == path and e.transform in transforms)
+
+
+def _note(scope: Scope, entries: tuple[Entry, ...]) -> None:
+    """Let blocks around whole programs see a root's variables, for their patterns."""
+    for entry in entries:
+        if entry.missing and entry.family is None and scope.root not in entry.roots:
+            entry.roots.add(scope.root)
+            entry.cross_off_tree(_compat.root_variables(scope))
+
+
+@_compat.tap(Scope, 'get_variable')
+def _get_variable(original, self, col, name, default=None):
+    if not state.stack and not state.setups and _FLAG not in self.flags:
+        return original(self, col, name, default)
+    value = original(self, col, name, _MISSING)
+    if value is _MISSING:
+        return default
+    for run in state.setups:
+        value = run.saw(self, col, name, value)
+    entries = effective(self, col)
+    if not entries:
+        return value
+    _note(self, entries)
+    return transformed(entries, (*_compat.scope_path(self), name), col, value)
+
+
+@_compat.tap(Scope, 'param')
+def _param(original, self, name, *args, unbox=True, **kwargs):
+    created = not self.has_variable('params', name)
+    value = original(self, name, *args, unbox=unbox, **kwargs)
+    if created:  # Flax returns what it has just stored without reading it
+        value = self.get_variable('params', name)
+        value = meta.unbox(value) if unbox else value
+    return value
+
+
+@_compat.tap(Scope, 'variables')
+def _variables(original, self):
+    variables = original(self)
+    if not state.stack and not state.setups and _FLAG not in self.flags:
+        return variables
+    out, path, changed = {}, _compat.scope_path(self), False
+    for col, tree in variables.items():
+        for run in state.setups:
+            run.read = True
+        entries = effective(self, col)
+        _note(self, entries)
+        out[col] = transformed(entries, path, col, tree) if entries else tree
+        changed |= bool(entries)
+    return type(variables)(out) if changed else variables
+
+
+@_compat.tap_pack
+def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_kwargs=False):
+    def packed(scope_tree, *args, **kwargs):
+        def body(scope_fn, repack_fn, groups, rngs, *args, **kwargs):
+            lifted = _Lifted(scope_tree, out_filters)
+            groups = lifted.read(groups)
+            with lifted.keyed():
+                return fn(lifted.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
+        run = original(body, in_filters, out_filters, rng_filters, name, enable_kwargs)
+        return run(scope_tree, *args, **kwargs)
+    return packed
+
+
+class _Lifted:
+    """One call of a lifted transform: what it hands to its body, and in what state."""
+
+    def __init__(self, scope_tree: Any, out_filters: Any):
+        self.scopes, self.treedef = jax.tree.flatten(scope_tree)
+        self.packed = _compat.packed_scopes(self.scopes)
+        self.out_filters = out_filters
+        self.applied: frozenset[str] = frozenset()
+
+    def _writable(self, scope: Scope, collection: str) -> bool:
+        return scope.is_mutable_collection(collection) and any(
+            in_filter(f, collection) for f in self.out_filters)
+
+    def read(self, groups: tuple) -> tuple:
+        """Transform the values that the body cannot write."""
+        def read(scope: Scope, collection: str, tree: Any) -> Any:
+            if self._writable(scope, collection):
+                return tree
+            self.applied |= {collection}
+            entries = effective(scope, collection, own=False)
+            if not entries:
+                return tree
+            _note(scope, entries)
+            return transformed(entries, _compat.scope_path(scope), collection, tree)
+        return tuple(
+            tuple({col: read(scope, col, tree) for col, tree in group.items()}
+                  for scope, group in zip(self.packed, groups_of_scopes, strict=True))
+            for groups_of_scopes in groups)
+
+    def bind(self, scope_fn: Callable) -> Callable:
+        """Make ``scope_fn`` mark the body's scopes with what was done and what is left to do."""
+        def bound(*args, **kwargs):
+            inner = self.treedef.flatten_up_to(scope_fn(*args, **kwargs))
+            return self.treedef.unflatten(map(self._bind, self.scopes, inner))
+        return bound
+
+    def _bind(self, outer: Scope, inner: Scope) -> Scope:
+        mark = _mark_of(outer)
+        open_now = tuple(e for e in state.stack if e.covers(mark.family))
+        done = tuple(dict.fromkeys((*mark.done, *open_now)))
+        pending = tuple(dict.fromkeys((*mark.pending, *open_now)))
+        plain = Mark(mark.family, self.applied, done, pending)
+        scope: Scope | None = inner
+        while scope is not None:
+            _set_mark(scope, plain)
+            scope = scope.parent
+        # The same scope may be handed in twice, as a live module and as its lifted mirror: the
+        # mirror gets a view of its own.
+        return _view(inner, Mark(mark.family, self.applied, done, pending, mark.own)) \
+            if mark.own else inner
+
+    def keyed(self) -> contextlib.AbstractContextManager:
+        """Add the scopes' paths to JAX's cache keys where the body's trace depends on them.
+
+        nn.jit shares one trace among modules that differ in their path alone.
+        """
+        pending = any(
+            entry.transform.in_collections(col)
+            for scope in self.packed
+            for entry in effective(scope, own=False)
+            for col in _compat.root_variables(scope) if self._writable(scope, col))
+        if not (pending or _positional):
+            return contextlib.nullcontext()
+        paths = tuple(map(_compat.scope_path, self.scopes))
+        return _compat.cache_keys((*_compat.cache_keys.value, ('lifted', paths)))

@@ -1,0 +1,194 @@
+"""The transform object and its five uses: block, class, instance, method and tree.
+
+What one transform does to a value is in its `read`; where reads are met is the other files' part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+from flax import linen
+from flax.core.scope import DenyList, in_filter
+
+from flax_sg import _filters, _linen
+from flax_sg._active import state
+from flax_sg._errors import PredicateError, UsageError
+from flax_sg._filters import Filter, Predicate, VariableInfo, as_filter
+
+__all__ = ['StopGradient', 'Transform', 'stop_gradient']
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Transform:
+    """A change to the reads of selected variables; see :func:`stop_gradient` for its five uses.
+
+    Transforms are frozen, compare and hash by value, and can be entered again and again, nested in
+    themselves and from several threads.
+    """
+
+    filter: Filter
+    collections: Hashable
+    allow_unmatched: bool
+
+    def read(self, info: VariableInfo, value: Any) -> Any:
+        """Return what a read of a selected variable gives instead of its stored value.
+
+        Args:
+          info: the variable's names, shape and dtype.
+          value: the stored value: an array, a box, or any pytree.
+        """
+        raise NotImplementedError
+
+    def in_collections(self, collection: str) -> bool:
+        """Say whether variables of a collection can be selected."""
+        return in_filter(self.collections, collection)
+
+    def key(self) -> Hashable:
+        """Return what the transform says now, as a value."""
+        return (type(self), self.filter.key(), self.collections, self.allow_unmatched)
+
+    def __call__(self, target: Any) -> Any:
+        """Transform a Module class or instance, a method, or a tree of parameters."""
+        if inspect.isclass(target) and issubclass(target, linen.Module):
+            return _linen.lift_class(self, target)
+        if isinstance(target, linen.Module):
+            return _linen.lift_instance(self, target)
+        if isinstance(target, Mapping):
+            return self._map(target)
+        if inspect.isfunction(target) or inspect.ismethod(target):
+            return _linen.lift_function(self, target)
+        raise UsageError(
+            f'{self!r} was given an object of type {type(target).__name__}; expected a '
+            'flax.linen.Module class or instance, a method, or a nested dict of parameters. For a '
+            'single array use jax.lax.stop_gradient; for model code open a block with `with`.')
+
+    def _map(self, tree: Any) -> Any:
+        if not self.allow_unmatched:
+            infos = (info for info, _ in _filters.walk(tree))
+            _filters.check_matched(self.filter, infos, where=repr(self), of='the tree')
+        return _filters.map_tree(
+            lambda info, value: self.read(info, value) if self.filter.selects(info) else value, tree)
+
+    def __enter__(self) -> None:
+        block = _linen.open_block(self)
+        block.__enter__()
+        state.blocks.append((self, block))
+
+    def __exit__(self, *error: Any) -> None:
+        if not state.blocks or state.blocks[-1][0] is not self:
+            raise UsageError(
+                f'{self!r} was left while it is not the innermost open block of this thread. Leave '
+                'blocks in the reverse order of entry; a generator that yields inside a block must '
+                'be finished before the block around it ends.')
+        state.blocks.pop()[1].__exit__(*error)
+
+    def __eq__(self, other: object) -> bool:
+        return self.key() == other.key() if isinstance(other, Transform) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+    def __repr__(self) -> str:
+        shown = [_short(self.filter)]
+        if self.collections != 'params':
+            shown.append(f'collections={self.collections!r}')
+        if self.allow_unmatched:
+            shown.append('allow_unmatched=True')
+        return f'{self._name()}({", ".join(shown)})'
+
+    def _name(self) -> str:
+        return type(self).__name__
+
+
+def _short(filter: Filter) -> str:
+    """Show a filter as the user most likely wrote it."""
+    if isinstance(filter, _filters._Glob):
+        return repr(filter.pattern)
+    return repr(filter)
+
+
+def check_collections(collections: Any, name: str) -> Hashable:
+    """Return a Flax collection filter in hashable form, or raise PredicateError."""
+    if isinstance(collections, (bool, str)):
+        return collections
+    if isinstance(collections, DenyList):
+        return DenyList(check_collections(collections.deny, name))
+    if isinstance(collections, (list, tuple, set, frozenset)) and all(
+            isinstance(c, str) for c in collections):
+        return tuple(sorted(set(collections)))
+    raise PredicateError(
+        f'{name}: collections={collections!r}; expected a collection name, a list of names, a bool '
+        'or a flax.core.DenyList.')
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class StopGradient(Transform):
+    """The transform that :func:`stop_gradient` makes."""
+
+    def read(self, info: VariableInfo, value: Any) -> Any:
+        return jax.tree.map(_stop, value)
+
+    def _name(self) -> str:
+        return 'stop_gradient'
+
+
+def _stop(leaf: Any) -> Any:
+    # What is no tracer is a constant already, and not all of it (strings, None, keys) is an array.
+    return jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.core.Tracer) else leaf
+
+
+def stop_gradient(predicate: Predicate = True, *, collections: Any = 'params',
+                  allow_unmatched: bool = False) -> Transform:
+    """Make selected variables constants of differentiation: in a block, module, method or tree.
+
+    Use it when a loss must train some parameters and not others. Every read of a selected variable
+    inside gives a copy with the variable's value that is not differentiated; activations and inputs
+    stay differentiable, forward values do not change, and reads outside stay live. A block covers
+    the module that opens it and every module bound under the same root; opened outside all modules,
+    it covers every module applied inside it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax_sg import nn
+    >>> class Net(nn.Module):
+    ...     def setup(self):
+    ...         self.encoder, self.head = nn.Dense(4), nn.Dense(1)
+    ...     def __call__(self, x):
+    ...         with nn.stop_gradient('encoder'):
+    ...             h = self.encoder(x)
+    ...         return self.head(h).sum()
+    >>> params = Net().init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> grads = jax.grad(Net().apply)(params, jnp.ones((1, 3)))['params']
+    >>> bool((grads['encoder']['kernel'] == 0).all()), bool((grads['head']['kernel'] == 0).all())
+    (True, False)
+
+    The same object decorates a Module class, an instance (the result mirrors the live one's
+    parameters), a method, and a nested dict of parameters:
+
+    >>> Frozen = stop_gradient('Dense_0/kernel')(Net)
+    >>> held = stop_gradient('encoder')(params['params'])
+
+    Args:
+      predicate: what is stopped: a filter, a glob over '/'-joined paths, a compiled regex, a
+        callable of a :class:`flax_sg.VariableInfo`, a bool, or a list or tuple of these (any).
+        "Only gln trains here" is ``~flax_sg.path('gln')``.
+      collections: a Flax collection filter, the collections in which it selects.
+      allow_unmatched: accept a glob or regex that selects nothing.
+
+    Returns:
+      A transform, for ``with`` or to be called on a class, an instance, a method or a tree. Trees
+      keep their structure, shapes and dtypes.
+
+    Raises:
+      PredicateError: the predicate or ``collections`` is none.
+      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UsageError: the transform is called on something else.
+
+    Source: google/flax issue 1857.
+    """
+    name = 'stop_gradient'
+    return StopGradient(
+        as_filter(predicate, name=name), check_collections(collections, name), bool(allow_unmatched))

@@ -1,0 +1,427 @@
+"""Functions on trees of nested mappings: split, filter, map, merge, walk and measure them.
+
+A node is any ``Mapping``; everything else is a leaf: an array, None, a tuple of arrays, or a box
+such as ``nn.Partitioned``, which is handed over as it is stored. `_filters.py` decides by patterns
+and knows no values; the functions here call a plain ``fn(module_name, name, value)``, where
+``module_name`` is the '/'-joined path of the parent ('' at the top) and ``name`` the last key.
+`data_structures.py` is the public face of this file.
+
+Results are new trees: a ``FrozenDict`` gives a ``FrozenDict``, every other mapping a ``dict``.
+"""
+
+import operator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax.core import FrozenDict
+from flax.core.meta import AxisMetadata
+
+Tree = Mapping[str, Any]
+Path = tuple[str, ...]
+
+
+def traverse(structure: Tree) -> Generator[tuple[str, str, Any], None, None]:
+    """Iterate over the leaves of a tree, sorted by key at every level.
+
+    Use it to list or inspect parameters. Empty sub-dicts have no leaves and do not show.
+
+    >>> from flax_sg import data_structures as ds
+    >>> list(ds.traverse({'mlp': {'out': {'w': 1, 'b': 2}}, 'scale': 3}))
+    [('mlp/out', 'b', 2), ('mlp/out', 'w', 1), ('', 'scale', 3)]
+
+    Args:
+        structure: a tree of nested mappings.
+    Returns: a generator of ``(module_name, name, value)``.
+    Raises: ValueError, if `structure` is no mapping, or its keys cannot be sorted.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('traverse', structure)
+    return ((*_names(path), value) for path, value in _leaves(structure))
+
+
+def partition(
+    predicate: Callable[[str, str, Any], bool], structure: Tree
+) -> tuple[Tree, Tree]:
+    """Split a tree in two: the leaves that a predicate selects, and the rest.
+
+    Use it to differentiate or optimise a part of the parameters. Empty sub-dicts go to the rest,
+    so that `merge` puts the whole tree back together.
+
+    >>> from flax_sg import data_structures as ds
+    >>> params = {'encoder': {'dense': {'w': 1, 'b': 2}}, 'head': {'w': 3}}
+    >>> ds.partition(lambda module_name, name, value: module_name == 'head', params)
+    ({'head': {'w': 3}}, {'encoder': {'dense': {'b': 2, 'w': 1}}})
+
+    Args:
+        predicate: called as ``predicate(module_name, name, value)``, once for each leaf.
+        structure: a tree of nested mappings.
+    Returns: two trees, selected and rest.
+    Raises: ValueError, if `structure` is no mapping, or its keys cannot be sorted.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('partition', structure)
+    return partition_n(lambda *entry: int(not predicate(*entry)), structure, 2)
+
+
+def partition_n(
+    fn: Callable[[str, str, Any], int], structure: Tree, n: int
+) -> tuple[Tree, ...]:
+    """Split a tree into n trees by a class index for each leaf.
+
+    Use it for groups with optimisers or losses of their own. ``merge(*partition_n(f, t, n))`` is
+    t, for every f and t: empty sub-dicts, which have no leaf to ask for, go to the last tree.
+
+    >>> from flax_sg import data_structures as ds
+    >>> params = {'mlp': {'in': {'w': 1}, 'out': {'w': 2}}, 'scale': 3}
+    >>> groups = ['mlp/in', 'mlp/out', '']
+    >>> ds.partition_n(lambda module_name, name, value: groups.index(module_name), params, 3)
+    ({'mlp': {'in': {'w': 1}}}, {'mlp': {'out': {'w': 2}}}, {'scale': 3})
+
+    Args:
+        fn: called as ``fn(module_name, name, value)``, once for each leaf; returns an int (also a
+            bool or a NumPy integer) in ``[0, n)``.
+        structure: a tree of nested mappings.
+        n: the number of trees; at least 1, or 0 for an empty tree.
+    Returns: a tuple of n trees; tree i has the leaves for which `fn` returned i.
+    Raises: ValueError, if an index is no int in ``[0, n)``, `n` is too small or no int, `structure`
+        is no mapping, or its keys cannot be sorted.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('partition_n', structure)
+    size, least = _as_int(n), 1 if structure else 0
+    if size is None or size < least:
+        raise ValueError(f'partition_n: n is {n!r}; expected an int >= {least}. '
+                         'Pass the number of trees that you want.')
+    parts: list[dict[str, Any]] = [{} for _ in range(size)]
+    for path, value in _entries(structure):
+        # The last: then `partition` selects what `filter` does (test_filter_is_first_of_partition).
+        index = size - 1 if isinstance(value, Mapping) else _class_index(fn, path, value, size)
+        _insert(parts[index], path, value)
+    return tuple(_typed_like(part, [structure]) for part in parts)
+
+
+def filter(predicate: Callable[[str, str, Any], bool], structure: Tree) -> Tree:
+    """Keep the leaves that a predicate selects.
+
+    Use it when the rest is not needed; otherwise `partition`. Sub-dicts without a selected leaf
+    are left out.
+
+    >>> from flax_sg import data_structures as ds
+    >>> ds.filter(lambda module_name, name, value: name == 'w', {'mlp': {'out': {'w': 1, 'b': 2}}})
+    {'mlp': {'out': {'w': 1}}}
+
+    Args:
+        predicate: called as ``predicate(module_name, name, value)``, once for each leaf.
+        structure: a tree of nested mappings.
+    Returns: a tree with the selected leaves.
+    Raises: ValueError, if `structure` is no mapping, or its keys cannot be sorted.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('filter', structure)
+    out: dict[str, Any] = {}
+    for path, value in _leaves(structure):
+        if predicate(*_names(path), value):
+            _insert(out, path, value)
+    return _typed_like(out, [structure])
+
+
+def map(fn: Callable[[str, str, Any], Any], structure: Tree) -> Tree:
+    """Replace every leaf by what a function returns for it.
+
+    Use it in place of `jax.tree.map` when the function needs names, or when tuples and boxes are
+    to stay whole. Empty sub-dicts are left out, as in Haiku.
+
+    >>> from flax_sg import data_structures as ds
+    >>> ds.map(lambda module_name, name, value: f'{module_name}.{name}', {'mlp': {'out': {'w': 1}}})
+    {'mlp': {'out': {'w': 'mlp/out.w'}}}
+
+    Args:
+        fn: called as ``fn(module_name, name, value)``, once for each leaf.
+        structure: a tree of nested mappings.
+    Returns: a tree with the new leaves.
+    Raises: ValueError, if `structure` is no mapping, or its keys cannot be sorted.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('map', structure)
+    out: dict[str, Any] = {}
+    for path, value in _leaves(structure):
+        _insert(out, path, fn(*_names(path), value))
+    return _typed_like(out, [structure])
+
+
+def merge(*structures: Tree, check_duplicates: bool = False) -> Tree:
+    """Merge trees at every depth; where two have the same leaf, the last one counts.
+
+    Use it to put back together what `partition` took apart. Empty sub-dicts are kept.
+
+    >>> from flax_sg import data_structures as ds
+    >>> ds.merge({'mlp': {'out': {'w': 1}}}, {'mlp': {'out': {'b': 2}, 'in': {}}})
+    {'mlp': {'out': {'w': 1, 'b': 2}, 'in': {}}}
+
+    Args:
+        *structures: trees of nested mappings.
+        check_duplicates: refuse a leaf that several trees have with unlike shapes or dtypes.
+    Returns: one tree; where types of mappings differ, the first tree that has the node counts.
+    Raises: ValueError, if a path is a leaf in one tree and a sub-tree in another, a duplicate is
+        refused, a tree is no mapping, or its keys cannot be sorted.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    out: dict[str, Any] = {}
+    for i, structure in enumerate(structures):
+        _check_mapping('merge', structure, f'structures[{i}]')
+        _merge_into(out, structure, (), f'structures[{i}]', check_duplicates)
+    return _typed_like(out, structures)
+
+
+def is_subset(*, subset: Tree, superset: Tree) -> bool:
+    """Tell whether every leaf of one tree has a leaf at the same path in another.
+
+    Use it to check that a checkpoint has what a model needs. Values are not compared.
+
+    >>> from flax_sg import data_structures as ds
+    >>> ds.is_subset(subset={'mlp': {'out': {'w': 1}}}, superset={'mlp': {'out': {'w': 2, 'b': 3}}})
+    True
+
+    Args:
+        subset: a tree of nested mappings; one without leaves is a subset of all.
+        superset: a tree of nested mappings.
+    Returns: True or False.
+    Raises: ValueError, if an argument is no mapping, or its keys cannot be sorted.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('is_subset', subset, 'subset')
+    _check_mapping('is_subset', superset, 'superset')
+    return {path for path, _ in _leaves(subset)} <= {path for path, _ in _leaves(superset)}
+
+
+def tree_size(tree: Any) -> int:
+    """Count the elements of all arrays in a pytree.
+
+    Use it for the number of parameters. Shapes from `jax.eval_shape` will do.
+
+    >>> import jax.numpy as jnp
+    >>> from flax_sg import data_structures as ds
+    >>> ds.tree_size({'mlp': {'out': {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)}}})
+    8
+
+    Args:
+        tree: any pytree of arrays or `jax.ShapeDtypeStruct`.
+    Returns: the number of elements.
+    Raises: ValueError, if a leaf is no array.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    return sum(array.size for array in _arrays('tree_size', tree))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Count the bytes of all arrays in a pytree, without padding.
+
+    Use it to estimate memory. Shapes from `jax.eval_shape` will do.
+
+    >>> import jax.numpy as jnp
+    >>> from flax_sg import data_structures as ds
+    >>> ds.tree_bytes({'mlp': {'w': jnp.ones((3, 2), 'float32'), 'b': jnp.ones(2, 'bfloat16')}})
+    28
+
+    Args:
+        tree: any pytree of arrays or `jax.ShapeDtypeStruct`.
+    Returns: the number of bytes.
+    Raises: ValueError, if a leaf is no array.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    return sum(array.size * array.dtype.itemsize for array in _arrays('tree_bytes', tree))
+
+
+def to_haiku_dict(structure: Tree) -> dict[str, Any]:
+    """Copy a tree into plain dicts, with copies of its lists and other containers.
+
+    Use it for a tree that can be changed without changing the original. Arrays are shared.
+
+    >>> from flax.core import FrozenDict
+    >>> from flax_sg import data_structures as ds
+    >>> ds.to_haiku_dict(FrozenDict({'mlp': {'w': [1, 2]}}))
+    {'mlp': {'w': [1, 2]}}
+
+    Args:
+        structure: a tree of nested mappings.
+    Returns: a tree of dicts.
+    Raises: ValueError, if `structure` is no mapping.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('to_haiku_dict', structure)
+    return _copy(structure)
+
+
+def to_mutable_dict(mapping: Tree) -> dict[str, Any]:
+    """Turn every mapping of a tree into a plain dict; leaves stay the same objects.
+
+    Use it to edit what `to_immutable_dict` or `flax.core.freeze` made.
+
+    >>> from flax.core import FrozenDict
+    >>> from flax_sg import data_structures as ds
+    >>> ds.to_mutable_dict(FrozenDict({'mlp': {'w': 1}}))
+    {'mlp': {'w': 1}}
+
+    Args:
+        mapping: a tree of nested mappings.
+    Returns: a tree of new dicts.
+    Raises: ValueError, if `mapping` is no mapping.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('to_mutable_dict', mapping)
+    return _thaw(mapping)
+
+
+def to_immutable_dict(mapping: Tree) -> FrozenDict[str, Any]:
+    """Turn every mapping of a tree into Flax's immutable one; leaves stay the same objects.
+
+    Use it to guard a tree against edits. Haiku has an immutable mapping of its own in this place.
+
+    >>> from flax_sg import data_structures as ds
+    >>> ds.to_immutable_dict({'mlp': {'w': 1}})['mlp']
+    FrozenDict({
+        w: 1,
+    })
+
+    Args:
+        mapping: a tree of nested mappings.
+    Returns: a `flax.core.FrozenDict`; `mapping` itself where it is one.
+    Raises: ValueError, if `mapping` is no mapping.
+    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
+    """
+    _check_mapping('to_immutable_dict', mapping)
+    return mapping if isinstance(mapping, FrozenDict) else FrozenDict(_thaw(mapping))
+
+
+def _entries(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield (path, value) of the leaves and of the empty sub-mappings, sorted by key."""
+    for key in _sorted_keys(tree, path):
+        value = tree[key]
+        if isinstance(value, Mapping) and value:
+            yield from _entries(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _leaves(tree: Tree) -> Iterator[tuple[Path, Any]]:
+    return ((path, value) for path, value in _entries(tree) if not isinstance(value, Mapping))
+
+
+def _sorted_keys(tree: Tree, path: Path) -> list[str]:
+    try:
+        return sorted(tree)
+    except TypeError as error:
+        raise ValueError(f'data_structures: the keys {list(tree)!r} at {_join(path)!r} cannot be '
+                         'sorted; expected keys of one type. Make them all str.') from error
+
+
+def _join(path: Path) -> str:
+    return '/'.join(str(key) for key in path)
+
+
+def _names(path: Path) -> tuple[str, str]:
+    """Return module_name and name; a single parent is handed over as it is, as in Haiku."""
+    *parent, name = path
+    return parent[0] if len(parent) == 1 else _join(parent), name
+
+
+def _class_index(fn: Callable[[str, str, Any], int], path: Path, value: Any, n: int) -> int:
+    module_name, name = _names(path)
+    returned = fn(module_name, name, value)
+    index = _as_int(returned)
+    if index is not None and 0 <= index < n:
+        return index
+    way_out = 'Fix fn.' if index is None or index < 0 else f'Fix fn, or pass n={index + 1}.'
+    raise ValueError(f'partition_n: fn({module_name!r}, {name!r}, ...) returned {returned!r}; '
+                     f'expected an int in [0, {n}). {way_out}')
+
+
+def _as_int(value: Any) -> int | None:
+    try:
+        return operator.index(value)
+    except TypeError:  # Also what a traced value raises.
+        return None
+
+
+def _insert(out: dict[str, Any], path: Path, value: Any) -> None:
+    for key in path[:-1]:
+        out = out.setdefault(key, {})
+    out[path[-1]] = _copy(value)
+
+
+def _merge_into(
+    out: dict[str, Any], tree: Tree, path: Path, origin: str, check_duplicates: bool
+) -> None:
+    for key in _sorted_keys(tree, path):
+        value, here = tree[key], (*path, key)
+        is_node = isinstance(value, Mapping)
+        if key in out and is_node != isinstance(out[key], Mapping):
+            now, before = ('sub-tree', 'leaf') if is_node else ('leaf', 'sub-tree')
+            raise ValueError(f'merge: {_join(here)!r} is a {now} in {origin} and a {before} in an '
+                             'earlier one; expected one kind. Rename or filter one of them.')
+        if is_node:
+            _merge_into(out.setdefault(key, {}), value, here, origin, check_duplicates)
+            continue
+        if check_duplicates and key in out and _signature(value) != _signature(out[key]):
+            raise ValueError(
+                f'merge: {_join(here)!r} is {_describe(value)} in {origin} and '
+                f'{_describe(out[key])} in an earlier one; expected one shape and dtype. '
+                'Rename or filter one of them, or pass check_duplicates=False.')
+        out[key] = _copy(value)
+
+
+def _signature(leaf: Any) -> Any:
+    """Return the shape and dtype of an array, boxed or not, and None for anything else."""
+    if isinstance(leaf, AxisMetadata):  # Not unbox(): it may apply a sharding constraint.
+        boxed = jax.tree.leaves(leaf)
+        return _signature(boxed[0]) if len(boxed) == 1 else [_signature(part) for part in boxed]
+    is_array = hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
+    return (leaf.shape, leaf.dtype) if is_array else None
+
+
+def _describe(leaf: Any) -> str:
+    signature = _signature(leaf)
+    if not isinstance(signature, tuple):
+        return repr(leaf)
+    shape, dtype = signature
+    return f'{dtype}[{",".join(str(size) for size in shape)}]'
+
+
+def _typed_like(built: dict[str, Any], models: Sequence[Tree]) -> Tree:
+    """Make those nodes of `built` FrozenDicts that are so in the first model that has them."""
+    if models and isinstance(models[0], FrozenDict):
+        return FrozenDict(built)
+    # A frozen tree merged into a dict becomes dicts at every depth (test_merge_of_mixed_types).
+    models = [_thaw(model) if isinstance(model, FrozenDict) else model for model in models]
+    for key, value in built.items():
+        below = [model[key] for model in models if key in model]
+        if isinstance(below[0], Mapping):
+            built[key] = _typed_like(value, below)
+    return built
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return jax.tree.map(lambda leaf: leaf, value)
+
+
+def _thaw(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _thaw(item) for key, item in value.items()}
+    return value
+
+
+def _check_mapping(caller: str, tree: Any, argument: str = 'structure') -> None:
+    if not isinstance(tree, Mapping):
+        raise ValueError(f'{caller}: {argument} is of type {type(tree).__name__}; expected a '
+                         "mapping like {'mlp': {'w': ...}}. Pass a nested dict or FrozenDict.")
+
+
+def _arrays(caller: str, tree: Any) -> Iterator[Any]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not (hasattr(leaf, 'size') and hasattr(leaf, 'dtype')):
+            raise ValueError(f'{caller}: the leaf at tree{jax.tree_util.keystr(path)} is {leaf!r}; '
+                             'expected an array. Filter it out, or make it an array.')
+        yield leaf

@@ -1,0 +1,25 @@
+"""flax.linen with flax_sg's names beside it, so that ``nn.stop_gradient`` reads as one library.
+
+``from flax_sg import nn`` replaces ``from flax import linen as nn``: every name of ``flax.linen``
+is the same object here.
+"""
+
+from typing import Any
+
+from flax import linen as _linen
+from flax.linen import *  # noqa: F403
+
+from flax_sg._filters import everything, nothing, path, regex, where
+from flax_sg._transform import stop_gradient
+
+_OURS = ('everything', 'nothing', 'path', 'regex', 'stop_gradient', 'where')
+__all__ = sorted({*_OURS, *(name for name in dir(_linen) if not name.startswith('_'))})
+
+
+def __getattr__(name: str) -> Any:
+    # `import *` leaves out what flax.linen defines lazily, or imports without listing it.
+    return getattr(_linen, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
