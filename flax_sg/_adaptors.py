@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 from flax import nnx
 
+from flax_sg._callables import callable_key
 from flax_sg._errors import PredicateError
 from flax_sg._filters import Filter, VariableInfo, where
 
 __all__ = ['from_haiku', 'from_nnx']
 
 
+def _abstract(info: VariableInfo) -> jax.ShapeDtypeStruct | None:
+    return None if info.shape is None else jax.ShapeDtypeStruct(info.shape, info.dtype)
+
+
 class _FromNnx:
     """A callable that asks an NNX predicate about a Linen variable."""
 
-    def __init__(self, filter: Any, predicate: Callable[[tuple, Any], bool]):
-        self.filter, self.predicate = filter, predicate
+    def __init__(self, predicate: Callable[[tuple, Any], bool]):
+        self.predicate = predicate
 
     def __call__(self, info: VariableInfo) -> bool:
         kind = nnx.variable_type_from_name(info.collection, allow_register=True)
         return self.predicate(info.path, kind(_abstract(info)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _FromNnx) and self.predicate == other.predicate
+        return isinstance(other, _FromNnx) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash(self.predicate)
+        return hash(self._key())
+
+    def _key(self) -> Hashable:
+        return callable_key(self.predicate)
 
 
 def from_nnx(filter: Any) -> Filter:
@@ -51,7 +59,7 @@ def from_nnx(filter: Any) -> Filter:
       PredicateError: NNX does not take it.
     """
     try:
-        return where(_FromNnx(filter, nnx.filterlib.to_predicate(filter)))
+        return where(_FromNnx(nnx.filterlib.to_predicate(filter)))
     except (TypeError, ValueError):
         raise PredicateError(
             f'from_nnx: an object of type {type(filter).__name__} is no NNX filter; expected a '
@@ -67,6 +75,12 @@ class _FromHaiku:
 
     def __call__(self, info: VariableInfo) -> bool:
         return self.fn('/'.join(info.path[:-1]), info.path[-1], _abstract(info))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _FromHaiku) and callable_key(self.fn) == callable_key(other.fn)
+
+    def __hash__(self) -> int:
+        return hash(callable_key(self.fn))
 
 
 def from_haiku(fn: Callable[[str, str, Any], bool]) -> Filter:

@@ -10,8 +10,9 @@ Checked with flax 0.12.8 and 0.12.12, jax 0.10.2 and 0.12.0.1.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from flax.linen import Module
 
 __all__ = [
     'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root',
-    'packed_scopes', 'restore_counters', 'root_variables', 'scope_path', 'run_setup', 'setup_pending', 'snapshot_counters', 'tap',
-    'tap_pack', 'trace_state',
+    'packed_scopes', 'rewound_counters', 'root_variables', 'run_setup', 'scope_path',
+    'setup_pending', 'snapshot_counters', 'tap', 'tap_pack', 'trace_state',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -83,22 +84,30 @@ def run_setup(module: Module) -> None:
 
 def snapshot_counters(scope: Scope) -> list[tuple[dict, dict]]:
     """Record how many keys the scope and those below it have drawn from each random stream."""
-    return _counters(scope.rng_counters)
+    return [(counters, {k: n for k, n in counters.items() if not isinstance(n, dict)})
+            for counters in _counters_below(scope.rng_counters)]
 
 
-def _counters(counters: dict) -> list[tuple[dict, dict]]:
-    found = [(counters, dict(counters))]
+def _counters_below(counters: dict) -> Iterator[dict]:
+    yield counters
     for value in counters.values():
         if isinstance(value, dict):
-            found += _counters(value)
-    return found
+            yield from _counters_below(value)
 
 
-def restore_counters(snapshot: list[tuple[dict, dict]]) -> None:
-    """Put recorded counts back, in place: scopes share these dicts."""
-    for counters, content in snapshot:
-        counters.clear()
-        counters.update(content)
+@contextlib.contextmanager
+def rewound_counters(scope: Scope, start: list[tuple[dict, dict]]) -> Iterator[None]:
+    """Draw the keys that were drawn after ``start`` once more, and go on from where it was."""
+    now = snapshot_counters(scope)
+    for counters, counts in now:  # in place: scopes share these dicts
+        counters.update(dict.fromkeys(counts, 0))
+    for counters, counts in start:
+        counters.update(counts)
+    try:
+        yield
+    finally:
+        for counters, counts in now:
+            counters.update(counts)
 
 
 def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:

@@ -21,6 +21,7 @@ from flax_sg._active import opened, state
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
 from flax_sg._scope import attach, attached_entries, open_at
+from flax_sg._setup import LIVE
 
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
@@ -165,6 +166,7 @@ def lift_instance(transform: Transform, module: Module) -> Module:
     for name, value in _fields(mirror).items():
         object.__setattr__(mirror, name, _rebound(value, module.scope, mirror.scope))
     object.__setattr__(mirror, 'parent', module.parent)
+    object.__setattr__(mirror, LIVE, module)
     return mirror
 
 

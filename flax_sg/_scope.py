@@ -123,6 +123,8 @@ def attach(scope: Scope, transforms: tuple[Any, ...]) -> Scope:
     The view shares variables, names and random streams with the scope. A scope that carries the
     transforms already, as inside a lifted method, is returned as it is.
     """
+    if _compat.in_scratch_root(scope):
+        return scope
     mark, path = _mark_of(scope), _compat.scope_path(scope)
     found = attached_entries(scope, transforms)
     have, missing = [e.transform for e in found], []

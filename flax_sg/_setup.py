@@ -24,6 +24,8 @@ from flax_sg._compat import Module, Scope, Variable
 from flax_sg._errors import UsageError
 from flax_sg._scope import effective
 
+LIVE = '_flax_sg_live'
+_START = '_flax_sg_start'
 _TABLE = '_flax_sg_setup'
 _STATIC = (Module, Variable, Scope, str, bytes, bool, int, float, complex, type, np.dtype,
            types.ModuleType, types.BuiltinFunctionType)
@@ -68,9 +70,8 @@ _NOTHING = (None, None)
 class _Table:
     """How a module's setup values came about, and those of the transforms used last."""
 
-    def __init__(self, names: tuple[str, ...], entries: tuple[Entry, ...], run: _Run,
-                 counters: list):
-        self.names, self.entries, self.seen, self.counters = names, entries, run.seen, counters
+    def __init__(self, names: tuple[str, ...], entries: tuple[Entry, ...], run: _Run):
+        self.names, self.entries, self.seen = names, entries, run.seen
         self.trace = _compat.trace_state()
         self.kept: dict[int, tuple] = {}
 
@@ -88,14 +89,9 @@ class _Table:
 
     def replay(self, module: Module) -> dict[str, Any]:
         scope = module.scope.rewound()
-        counters = _compat.snapshot_counters(scope)
-        with _running(_Run(self.seen)):
-            try:
-                _compat.restore_counters(self.counters)
-                clone = module.clone(parent=scope)
-                _compat.run_setup(clone)
-            finally:
-                _compat.restore_counters(counters)
+        with _running(_Run(self.seen)), _compat.rewound_counters(scope, vars(module)[_START]):
+            clone = module.clone(parent=scope)
+            _compat.run_setup(clone)
         missing = [name for name in self.names if name not in vars(clone)]
         if missing:
             raise UsageError(
@@ -126,16 +122,22 @@ def _try_setup(original, self, shallow=False):
     if shallow or not _compat.setup_pending(self):
         return original(self, shallow)
     before, entries = set(vars(self)), effective(self.scope)
-    counters = _compat.snapshot_counters(self.scope)
-    with _running(_Run()) as run:
+    # A module and its mirrors draw the same random numbers, and between them draw them once.
+    live = vars(self).get(LIVE, self)
+    start = vars(live).get(_START)
+    drawing = _compat.rewound_counters(self.scope, start) if start else contextlib.nullcontext()
+    start = start or _compat.snapshot_counters(self.scope)
+    with _running(_Run()) as run, drawing:
         original(self, shallow)
+    for module in (self, live):
+        object.__setattr__(module, _START, start)
     if run.read:
         names = tuple(name for name, value in vars(self).items()
-                      if name not in before and name != 'scope' and _from_variables(value))
+                      if name not in before and name not in ('scope', _START) and _from_variables(value))
         for name in names:
             _intercept(type(self), name)
         if names:
-            object.__setattr__(self, _TABLE, _Table(names, entries, run, counters))
+            object.__setattr__(self, _TABLE, _Table(names, entries, run))
 
 
 @_compat.tap(Scope, 'put_variable')

@@ -10,7 +10,7 @@ Results are new trees: a ``FrozenDict`` gives a ``FrozenDict``, every other mapp
 """
 
 import operator
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -98,7 +98,8 @@ def partition_n(
         # The last: then `partition` selects what `filter` does (test_filter_is_first_of_partition).
         index = size - 1 if isinstance(value, Mapping) else _class_index(fn, path, value, size)
         _insert(parts[index], path, value)
-    return tuple(_typed_like(part, [structure]) for part in parts)
+    frozen = set(_frozen_paths(structure))
+    return tuple(_freeze(part, frozen) for part in parts)
 
 
 def filter(predicate: Callable[[str, str, Any], bool], structure: Tree) -> Tree:
@@ -123,7 +124,7 @@ def filter(predicate: Callable[[str, str, Any], bool], structure: Tree) -> Tree:
     for path, value in _leaves(structure):
         if predicate(*_names(path), value):
             _insert(out, path, value)
-    return _typed_like(out, [structure])
+    return _freeze(out, set(_frozen_paths(structure)))
 
 
 def map(fn: Callable[[str, str, Any], Any], structure: Tree) -> Tree:
@@ -147,7 +148,7 @@ def map(fn: Callable[[str, str, Any], Any], structure: Tree) -> Tree:
     out: dict[str, Any] = {}
     for path, value in _leaves(structure):
         _insert(out, path, fn(*_names(path), value))
-    return _typed_like(out, [structure])
+    return _freeze(out, set(_frozen_paths(structure)))
 
 
 def merge(*structures: Tree, check_duplicates: bool = False) -> Tree:
@@ -168,10 +169,11 @@ def merge(*structures: Tree, check_duplicates: bool = False) -> Tree:
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
     out: dict[str, Any] = {}
+    frozen: set[Path] = {()} if isinstance(next(iter(structures), None), FrozenDict) else set()
     for i, structure in enumerate(structures):
         _check_mapping('merge', structure, f'structures[{i}]')
-        _merge_into(out, structure, (), f'structures[{i}]', check_duplicates)
-    return _typed_like(out, structures)
+        _merge_into(out, frozen, structure, (), f'structures[{i}]', check_duplicates)
+    return _freeze(out, frozen)
 
 
 def is_subset(*, subset: Tree, superset: Tree) -> bool:
@@ -269,7 +271,7 @@ def to_mutable_dict(mapping: Tree) -> dict[str, Any]:
     Raises: ValueError, if `mapping` is no mapping.
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
-    _check_mapping('to_mutable_dict', mapping)
+    _check_mapping('to_mutable_dict', mapping, 'mapping')
     return _thaw(mapping)
 
 
@@ -290,7 +292,7 @@ def to_immutable_dict(mapping: Tree) -> FrozenDict[str, Any]:
     Raises: ValueError, if `mapping` is no mapping.
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
-    _check_mapping('to_immutable_dict', mapping)
+    _check_mapping('to_immutable_dict', mapping, 'mapping')
     return mapping if isinstance(mapping, FrozenDict) else FrozenDict(_thaw(mapping))
 
 
@@ -351,8 +353,9 @@ def _insert(out: dict[str, Any], path: Path, value: Any) -> None:
 
 
 def _merge_into(
-    out: dict[str, Any], tree: Tree, path: Path, origin: str, check_duplicates: bool
+    out: dict[str, Any], frozen: set[Path], tree: Tree, path: Path, origin: str, check: bool
 ) -> None:
+    """Add `tree` to `out`, and to `frozen` the paths of new nodes that `_freeze` is to freeze."""
     for key in _sorted_keys(tree, path):
         value, here = tree[key], (*path, key)
         is_node = isinstance(value, Mapping)
@@ -361,9 +364,13 @@ def _merge_into(
             raise ValueError(f'merge: {_join(here)!r} is a {now} in {origin} and a {before} in an '
                              'earlier one; expected one kind. Rename or filter one of them.')
         if is_node:
-            _merge_into(out.setdefault(key, {}), value, here, origin, check_duplicates)
+            # Not below a FrozenDict: there, what holds it decides (test_merge_of_mixed_types).
+            topmost = isinstance(value, FrozenDict) and not isinstance(tree, FrozenDict)
+            if topmost and key not in out:
+                frozen.add(here)
+            _merge_into(out.setdefault(key, {}), frozen, value, here, origin, check)
             continue
-        if check_duplicates and key in out and _signature(value) != _signature(out[key]):
+        if check and key in out and _signature(value) != _signature(out[key]):
             raise ValueError(
                 f'merge: {_join(here)!r} is {_describe(value)} in {origin} and '
                 f'{_describe(out[key])} in an earlier one; expected one shape and dtype. '
@@ -388,16 +395,23 @@ def _describe(leaf: Any) -> str:
     return f'{dtype}[{",".join(str(size) for size in shape)}]'
 
 
-def _typed_like(built: dict[str, Any], models: Sequence[Tree]) -> Tree:
-    """Make those nodes of `built` FrozenDicts that are so in the first model that has them."""
-    if models and isinstance(models[0], FrozenDict):
+def _frozen_paths(tree: Tree, path: Path = ()) -> Iterator[Path]:
+    """Yield the paths of the topmost FrozenDicts."""
+    if isinstance(tree, FrozenDict):
+        yield path
+        return
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _frozen_paths(value, (*path, key))
+
+
+def _freeze(built: dict[str, Any], frozen: set[Path], path: Path = ()) -> Tree:
+    """Make FrozenDicts of the nodes of `built` at the paths in `frozen`."""
+    if path in frozen:
         return FrozenDict(built)
-    # A frozen tree merged into a dict becomes dicts at every depth (test_merge_of_mixed_types).
-    models = [_thaw(model) if isinstance(model, FrozenDict) else model for model in models]
     for key, value in built.items():
-        below = [model[key] for model in models if key in model]
-        if isinstance(below[0], Mapping):
-            built[key] = _typed_like(value, below)
+        if frozen and isinstance(value, dict):
+            built[key] = _freeze(value, frozen, (*path, key))
     return built
 
 

@@ -1,0 +1,138 @@
+"""What a program costs: exact figures of its compiled step, and times measured side by side.
+
+Times on a busy machine drift. So programs that are compared run in turns, A B B A, and what is
+reported is the median of the ratios of neighbours, with the quartiles of these ratios. Tracing is
+Python in one thread; its time is that thread's processor time, which does not count the time that
+other processes take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+__all__ = [
+    'Cost', 'Ratio', 'compiled_step', 'cost_of', 'count_loops', 'ratio_of', 'same_program',
+    'table', 'take_turns', 'time_traces', 'trace_seconds',
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Exact figures of a compiled program."""
+
+    flops: float
+    loops: int
+    temp_bytes: int
+
+
+def compiled_step(fn: Callable, *args: Any) -> Any:
+    """Compile the value and the gradient of `fn` with respect to its first argument."""
+    return jax.jit(jax.value_and_grad(fn)).lower(*args).compile()
+
+
+def cost_of(compiled: Any) -> Cost:
+    """Read the figures of a compiled program."""
+    analysis = compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, Sequence) else analysis
+    return Cost(
+        flops=analysis['flops'],
+        loops=count_loops(compiled.as_text()),
+        temp_bytes=compiled.memory_analysis().temp_size_in_bytes)
+
+
+def count_loops(text: str) -> int:
+    """Count the loops in the text of a compiled program."""
+    return len(re.findall(r'\swhile\(', text))
+
+
+def same_program(a: Any, b: Any) -> bool:
+    """Say whether two compiled programs are the same text, apart from names and source lines."""
+    return _normal(a.as_text()) == _normal(b.as_text())
+
+
+def _normal(text: str) -> str:
+    # The tables of files and stack frames, where a version prints them, end the text.
+    text = re.split(r'\n(?:FileNames|FunctionNames|FileLocations|StackFrames)\b', text)[0]
+    text = re.sub(r', metadata=\{(?:[^{}"]|"[^"]*")*\}', '', text)
+    text = re.sub(r'HloModule [^,]*,', 'HloModule,', text)
+    names: dict[str, str] = {}
+    return re.sub(r'%[\w.\-]+', lambda m: names.setdefault(m[0], f'%{len(names)}'), text)
+
+
+def take_turns(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Call each of `runs` once a round, in alternating order; return what they returned."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(repeats):
+        for name in names if i % 2 == 0 else reversed(names):
+            found[name].append(runs[name]())
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """The median of ratios of neighbours, their quartiles, and the ratio of the least values."""
+
+    median: float
+    low: float
+    high: float
+    least: float
+
+    def __str__(self) -> str:
+        return f'{self.median:.2f} ({self.low:.2f}-{self.high:.2f})'
+
+
+def ratio_of(over: Sequence[float], under: Sequence[float]) -> Ratio:
+    """Compare two series of one run, value by value."""
+    ratios = sorted(a / b for a, b in zip(over, under, strict=True))
+    if len(ratios) == 1:
+        return Ratio(*ratios * 4)
+    low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
+    return Ratio(median, low, high, min(over) / min(under))
+
+
+def trace_seconds(make: Callable[[], tuple[Callable, tuple]], *, cold: bool = True) -> float:
+    """Return the seconds that one trace of `fn(*args)` takes, where `make` returns both.
+
+    Args:
+      make: makes a new function object, so that JAX has no trace of it.
+      cold: start from empty caches, as the first trace of a process does. Otherwise the traces of
+        the functions that `fn` calls (of `jax.numpy`, say) may be there.
+    """
+    fn, args = make()
+    if cold:
+        jax.clear_caches()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.thread_time()
+        jax.jit(fn).trace(*args)
+        return time.thread_time() - start
+    finally:
+        gc.enable()
+
+
+def time_traces(makes: Mapping[str, Callable], repeats: int, *, cold: bool = True
+                ) -> dict[str, list[float]]:
+    """Time traces in turns, after one round that does not count."""
+    runs = {name: lambda make=make: trace_seconds(make, cold=cold) for name, make in makes.items()}
+    take_turns(runs, 1)
+    return take_turns(runs, repeats)
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lay out a Markdown table under a title."""
+    cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + ' |'
+             for row in cells]
+    rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|'
+    return '\n'.join([f'### {title}', '', lines[0], rule, *lines[1:], ''])

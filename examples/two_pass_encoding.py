@@ -1,0 +1,431 @@
+"""Four losses, four parts of one model, one expensive pass: google/flax issue 1857 as a program.
+
+The request: an encoding element has the parts gln, code_value, code_presence and explanation. One
+step of it computes a code message that must train none of them, although its cotangents go on to
+the observation; runs an expensive iterated sampler, once; and adds up three losses, each of which
+must train its own part only. In Haiku that took four hand-made copies of the weights. Here it takes
+four blocks, see `EncodingElement.infer`; two_pass_encoding_by_hand.py has the four copies.
+
+The data are scikit-learn's digits. A retina turns pixels into an observation; the element infers a
+code of a few units in two passes, a quick guess and a refinement; a reader draws the digit from
+the code message, and its cotangents reach the retina through the element, which they leave alone.
+
+    python two_pass_encoding.py [--steps N] [--seed N] [--output FILE] [--quick]
+
+It prints the losses while it trains, a table of which loss moves which parameters, and the accuracy
+of a linear probe on the codes of held-out digits, before and after training. Labels are used by the
+probe only. The loss curves and some digits go to FILE, a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import flax_sg as sg
+from flax_sg import nn
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+# Which parameters of the element each of its losses trains. The blocks of the model and the labels
+# of the optimiser both come from here. A block names what it stops: hence the ~ in front of them.
+TRAINS = {
+    'gln': sg.path('gln'),
+    'code': sg.path('code_*'),
+    'explanation': sg.path('explanation'),
+}
+LOSSES = ('reader', 'gln', 'code', 'explanation')
+
+
+class Code(NamedTuple):
+    """A code: of each unit its value, and the logit of its being present."""
+
+    value: jax.Array
+    logit: jax.Array
+
+    @property
+    def presence(self) -> jax.Array:
+        return jax.nn.sigmoid(self.logit)
+
+    @property
+    def message(self) -> jax.Array:
+        """What others see of the code: values, as far as they are present."""
+        return self.presence * self.value
+
+
+class ScanParameters(NamedTuple):
+    """What the sampler is run with: the evidence for values and presence, and the competition."""
+
+    drive: jax.Array
+    evidence: jax.Array
+    lateral: jax.Array
+
+
+class Inference(NamedTuple):
+    """What one step of the element gives: the message for others, the code, and its losses."""
+
+    message: jax.Array
+    code: Code
+    losses: dict[str, jax.Array]
+
+
+# --- The networks ---------------------------------------------------------------------------------
+
+
+def _alike_in_every_cell(rng: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    features, _, inputs = shape
+    kernel = nn.initializers.lecun_normal()(rng, (inputs, features))
+    return jnp.broadcast_to(kernel.T[:, None], shape)
+
+
+class GatedLinear(nn.Module):
+    """A layer of linear units, each with a weight vector for every cell of its fixed halfspaces."""
+
+    features: int
+    halfspaces: int = 2
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, side: jax.Array) -> jax.Array:
+        cells = 2 ** self.halfspaces
+        planes = np.random.default_rng(self.features).standard_normal(
+            (side.shape[-1], self.features, self.halfspaces)).astype(np.float32)
+        kernel = self.param('kernel', _alike_in_every_cell,
+                            (self.features, cells, inputs.shape[-1]))
+        bits = jnp.einsum('bs,suh->buh', side, planes) > 0
+        cell = jax.nn.one_hot(bits @ 2 ** np.arange(self.halfspaces), cells)
+        return jnp.einsum('bf,ucf,buc->bu', inputs, kernel, cell)
+
+
+class GatedLinearNetwork(nn.Module):
+    """Computes the sampler's parameters from the observation (arXiv 1910.01526)."""
+
+    units: int
+    hidden: int = 32
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> ScanParameters:
+        hidden = GatedLinear(self.hidden)(observation, observation)
+        drive, evidence = jnp.split(GatedLinear(2 * self.units)(hidden, observation), 2, axis=-1)
+        lateral = self.param('lateral', nn.initializers.normal(0.1), (self.units, self.units))
+        return ScanParameters(drive, evidence, lateral)
+
+
+class Perceptron(nn.Module):
+    """One hidden layer."""
+
+    features: int
+    hidden: int = 64
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return nn.Dense(self.features)(nn.gelu(nn.Dense(self.hidden)(inputs)))
+
+
+# --- The computation without weights --------------------------------------------------------------
+
+
+def iterated_sampler(parameters: ScanParameters, start: Code, noise: jax.Array) -> Code:
+    """Refine a code step by step; `noise` has a row for each step. This is the expensive part."""
+    rate, temperature = 0.1, 0.001
+
+    def step(code: Code, noise: jax.Array) -> tuple[Code, None]:
+        inhibition = jnp.tanh(code.message) @ parameters.lateral
+        value = code.value + rate * (parameters.drive - inhibition - code.value)
+        value += jnp.sqrt(2 * rate * temperature) * noise
+        support = parameters.evidence + jnp.square(jnp.tanh(code.value))
+        return Code(value, code.logit + rate * (support - code.logit)), None
+
+    return jax.lax.scan(step, start, noise)[0]
+
+
+def squared_error(guess: jax.Array, truth: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(guess - truth))
+
+
+def code_mismatch(guess: Code, truth: Code) -> jax.Array:
+    """How far a guess is from a refined code: squared error of values, divergence of presences."""
+    needed, least = (optax.sigmoid_binary_cross_entropy(code.logit, truth.presence)
+                     for code in (guess, truth))
+    return squared_error(guess.value, truth.value) + jnp.mean(needed - least)
+
+
+def gln_objective(explained: jax.Array, observation: jax.Array, code: Code) -> jax.Array:
+    """The code should explain the observation; units that are present cost a little."""
+    return squared_error(explained, observation) + 0.01 * jnp.mean(code.presence)
+
+
+# --- The element: this is what the example is about -----------------------------------------------
+
+
+class EncodingElement(nn.Module):
+    """Infers a code from an observation in two passes, and learns from it."""
+
+    observation_features: int
+    units: int
+    iterations: int
+
+    def setup(self) -> None:
+        self.gln = GatedLinearNetwork(self.units)
+        self.code_value = Perceptron(self.units)
+        self.code_presence = Perceptron(self.units)
+        self.explanation = Perceptron(self.observation_features)
+
+    def quick_code(self, observation: jax.Array) -> Code:
+        return Code(self.code_value(observation), self.code_presence(observation))
+
+    def noise(self, observation: jax.Array, rng: jax.Array) -> jax.Array:
+        return jax.random.normal(rng, (self.iterations, len(observation), self.units))
+
+    def infer(self, observation: jax.Array, rng: jax.Array) -> Inference:
+        # First pass. Whoever uses the message sends cotangents through it to the observation; they
+        # train nothing here.
+        with nn.stop_gradient():
+            quick = self.quick_code(observation)
+
+        # The element's own losses take the observation as given.
+        given, start = jax.lax.stop_gradient((observation, quick))
+
+        # Second pass, with the only run of the sampler. Cotangents reach gln through the
+        # explanation, which does not adapt.
+        with nn.stop_gradient(~TRAINS['gln']):
+            code = iterated_sampler(self.gln(given), start, self.noise(given, rng))
+            gln_loss = gln_objective(self.explanation(code.message), given, code)
+
+        code = jax.lax.stop_gradient(code)
+
+        # The quick guess learns to be like the refined code, and to be explained as well as it is.
+        with nn.stop_gradient(~TRAINS['code']):
+            guess = self.quick_code(given)
+            code_loss = code_mismatch(guess, code)
+            code_loss += squared_error(self.explanation(guess.message), given)
+
+        # The explanation learns to explain both.
+        with nn.stop_gradient(~TRAINS['explanation']):
+            guess = self.quick_code(given)
+            explanation_loss = squared_error(self.explanation(code.message), given)
+            explanation_loss += squared_error(self.explanation(guess.message), given)
+
+        losses = {'gln': gln_loss, 'code': code_loss, 'explanation': explanation_loss}
+        return Inference(quick.message, code, losses)
+
+
+class World(nn.Module):
+    """The element between its neighbours: a retina, which makes the observation, and a reader."""
+
+    observation_features: int = 32
+    units: int = 8
+    iterations: int = 80
+
+    def setup(self) -> None:
+        self.retina = nn.Dense(self.observation_features)
+        self.encoding = EncodingElement(self.observation_features, self.units, self.iterations)
+        self.reader = Perceptron(64)
+
+    def __call__(self, pixels: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
+        inference = self.encoding.infer(self.retina(pixels), rng)
+        drawing = self.reader(inference.message)
+        return {'reader': squared_error(drawing, pixels), **inference.losses}
+
+    def codes(self, pixels: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the messages of the quick code and of the refined one, and the drawing."""
+        inference = self.encoding.infer(self.retina(pixels), rng)
+        return inference.message, inference.code.message, self.reader(inference.message)
+
+
+# --- Data, training, and what it prints -----------------------------------------------------------
+
+
+class Digits(NamedTuple):
+    """Pixels around their mean, shape (digits, 64), and labels, which only the probe sees."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+Params = dict[str, Any]
+
+
+def load_data() -> tuple[Digits, Digits, np.ndarray]:
+    """Return digits to train on, held-out digits, and the mean digit of the former."""
+    data, target = load_digits(return_X_y=True)
+    pixels = (data / 16).astype(np.float32)
+    train, held_out, train_labels, held_out_labels = train_test_split(
+        pixels, target, test_size=0.25, stratify=target, random_state=0)
+    mean = train.mean(0)
+    return Digits(train - mean, train_labels), Digits(held_out - mean, held_out_labels), mean
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(world: World, rng: jax.Array) -> Params:
+    return world.init(rng, jnp.zeros((1, 64)), rng)['params']
+
+
+def make_optimizer(params: Params) -> optax.GradientTransformation:
+    """Give each part its own Adam, by the predicates that the model's blocks use."""
+    labels = {'retina': 'world', 'reader': 'world',
+              'encoding': sg.labels(TRAINS, params['encoding'])}
+    rates = {'world': 1e-3, 'gln': 3e-3, 'code': 3e-3, 'explanation': 3e-3}
+    return optax.partition({part: optax.adam(rate) for part, rate in rates.items()}, labels)
+
+
+def train(world: World, params: Params, digits: Digits, *, steps: int, seed: int, batch: int = 128
+          ) -> tuple[Params, dict[str, np.ndarray]]:
+    """Train with the sum of all losses; return parameters and the course of each loss."""
+    optimizer = make_optimizer(params)
+    state = optimizer.init(params)
+
+    def total(params: Params, pixels: jax.Array, rng: jax.Array):
+        losses = world.apply({'params': params}, pixels, rng)
+        return sum(losses.values()), losses
+
+    @jax.jit
+    def update(params, state, pixels, rng):
+        grads, losses = jax.grad(total, has_aux=True)(params, pixels, rng)
+        changes, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, changes), state, losses
+
+    choose, key = np.random.default_rng(seed), jax.random.key(seed)
+    course, start, live = [], time.perf_counter(), sys.stdout.isatty()
+    for step in range(1, steps + 1):
+        pixels = digits.pixels[choose.integers(len(digits.pixels), size=batch)]
+        params, state, losses = update(params, state, pixels, jax.random.fold_in(key, step))
+        course.append(losses)
+        lasting = step in (1, steps) or step % max(steps // 8, 1) == 0
+        if lasting or live and step % 20 == 0:
+            shown = '  '.join(f'{name} {losses[name]:.4f}' for name in LOSSES)
+            line = f'step {step:5d}  {shown}  {time.perf_counter() - start:5.1f} s'
+            print('\r' * live + line, end='\n' if lasting else '', flush=True)
+    course = jax.device_get(course)
+    return params, {name: np.array([losses[name] for losses in course]) for name in LOSSES}
+
+
+def gradient_norms(world: World, params: Params, pixels: jax.Array, rng: jax.Array
+                   ) -> dict[str, dict[str, float]]:
+    """Return, for each part of the model, the norm of each loss's gradient."""
+    grads = jax.jit(jax.jacrev(lambda p: world.apply({'params': p}, pixels, rng)))(params)
+    parts = {'retina': [grads[loss]['retina'] for loss in LOSSES]}
+    for name in ('gln', 'code_value', 'code_presence', 'explanation'):
+        parts[f'encoding/{name}'] = [grads[loss]['encoding'][name] for loss in LOSSES]
+    parts['reader'] = [grads[loss]['reader'] for loss in LOSSES]
+    return {part: {loss: float(optax.tree.norm(grad))
+                   for loss, grad in zip(LOSSES, gradients, strict=True)}
+            for part, gradients in parts.items()}
+
+
+def print_table(rows: dict[str, dict[str, float]], digits: int) -> None:
+    columns = next(iter(rows.values()))
+    print(' ' * 24 + ''.join(f'{column:>14}' for column in columns))
+    for name, row in rows.items():
+        cells = ('0' if row[c] == 0 else f'{row[c]:.{digits}f}' for c in columns)
+        print(f'{name:24}' + ''.join(f'{cell:>14}' for cell in cells))
+
+
+def probe(train: Any, held_out: Any, labels: tuple[np.ndarray, np.ndarray]) -> float:
+    """Fit a linear classifier to codes; return its accuracy on held-out ones."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    model.fit(np.asarray(train), labels[0])
+    return model.score(np.asarray(held_out), labels[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def infer_codes(world: World, params: Params, pixels: jax.Array, rng: jax.Array
+                ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return world.apply({'params': params}, pixels, rng, method=World.codes)
+
+
+def probe_codes(world: World, params: Params, train: Digits, held_out: Digits) -> dict[str, float]:
+    """Return the probe's accuracy on the codes of each pass."""
+    first, second, _ = infer_codes(world, params, train.pixels, jax.random.key(1))
+    first_held_out, second_held_out, _ = infer_codes(
+        world, params, held_out.pixels, jax.random.key(2))
+    labels = train.labels, held_out.labels
+    return {'first pass': probe(first, first_held_out, labels),
+            'second pass': probe(second, second_held_out, labels)}
+
+
+def save_picture(path: str, course: dict[str, np.ndarray], digits: np.ndarray, drawings: np.ndarray
+                 ) -> None:
+    """Save the loss curves, and below them digits with what the reader makes of their codes."""
+    figure = plt.figure(figsize=(8, 6), layout='constrained')
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2, 1))
+    axes = top.subplots()
+    for name, losses in course.items():
+        window = min(50, len(losses))
+        smooth = np.convolve(losses, np.ones(window) / window, 'valid')
+        axes.semilogy(np.arange(window, len(losses) + 1), smooth, label=name)
+    axes.set(xlabel='step', ylabel='loss (mean of 50 steps)', title='Each loss trains its own part')
+    axes.legend(ncols=len(course), loc='upper right')
+    grid = bottom.subplots(2, len(digits))
+    for row, images in zip(grid, (digits, drawings), strict=True):
+        for cell, image in zip(row, images, strict=True):
+            cell.imshow(image.reshape(8, 8), cmap='gray_r', vmin=0, vmax=1)
+            cell.set(xticks=[], yticks=[])
+    grid[0][0].set_ylabel('held out')
+    grid[1][0].set_ylabel('from code')
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+class Result(NamedTuple):
+    """What a run found, as it was printed."""
+
+    course: dict[str, np.ndarray]
+    norms: dict[str, dict[str, float]]
+    accuracy: dict[str, dict[str, float]]
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--steps', type=int, help='training steps (default: 3000)')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--output', default='two_pass_encoding.png', help='the picture')
+    parser.add_argument('--quick', action='store_true', help='a tiny run, to see that it works')
+    args = parser.parse_args(argv)
+    steps = (30 if args.quick else 3000) if args.steps is None else args.steps
+    if steps < 1:
+        parser.error(f'--steps {steps}: expected at least 1')
+
+    digits, held_out, mean = load_data()
+    world = World(iterations=8) if args.quick else World()
+    params = init(world, jax.random.key(args.seed))
+    accuracy = {'untrained': probe_codes(world, params, digits, held_out)}
+
+    params, course = train(world, params, digits, steps=steps, seed=args.seed)
+    accuracy['trained'] = probe_codes(world, params, digits, held_out)
+
+    norms = gradient_norms(world, params, digits.pixels[:128], jax.random.key(0))
+    print('\nWhich loss moves what: norms of gradients, 0 is exactly zero')
+    print_table(norms, 5)
+
+    print(f'\nAccuracy of a linear probe on the {world.units} numbers of a code, held-out digits')
+    print_table(accuracy, 3)
+    labels, pca = (digits.labels, held_out.labels), PCA(world.units).fit(digits.pixels)
+    linear = probe(pca.transform(digits.pixels), pca.transform(held_out.pixels), labels)
+    pixels = probe(digits.pixels, held_out.pixels, labels)
+    print(f'For comparison: {world.units} principal components {linear:.3f}, 64 pixels {pixels:.3f}')
+
+    _, _, drawings = infer_codes(world, params, held_out.pixels, jax.random.key(2))
+    save_picture(args.output, course, held_out.pixels[:10] + mean, drawings[:10] + mean)
+    print(f'\nLoss curves and drawings: {args.output}')
+    return Result(course, norms, accuracy)
+
+
+if __name__ == '__main__':
+    main()
