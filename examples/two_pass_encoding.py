@@ -138,6 +138,17 @@ class Perceptron(nn.Module):
         return nn.Dense(self.features)(nn.gelu(nn.Dense(self.hidden)(inputs)))
 
 
+class Retina(nn.Module):
+    """Makes an observation from pixels: learned features, brought to one scale."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        features = nn.Dense(self.features)(pixels)
+        return nn.LayerNorm(use_bias=False, use_scale=False)(features)
+
+
 # --- The computation without weights --------------------------------------------------------------
 
 
@@ -234,7 +245,7 @@ class World(nn.Module):
     iterations: int = 80
 
     def setup(self) -> None:
-        self.retina = nn.Dense(self.observation_features)
+        self.retina = Retina(self.observation_features)
         self.encoding = EncodingElement(self.observation_features, self.units, self.iterations)
         self.reader = Perceptron(64)
 
@@ -316,17 +327,17 @@ def train(world: World, params: Params, digits: Digits, *, steps: int, seed: int
     return params, {name: np.array([losses[name] for losses in course]) for name in LOSSES}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def gradient_norms(world: World, params: Params, pixels: jax.Array, rng: jax.Array
-                   ) -> dict[str, dict[str, float]]:
+                   ) -> dict[str, dict[str, jax.Array]]:
     """Return, for each part of the model, the norm of each loss's gradient."""
-    grads = jax.jit(jax.jacrev(lambda p: world.apply({'params': p}, pixels, rng)))(params)
-    parts = {'retina': [grads[loss]['retina'] for loss in LOSSES]}
-    for name in ('gln', 'code_value', 'code_presence', 'explanation'):
-        parts[f'encoding/{name}'] = [grads[loss]['encoding'][name] for loss in LOSSES]
-    parts['reader'] = [grads[loss]['reader'] for loss in LOSSES]
-    return {part: {loss: float(optax.tree.norm(grad))
-                   for loss, grad in zip(LOSSES, gradients, strict=True)}
-            for part, gradients in parts.items()}
+    grads = jax.jacrev(lambda params: world.apply({'params': params}, pixels, rng))(params)
+    norms = {'retina': {loss: optax.tree.norm(grads[loss]['retina']) for loss in LOSSES}}
+    for part in ('gln', 'code_value', 'code_presence', 'explanation'):
+        norms[f'encoding/{part}'] = {
+            loss: optax.tree.norm(grads[loss]['encoding'][part]) for loss in LOSSES}
+    norms['reader'] = {loss: optax.tree.norm(grads[loss]['reader']) for loss in LOSSES}
+    return norms
 
 
 def print_table(rows: dict[str, dict[str, float]], digits: int) -> None:
@@ -419,7 +430,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     labels, pca = (digits.labels, held_out.labels), PCA(world.units).fit(digits.pixels)
     linear = probe(pca.transform(digits.pixels), pca.transform(held_out.pixels), labels)
     pixels = probe(digits.pixels, held_out.pixels, labels)
-    print(f'For comparison: {world.units} principal components {linear:.3f}, 64 pixels {pixels:.3f}')
+    print(f'For comparison: {world.units} principal components {linear:.3f}, '
+          f'64 pixels {pixels:.3f}')
 
     _, _, drawings = infer_codes(world, params, held_out.pixels, jax.random.key(2))
     save_picture(args.output, course, held_out.pixels[:10] + mean, drawings[:10] + mean)

@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import linen as nn
 from two_pass_encoding import (
     Code,
     EncodingElement,
     Inference,
     Params,
     Perceptron,
+    Retina,
     World,
     code_mismatch,
     gln_objective,
@@ -91,7 +91,7 @@ def infer(element: EncodingElement, observation: jax.Array, rng: jax.Array, weig
 def losses_by_hand(world: World, params: Params, pixels: jax.Array, rng: jax.Array
                    ) -> dict[str, jax.Array]:
     """Return the losses of the element and its neighbours, as `World.__call__` does."""
-    retina = nn.Dense(world.observation_features)
+    retina = Retina(world.observation_features)
     element = EncodingElement(world.observation_features, world.units, world.iterations)
     observation = retina.apply({'params': params['retina']}, pixels)
     inference = infer(element, observation, rng, params['encoding'])

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flax_sg import _compat, _filters
+from flax_sg._compat import Scope
 from flax_sg._filters import Path, VariableInfo
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Entry:
     """
 
     __slots__ = (
-        'attached', 'family', 'kept', 'key', 'missing', 'names', 'opener', 'quiet', 'roots',
+        'attached', 'family', 'kept', 'key', 'met', 'missing', 'names', 'opener', 'quiet', 'roots',
         'trace', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: dict | None, *,
@@ -63,6 +64,7 @@ class Entry:
         self.missing = () if self.quiet else tuple(dict.fromkeys(transform.filter.patterns()))
         self.names: dict[VariableInfo, None] = {}
         self.roots: weakref.WeakSet = weakref.WeakSet()
+        self.met = family is not None
 
     def covers(self, family: dict) -> bool:
         return self.family is None or self.family is family
@@ -82,6 +84,13 @@ class Entry:
         self.names[info] = None
         self.missing = tuple(p for p in self.missing if not p.selects(info))
 
+    def meet(self, root: Scope, variables: dict[str, Any]) -> None:
+        """Let a block around whole programs see the variables of a root that it has come to."""
+        if self.missing and self.family is None and root not in self.roots:
+            self.roots.add(root)
+            self.met = True
+            self.cross_off_tree(variables)
+
     def cross_off_tree(self, variables: dict[str, Any]) -> None:
         """Cross off what stored variables meet, read or not."""
         for collection in variables:
@@ -95,7 +104,7 @@ class Entry:
         """Raise UnmatchedPathError if a pattern selects nothing."""
         if self.missing and self.family is not None:
             self.cross_off_tree(self.family)
-        if self.missing and (self.family is not None or self.names):
+        if self.missing and self.met:
             raise _filters.unmatched(
                 self.missing, self.names, where=repr(self.transform), of=f"'/{'/'.join(self.opener)}'")
 

@@ -159,12 +159,9 @@ def attached_entries(scope: Scope, transforms: tuple[Any, ...]) -> tuple[Entry, 
                  if e.attached and e.opener == path and e.transform in transforms)
 
 
-def _note(scope: Scope, entries: tuple[Entry, ...]) -> None:
-    """Let blocks around whole programs see a root's variables, for their patterns."""
+def _meet(scope: Scope, entries: tuple[Entry, ...]) -> None:
     for entry in entries:
-        if entry.missing and entry.family is None and scope.root not in entry.roots:
-            entry.roots.add(scope.root)
-            entry.cross_off_tree(_compat.root_variables(scope))
+        entry.meet(scope.root, _compat.root_variables(scope))
 
 
 @_compat.tap(Scope, 'get_variable')
@@ -179,7 +176,7 @@ def _get_variable(original, self, col, name, default=None):
     entries = effective(self, col)
     if not entries:
         return value
-    _note(self, entries)
+    _meet(self, entries)
     return transformed(entries, (*_compat.scope_path(self), name), col, value)
 
 
@@ -203,7 +200,7 @@ def _variables(original, self):
         for run in state.setups:
             run.read = True
         entries = effective(self, col)
-        _note(self, entries)
+        _meet(self, entries)
         out[col] = transformed(entries, path, col, tree) if entries else tree
         changed |= bool(entries)
     return type(variables)(out) if changed else variables
@@ -244,7 +241,7 @@ class _Lifted:
             entries = effective(scope, collection, own=False)
             if not entries:
                 return tree
-            _note(scope, entries)
+            _meet(scope, entries)
             return transformed(entries, _compat.scope_path(scope), collection, tree)
         return tuple(
             tuple({col: read(scope, col, tree) for col, tree in group.items()}

@@ -275,6 +275,8 @@ def test_merge_of_mixed_types():
     assert exact(in_order(ds.merge(one, two))) == exact(both)
     assert exact(in_order(ds.merge(two, one))) == exact(FrozenDict(both))
     assert exact(ds.merge(one, {'d': two})['d']) == exact(two)
+    assert exact(in_order(ds.merge({'d': one}, {'d': two})['d'])) == exact(both)
+    assert exact(in_order(ds.merge({'d': two}, {'d': one})['d'])) == exact(FrozenDict(both))
     assert ds.merge() == {} and one == {'a': {'w': 1}}
 
 

@@ -143,7 +143,7 @@ class Early(vi.Bound):
 
     def __call__(self, noise1, noise2):
         live = self.terms(noise1, noise2)
-        with nn.stop_gradient(self.choice.held, allow_unmatched=True):
+        with nn.stop_gradient(self.choice.held):
             held = {name: term * 1.0 for name, term in live.items()}
         return sum(held[n] if n in self.choice.marked else live[n] for n in live)
 

@@ -1,0 +1,201 @@
+"""examples/two_pass_encoding.py from end to end, and against the version with four weight copies."""
+
+import importlib
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+import flax_sg as sg
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
+
+# The parameters that each loss may move. All others have to stay exactly where they are.
+MOVES = {
+    'reader': {'retina', 'reader'},
+    'gln': {'encoding/gln'},
+    'code': {'encoding/code_value', 'encoding/code_presence'},
+    'explanation': {'encoding/explanation'},
+}
+PARTS = {'retina', 'reader', 'encoding/gln', 'encoding/code_value', 'encoding/code_presence',
+         'encoding/explanation'}
+
+
+@pytest.fixture(scope='module')
+def modules():
+    """Import both programs from the examples folder, wherever the tests are started."""
+    names = 'two_pass_encoding', 'two_pass_encoding_by_hand'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        yield tuple(map(importlib.import_module, names))
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def example(modules):
+    return modules[0]
+
+
+@pytest.fixture
+def by_hand(modules):
+    return modules[1]
+
+
+@pytest.fixture(scope='module')
+def setting(modules):
+    """A world, its parameters, some pixels and a random key."""
+    example, _ = modules
+    world = example.World(iterations=5)
+    digits, _, _ = example.load_data()
+    params = example.init(world, jax.random.key(3))
+    return world, params, digits.pixels[:16], jax.random.key(4)
+
+
+def moved(norms):
+    """Return for each loss the parts with a gradient that is not exactly zero."""
+    return {loss: {part for part, row in norms.items() if row[loss] != 0} for loss in MOVES}
+
+
+def equations(jaxpr):
+    """Yield all equations of a jaxpr, at any depth."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, 'eqns')):
+            if hasattr(parameter, 'eqns'):
+                yield from equations(getattr(parameter, 'jaxpr', parameter))
+
+
+def loops(fn, *args):
+    names = [equation.primitive.name for equation in equations(jax.make_jaxpr(fn)(*args).jaxpr)]
+    return sum(name in ('scan', 'while') for name in names)
+
+
+def test_quick_run_from_end_to_end(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    result = example.main(['--quick'])
+
+    assert {name: len(losses) for name, losses in result.course.items()} == dict.fromkeys(MOVES, 30)
+    assert all(np.isfinite(losses).all() for losses in result.course.values())
+    assert moved(result.norms) == MOVES
+    assert set(result.norms) == PARTS
+
+    picture = plt.imread(tmp_path / 'two_pass_encoding.png')
+    assert picture.shape[0] > 400 and picture.shape[1] > 400
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 100
+    assert [path.name for path in tmp_path.iterdir()] == ['two_pass_encoding.png']
+
+    out = capsys.readouterr().out
+    assert 'step    30  reader 0.' in out
+    gln_row = next(line for line in out.splitlines() if line.startswith('encoding/gln')).split()
+    assert [cell == '0' for cell in gln_row[1:]] == [True, False, True, True]
+    for state in ('untrained', 'trained'):
+        first, second = result.accuracy[state].values()
+        assert f'{state:24}{first:14.3f}{second:14.3f}' in out
+
+
+def test_training_makes_codes_that_a_linear_probe_reads_better(example, tmp_path):
+    picture = tmp_path / 'picture.png'
+    result = example.main(['--steps', '400', '--seed', '1', '--output', str(picture)])
+    before, after = result.accuracy['untrained'], result.accuracy['trained']
+    assert min(after.values()) > max(before.values()) + 0.1
+    for losses in result.course.values():
+        assert losses[-20:].mean() < 0.5 * losses[0]
+    assert moved(result.norms) == MOVES
+    assert picture.exists()
+
+
+def test_needs_a_step(example, capsys):
+    with pytest.raises(SystemExit):
+        example.main(['--steps', '0'])
+    assert '--steps 0: expected at least 1' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jitted'])
+def test_blocks_and_copies_give_the_same_gradients_bit_for_bit(by_hand, setting, jit):
+    blocks, copies = (by_hand.gradients(losses, *setting, jit=jit)
+                      for losses in (by_hand.losses_by_blocks, by_hand.losses_by_hand))
+    assert set(blocks) == set(MOVES)
+    assert jax.tree.structure(blocks) == jax.tree.structure(copies)
+    for (path, a), b in zip(jax.tree.leaves_with_path(blocks), jax.tree.leaves(copies),
+                            strict=True):
+        assert np.array_equal(a, b), jax.tree_util.keystr(path)
+        assert by_hand.unequal(a, b) == []  # which compares bits: not even the sign of a zero
+
+
+def test_blocks_and_copies_train_to_the_same_parameters(by_hand, setting):
+    world, params, pixels, _ = setting
+    blocks, copies = (by_hand.train(losses, world, params, pixels, 3)
+                      for losses in (by_hand.losses_by_blocks, by_hand.losses_by_hand))
+    assert by_hand.unequal(blocks, copies) == []
+    assert len(by_hand.unequal(blocks, params)) == len(jax.tree.leaves(params))
+
+
+def test_unequal_finds_a_single_bit(by_hand):
+    a = {'kernel': np.zeros(3, np.float32), 'bias': np.zeros(1, np.float32)}
+    assert by_hand.unequal(a, a) == []
+    assert by_hand.unequal(a, {**a, 'kernel': -a['kernel']}) == ["['kernel']"]
+
+
+def test_each_block_is_needed(example, by_hand, setting, monkeypatch):
+    # Without masks each loss moves more: the reader's the quick code that it draws from, gln's and
+    # the code's the explanation that they go through, and the explanation's the code it explains.
+    monkeypatch.setattr(by_hand, 'stop_gradient_on_some_weights', lambda weights: (weights,) * 4)
+    grads = by_hand.gradients(by_hand.losses_by_hand, *setting, jit=True)
+    code, explanation = MOVES['code'], MOVES['explanation']
+    expected = {'reader': MOVES['reader'] | code, 'gln': MOVES['gln'] | explanation,
+                'code': code | explanation, 'explanation': explanation | code}
+    reached = {
+        loss: {part for part in PARTS if any(
+            jnp.any(leaf != 0) for path, leaf in jax.tree.leaves_with_path(grads[loss])
+            if jax.tree_util.keystr(path, simple=True, separator='/').startswith(f'{part}/'))}
+        for loss in MOVES}
+    assert reached == expected
+
+
+@pytest.mark.parametrize('version', ['losses_by_blocks', 'losses_by_hand'])
+def test_the_sampler_runs_once(by_hand, setting, version):
+    world, params, pixels, rng = setting
+
+    def total(params):
+        return sum(getattr(by_hand, version)(world, params, pixels, rng).values())
+
+    assert loops(total, params) == 1
+    assert loops(jax.grad(total), params) == 2  # forward, and back
+
+
+def test_loops_are_counted_in_functions_too():
+    body = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: 2 * y, x))
+    assert loops(lambda x: jax.lax.map(body, x), jnp.ones(2)) == 2
+
+
+def test_the_message_moves_the_observation_and_no_weights(example, setting):
+    world, params, pixels, rng = setting
+    element = example.EncodingElement(world.observation_features, world.units, world.iterations)
+    observation = world.apply({'params': params}, pixels, method=lambda w, x: w.retina(x))
+
+    def message(weights, observation):
+        return element.apply({'params': weights}, observation, rng, method='infer').message.sum()
+
+    weights, cotangent = jax.grad(message, argnums=(0, 1))(params['encoding'], observation)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(weights))
+    assert (cotangent != 0).any(axis=1).all()
+
+    def own(weights, observation):
+        return element.apply({'params': weights}, observation, rng, method='infer').losses
+
+    taken_as_given = jax.jacrev(own, argnums=1)(params['encoding'], observation)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(taken_as_given))
+
+
+def test_the_optimiser_has_the_groups_of_the_copies(example, by_hand, setting):
+    _, params, _, _ = setting
+    labels = sg.labels(example.TRAINS, params['encoding'])
+    groups = sg.data_structures.map(
+        lambda *variable: ('gln', 'code', 'explanation')[by_hand.part_of(*variable)],
+        params['encoding'])
+    assert labels == groups

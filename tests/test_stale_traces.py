@@ -1,0 +1,300 @@
+"""JAX caches traces by function object; a block must never meet the trace of another one.
+
+Each test runs the same objects masked, unmasked and differently masked, in every order. The loss is
+2a + 3b with a, b = 1, so that the gradients are 2 and 3 where they are live and 0 where stopped.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_sg as sg
+from flax_sg import _scope, nn
+
+MASKS = {'live': None, 'a': sg.stop_gradient('a'), 'b': sg.stop_gradient(lambda v: v.name == 'b')}
+WANT = {'live': (2, 3), 'a': (0, 3), 'b': (2, 0)}
+ORDERS = list(itertools.permutations(MASKS)) + [('a', 'live', 'a', 'b', 'live', 'b', 'a')]
+PARAMS = {'a': jnp.ones(()), 'b': jnp.ones(())}
+
+
+class Two(nn.Module):
+    def setup(self):
+        self.a = self.param('a', nn.initializers.ones, ())
+        self.b = self.param('b', nn.initializers.ones, ())
+
+    def __call__(self, x):
+        return (2 * self.a + 3 * self.b) * x
+
+
+class JitTwo(nn.Module):
+    """As above, in methods that Flax traces and caches itself."""
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        a = self.param('a', nn.initializers.ones, ())
+        return (2 * a + 3 * self.param('b', nn.initializers.ones, ())) * x
+
+
+def run_in(mask, f, *args):
+    if MASKS[mask] is None:
+        return f(*args)
+    with MASKS[mask]:
+        return f(*args)
+
+
+def through_scan(body):
+    return lambda x: jax.lax.scan(body, x * 0, jnp.ones(1))[0] * x
+
+
+# Each makes one function object that reads the bound module, to be called under several masks.
+TRACERS = {
+    'jit': lambda m: jax.jit(lambda x: m(x)),
+    'checkpoint': lambda m: jax.checkpoint(lambda x: m(x)),
+    'scan': lambda m: through_scan(lambda c, x: (c + m(x), None)),
+    'cond': lambda m: (lambda yes, no: lambda x: jax.lax.cond(x > 0, yes, no, x))(
+        lambda x: m(x), lambda x: x * 0),
+    'while': lambda m: (lambda body: lambda x: jax.lax.fori_loop(0, 1, body, x * 0) * x)(
+        lambda i, c: c + m(jnp.ones(()))),
+    'vmap of jit': lambda m: (lambda f: lambda x: jax.vmap(f)(x[None])[0])(jax.jit(lambda x: m(x))),
+    'custom_jvp': lambda m: m,
+    'method': lambda m: m.__call__,
+}
+
+
+@pytest.mark.parametrize('order', ORDERS, ids=' '.join)
+@pytest.mark.parametrize('name', TRACERS)
+@pytest.mark.parametrize('module', [Two, JitTwo])
+def test_a_function_of_a_bound_module(module, name, order):
+    def loss(params):
+        f = TRACERS[name](module().bind({'params': params}))
+        return jnp.stack([run_in(mask, f, jnp.ones(())) for mask in order])
+
+    jacobian = jax.jacrev(loss)(PARAMS)
+    got = list(zip(jacobian['a'].tolist(), jacobian['b'].tolist(), strict=True))
+    assert got == [WANT[mask] for mask in order]
+
+
+@pytest.mark.parametrize('order', ORDERS, ids=' '.join)
+@pytest.mark.parametrize('name', [n for n in TRACERS if n != 'custom_jvp'])
+def test_blocks_inside_a_module(name, order):
+    class Model(nn.Module):
+        def setup(self):
+            self.two = Two()
+
+        def __call__(self, x):
+            f = TRACERS[name](self.two)
+            held = {'a': sg.stop_gradient('two/a'), 'b': sg.stop_gradient(lambda v: v.name[-1] == 'b')}
+            out = []
+            for mask in order:
+                if mask == 'live':
+                    out.append(f(x))
+                else:
+                    with held[mask]:
+                        out.append(f(x))
+            return jnp.stack(out)
+
+    jacobian = jax.jit(jax.jacrev(Model().apply))({'params': {'two': PARAMS}}, jnp.ones(()))
+    two = jacobian['params']['two']
+    got = list(zip(two['a'].tolist(), two['b'].tolist(), strict=True))
+    assert got == [WANT[mask] for mask in order]
+
+
+@pytest.mark.parametrize('order', ORDERS, ids=' '.join)
+@pytest.mark.parametrize('module', [Two, JitTwo])
+def test_one_jitted_apply(module, order):
+    jitted = jax.jit(module().apply)
+    grads = jax.jit(jax.grad(module().apply))
+    for mask in order:
+        want = dict(zip('ab', WANT[mask], strict=True))
+        assert run_in(mask, jax.grad(jitted), {'params': PARAMS}, jnp.ones(()))['params'] == want
+        assert run_in(mask, grads, {'params': PARAMS}, jnp.ones(()))['params'] == want
+
+
+class Layer(nn.Module):
+    """Blocks in here name variables by where they are: nn.jit shares traces among such layers."""
+
+    predicate: object
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        with sg.stop_gradient(self.predicate, allow_unmatched=True):
+            return x * self.param('w', nn.initializers.ones, ())
+
+
+@pytest.mark.parametrize('predicate', [
+    '/one', sg.where(lambda v: v.absolute_name.startswith('one')), sg.regex('^w$') & '/one',
+], ids=repr)
+@pytest.mark.parametrize('order', ['one two', 'two one', 'one two one two'])
+def test_equal_layers_at_other_paths_under_nn_jit(predicate, order):
+    class Model(nn.Module):
+        def setup(self):
+            self.one, self.two = Layer(predicate), Layer(predicate)
+
+        def __call__(self, x):
+            return sum(getattr(self, name)(x) for name in order.split())
+
+    params = {'params': {'one': {'w': jnp.ones(())}, 'two': {'w': jnp.ones(())}}}
+    grads = jax.grad(Model().apply)(params, jnp.ones(()))['params']
+    assert grads['one']['w'] == 0 and grads['two']['w'] == order.count('two')
+
+
+@pytest.mark.parametrize('order', ['one two', 'two one'])
+def test_a_block_around_equal_layers_with_writable_parameters(order):
+    class Plain(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            return x * self.param('w', nn.initializers.ones, ())
+
+    class Model(nn.Module):
+        def setup(self):
+            self.one, self.two = Plain(), Plain()
+
+        def __call__(self, x):
+            with sg.stop_gradient('one'):
+                return sum(getattr(self, name)(x) for name in order.split())
+
+    params = {'one': {'w': jnp.ones(())}, 'two': {'w': jnp.ones(())}}
+    for mutable in (False, ['params']):
+        def loss(params, mutable=mutable):
+            out = Model().apply({'params': params}, jnp.ones(()), mutable=mutable)
+            return out[0] if mutable else out
+
+        grads = jax.grad(loss)(params)
+        assert grads['one']['w'] == 0 and grads['two']['w'] == 1
+
+
+def masks(prefix):
+    return sg.stop_gradient(lambda v: v.name.startswith(prefix))
+
+
+@pytest.mark.parametrize('make', [
+    lambda: sg.stop_gradient('a'), lambda: sg.stop_gradient(sg.path('a') & ~sg.path('b')),
+    lambda: masks('a'), lambda: sg.stop_gradient(lambda v: v.name == 'a')], ids=str)
+def test_an_equal_filter_does_not_trace_again(make):
+    traces = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traces.append(x)
+            return x * self.param('a', nn.initializers.ones, ()) + self.param(
+                'b', nn.initializers.ones, ())
+
+    jitted = jax.jit(Counted().apply)
+    grad = jax.jit(jax.grad(Counted().apply))
+    for f in (jitted, grad):
+        traces.clear()
+        for _ in range(3):
+            with make():
+                f({'params': PARAMS}, 1.0)
+        assert len(traces) == 1
+        f({'params': PARAMS}, 1.0)
+        with sg.stop_gradient('b'):
+            f({'params': PARAMS}, 1.0)
+        assert len(traces) == 3
+        with make(), make():
+            f({'params': PARAMS}, 1.0)
+        with make():
+            f({'params': PARAMS}, 1.0)
+        f({'params': PARAMS}, 1.0)
+        assert len(traces) == 4
+
+
+def test_an_equal_filter_does_not_trace_again_inside_a_module_run_eagerly():
+    traces = []
+
+    class Inner(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            traces.append(x)
+            return x * self.param('w', nn.initializers.ones, ())
+
+    body = lambda x: (traces.append(x), x * 2)[1]
+    helper = jax.jit(body)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            with sg.stop_gradient(lambda v: v.name.startswith('inner')):
+                return Inner(name='inner')(helper(x))
+
+    params = Outer().init(jax.random.key(0), jnp.ones(()))
+    model = Outer()
+    model.apply(params, jnp.ones(()))
+    traces.clear()
+    for _ in range(3):
+        model.apply(params, jnp.ones(()))
+    assert traces == []
+
+
+def test_a_shared_trace_of_equal_layers_stays_shared(monkeypatch):
+    """Twelve equal nn.jit layers are traced once; a block around them does not change that."""
+    monkeypatch.setattr(_scope, '_positional', False)  # which a test above has set for good
+    traces = []
+
+    class Inner(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            traces.append(x)
+            return x * self.param('w', nn.initializers.ones, ())
+
+    class Outer(nn.Module):
+        masked: bool
+
+        @nn.compact
+        def __call__(self, x):
+            def layers(x):
+                for _ in range(12):
+                    x = Inner()(x)
+                return x
+
+            if not self.masked:
+                return layers(x)
+            with sg.stop_gradient('*/w'):
+                return layers(x)
+
+    params = Outer(False).init(jax.random.key(0), jnp.ones(()))
+    counts = []
+    for masked in (False, True):
+        traces.clear()
+        jax.grad(Outer(masked).apply)(params, jnp.ones(()))
+        counts.append(len(traces))
+    assert counts == [1, 1]
+
+
+def test_the_backward_of_a_custom_vjp_is_traced_after_the_block():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def forward(mdl, x):
+                return nn.vjp(lambda mdl, x: mdl(x), mdl, x)
+
+            def backward(pullback, ct):
+                params, x = pullback(ct)
+                return jax.tree.map(lambda g: 10 * g, params), x
+
+            return nn.custom_vjp(lambda mdl, x: mdl(x), forward, backward)(Two(name='two'), x)
+
+    def loss(params, x, predicate):
+        with sg.stop_gradient(predicate):
+            return Model().apply({'params': {'two': params}}, x)
+
+    for mask, want in [(False, (20, 30)), ('two/a', (0, 30)), (False, (20, 30))]:
+        grads, gx = jax.grad(loss, (0, 1))(PARAMS, jnp.ones(()), mask)
+        assert (grads['a'], grads['b']) == want and gx == 5
+
+
+def test_a_trace_made_in_a_block_stays_masked_when_it_is_used_later():
+    with sg.stop_gradient('a'):
+        forward = jax.jit(Two().apply).trace({'params': PARAMS}, 1.0).lower().compile()
+        _, pullback = jax.vjp(lambda p: Two().apply({'params': p}, 1.0), PARAMS)
+    assert pullback(jnp.ones(()))[0] == {'a': 0, 'b': 3}
+    np.testing.assert_array_equal(forward({'params': PARAMS}, 1.0), 5.0)
