@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import transformer
 from cases import Cases, encoder_cases, held, transformer_cases
 from flax_sg import stop_gradient
 from measure import (
+    calls_in,
     compiled_step,
     cost_of,
     ratio_of,
@@ -38,7 +38,6 @@ from measure import (
     table,
     take_turns,
     time_traces,
-    trace_seconds,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -203,6 +202,8 @@ def tracing(sizes: Sizes, report: Report) -> None:
             ('Later trace of the training step, JAX caches warm', jax.value_and_grad, False)):
         rows = []
         for model, cases in models(sizes).items():
+            if 'remat' in model:
+                continue
             makes = {'unmasked': cases.unmasked}
             for name, case in cases.pairs.items():
                 makes[name], makes[case.by_hand] = case.masked, case.by_hand
@@ -290,7 +291,7 @@ def flat(sizes: Sizes, report: Report) -> None:
                               lambda fn: fn, params)
 
             makes = {'unmasked': make(None), 'masked': make(mask)}
-            calls = {name: calls_of_flax_sg(make) for name, make in makes.items()}
+            calls = {name: calls_in(flax_sg, make) for name, make in makes.items()}
             times = time_traces(makes, max(3, sizes.traces - 2))
             added = sorted(b - a for a, b in zip(times['unmasked'], times['masked'], strict=True))
             low, median, high = statistics.quantiles(added, n=4, method='inclusive')
@@ -304,22 +305,6 @@ def flat(sizes: Sizes, report: Report) -> None:
         'Added time is the median of paired differences (quartiles); in the large model it is the '
         'small difference of large numbers. The calls are exact: Python calls of functions of '
         'flax_sg, masked minus unmasked.')
-
-
-def calls_of_flax_sg(make: Callable[[], tuple]) -> int:
-    """Count the Python calls of functions of flax_sg in one trace."""
-    folder, calls = os.path.dirname(flax_sg.__file__), Counter()
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        if event == 'call' and frame.f_code.co_filename.startswith(folder):
-            calls[frame.f_code] += 1
-
-    sys.setprofile(note)
-    try:
-        trace_seconds(make)
-    finally:
-        sys.setprofile(None)
-    return calls.total()
 
 
 def against(sizes: Sizes, report: Report) -> None:

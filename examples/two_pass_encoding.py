@@ -23,7 +23,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +84,84 @@ class Inference(NamedTuple):
     message: jax.Array
     code: Code
     losses: dict[str, jax.Array]
+
+
+# --- The element: this is what the example is about -----------------------------------------------
+
+
+class EncodingElement(nn.Module):
+    """Infers a code from an observation in two passes, and learns from it."""
+
+    observation_features: int
+    units: int
+    iterations: int
+
+    def setup(self) -> None:
+        self.gln = GatedLinearNetwork(self.units)
+        self.code_value = Perceptron(self.units)
+        self.code_presence = Perceptron(self.units)
+        self.explanation = Perceptron(self.observation_features)
+
+    def quick_code(self, observation: jax.Array) -> Code:
+        return Code(self.code_value(observation), self.code_presence(observation))
+
+    def noise(self, observation: jax.Array, rng: jax.Array) -> jax.Array:
+        return jax.random.normal(rng, (self.iterations, len(observation), self.units))
+
+    def infer(self, observation: jax.Array, rng: jax.Array) -> Inference:
+        # First pass. Whoever uses the message sends cotangents through it to the observation; they
+        # train nothing here.
+        with nn.stop_gradient():
+            quick = self.quick_code(observation)
+
+        # The element's own losses take the observation as given.
+        given, start = jax.lax.stop_gradient((observation, quick))
+
+        # Second pass, with the only run of the sampler. Cotangents reach gln through the
+        # explanation, which does not adapt.
+        with nn.stop_gradient(~TRAINS['gln']):
+            code = iterated_sampler(self.gln(given), start, self.noise(given, rng))
+            gln_loss = gln_objective(self.explanation(code.message), given, code)
+
+        code = jax.lax.stop_gradient(code)
+
+        # The quick guess learns to be like the refined code, and to be explained as well as it is.
+        with nn.stop_gradient(~TRAINS['code']):
+            guess = self.quick_code(given)
+            code_loss = code_mismatch(guess, code)
+            code_loss += squared_error(self.explanation(guess.message), given)
+
+        # The explanation learns to explain both.
+        with nn.stop_gradient(~TRAINS['explanation']):
+            guess = self.quick_code(given)
+            explanation_loss = squared_error(self.explanation(code.message), given)
+            explanation_loss += squared_error(self.explanation(guess.message), given)
+
+        losses = {'gln': gln_loss, 'code': code_loss, 'explanation': explanation_loss}
+        return Inference(quick.message, code, losses)
+
+
+class World(nn.Module):
+    """The element between its neighbours: a retina, which makes the observation, and a reader."""
+
+    observation_features: int = 32
+    units: int = 8
+    iterations: int = 80
+
+    def setup(self) -> None:
+        self.retina = Retina(self.observation_features)
+        self.encoding = EncodingElement(self.observation_features, self.units, self.iterations)
+        self.reader = Perceptron(64)
+
+    def __call__(self, pixels: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
+        inference = self.encoding.infer(self.retina(pixels), rng)
+        drawing = self.reader(inference.message)
+        return {'reader': squared_error(drawing, pixels), **inference.losses}
+
+    def codes(self, pixels: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the messages of the quick code and of the refined one, and the drawing."""
+        inference = self.encoding.infer(self.retina(pixels), rng)
+        return inference.message, inference.code.message, self.reader(inference.message)
 
 
 # --- The networks ---------------------------------------------------------------------------------
@@ -182,84 +260,6 @@ def gln_objective(explained: jax.Array, observation: jax.Array, code: Code) -> j
     return squared_error(explained, observation) + 0.01 * jnp.mean(code.presence)
 
 
-# --- The element: this is what the example is about -----------------------------------------------
-
-
-class EncodingElement(nn.Module):
-    """Infers a code from an observation in two passes, and learns from it."""
-
-    observation_features: int
-    units: int
-    iterations: int
-
-    def setup(self) -> None:
-        self.gln = GatedLinearNetwork(self.units)
-        self.code_value = Perceptron(self.units)
-        self.code_presence = Perceptron(self.units)
-        self.explanation = Perceptron(self.observation_features)
-
-    def quick_code(self, observation: jax.Array) -> Code:
-        return Code(self.code_value(observation), self.code_presence(observation))
-
-    def noise(self, observation: jax.Array, rng: jax.Array) -> jax.Array:
-        return jax.random.normal(rng, (self.iterations, len(observation), self.units))
-
-    def infer(self, observation: jax.Array, rng: jax.Array) -> Inference:
-        # First pass. Whoever uses the message sends cotangents through it to the observation; they
-        # train nothing here.
-        with nn.stop_gradient():
-            quick = self.quick_code(observation)
-
-        # The element's own losses take the observation as given.
-        given, start = jax.lax.stop_gradient((observation, quick))
-
-        # Second pass, with the only run of the sampler. Cotangents reach gln through the
-        # explanation, which does not adapt.
-        with nn.stop_gradient(~TRAINS['gln']):
-            code = iterated_sampler(self.gln(given), start, self.noise(given, rng))
-            gln_loss = gln_objective(self.explanation(code.message), given, code)
-
-        code = jax.lax.stop_gradient(code)
-
-        # The quick guess learns to be like the refined code, and to be explained as well as it is.
-        with nn.stop_gradient(~TRAINS['code']):
-            guess = self.quick_code(given)
-            code_loss = code_mismatch(guess, code)
-            code_loss += squared_error(self.explanation(guess.message), given)
-
-        # The explanation learns to explain both.
-        with nn.stop_gradient(~TRAINS['explanation']):
-            guess = self.quick_code(given)
-            explanation_loss = squared_error(self.explanation(code.message), given)
-            explanation_loss += squared_error(self.explanation(guess.message), given)
-
-        losses = {'gln': gln_loss, 'code': code_loss, 'explanation': explanation_loss}
-        return Inference(quick.message, code, losses)
-
-
-class World(nn.Module):
-    """The element between its neighbours: a retina, which makes the observation, and a reader."""
-
-    observation_features: int = 32
-    units: int = 8
-    iterations: int = 80
-
-    def setup(self) -> None:
-        self.retina = Retina(self.observation_features)
-        self.encoding = EncodingElement(self.observation_features, self.units, self.iterations)
-        self.reader = Perceptron(64)
-
-    def __call__(self, pixels: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
-        inference = self.encoding.infer(self.retina(pixels), rng)
-        drawing = self.reader(inference.message)
-        return {'reader': squared_error(drawing, pixels), **inference.losses}
-
-    def codes(self, pixels: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return the messages of the quick code and of the refined one, and the drawing."""
-        inference = self.encoding.infer(self.retina(pixels), rng)
-        return inference.message, inference.code.message, self.reader(inference.message)
-
-
 # --- Data, training, and what it prints -----------------------------------------------------------
 
 
@@ -328,16 +328,19 @@ def train(world: World, params: Params, digits: Digits, *, steps: int, seed: int
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradient_norms(world: World, params: Params, pixels: jax.Array, rng: jax.Array
-                   ) -> dict[str, dict[str, jax.Array]]:
+def gradients(world: World, params: Params, pixels: jax.Array, rng: jax.Array) -> dict[str, Params]:
+    return jax.jacrev(lambda params: world.apply({'params': params}, pixels, rng))(params)
+
+
+def gradient_norms(grads: dict[str, Params]) -> dict[str, dict[str, float]]:
     """Return, for each part of the model, the norm of each loss's gradient."""
-    grads = jax.jacrev(lambda params: world.apply({'params': params}, pixels, rng))(params)
-    norms = {'retina': {loss: optax.tree.norm(grads[loss]['retina']) for loss in LOSSES}}
-    for part in ('gln', 'code_value', 'code_presence', 'explanation'):
-        norms[f'encoding/{part}'] = {
-            loss: optax.tree.norm(grads[loss]['encoding'][part]) for loss in LOSSES}
-    norms['reader'] = {loss: optax.tree.norm(grads[loss]['reader']) for loss in LOSSES}
-    return norms
+    def row(part_of: Callable[[Params], Params]) -> dict[str, float]:
+        return {loss: float(optax.tree.norm(part_of(grads[loss]))) for loss in LOSSES}
+
+    element = {f'encoding/{name}': row(lambda grad, name=name: grad['encoding'][name])
+               for name in ('gln', 'code_value', 'code_presence', 'explanation')}
+    return {'retina': row(lambda grad: grad['retina']), **element,
+            'reader': row(lambda grad: grad['reader'])}
 
 
 def print_table(rows: dict[str, dict[str, float]], digits: int) -> None:
@@ -348,11 +351,11 @@ def print_table(rows: dict[str, dict[str, float]], digits: int) -> None:
         print(f'{name:24}' + ''.join(f'{cell:>14}' for cell in cells))
 
 
-def probe(train: Any, held_out: Any, labels: tuple[np.ndarray, np.ndarray]) -> float:
-    """Fit a linear classifier to codes; return its accuracy on held-out ones."""
+def probe(codes: np.ndarray, train: Digits, held_out: Digits) -> float:
+    """Fit a linear classifier to the codes of `train`, which come first; return its accuracy."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    model.fit(np.asarray(train), labels[0])
-    return model.score(np.asarray(held_out), labels[1])
+    model.fit(codes[:len(train.labels)], train.labels)
+    return model.score(codes[len(train.labels):], held_out.labels)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -363,12 +366,10 @@ def infer_codes(world: World, params: Params, pixels: jax.Array, rng: jax.Array
 
 def probe_codes(world: World, params: Params, train: Digits, held_out: Digits) -> dict[str, float]:
     """Return the probe's accuracy on the codes of each pass."""
-    first, second, _ = infer_codes(world, params, train.pixels, jax.random.key(1))
-    first_held_out, second_held_out, _ = infer_codes(
-        world, params, held_out.pixels, jax.random.key(2))
-    labels = train.labels, held_out.labels
-    return {'first pass': probe(first, first_held_out, labels),
-            'second pass': probe(second, second_held_out, labels)}
+    pixels = np.concatenate((train.pixels, held_out.pixels))
+    first, second, _ = jax.device_get(infer_codes(world, params, pixels, jax.random.key(1)))
+    return {'first pass': probe(first, train, held_out),
+            'second pass': probe(second, train, held_out)}
 
 
 def save_picture(path: str, course: dict[str, np.ndarray], digits: np.ndarray, drawings: np.ndarray
@@ -421,20 +422,20 @@ def main(argv: Sequence[str] | None = None) -> Result:
     params, course = train(world, params, digits, steps=steps, seed=args.seed)
     accuracy['trained'] = probe_codes(world, params, digits, held_out)
 
-    norms = gradient_norms(world, params, digits.pixels[:128], jax.random.key(0))
+    norms = gradient_norms(gradients(world, params, digits.pixels[:128], jax.random.key(0)))
     print('\nWhich loss moves what: norms of gradients, 0 is exactly zero')
     print_table(norms, 5)
 
     print(f'\nAccuracy of a linear probe on the {world.units} numbers of a code, held-out digits')
     print_table(accuracy, 3)
-    labels, pca = (digits.labels, held_out.labels), PCA(world.units).fit(digits.pixels)
-    linear = probe(pca.transform(digits.pixels), pca.transform(held_out.pixels), labels)
-    pixels = probe(digits.pixels, held_out.pixels, labels)
-    print(f'For comparison: {world.units} principal components {linear:.3f}, '
-          f'64 pixels {pixels:.3f}')
+    pca = PCA(world.units).fit(digits.pixels)
+    components = pca.transform(np.concatenate((digits.pixels, held_out.pixels)))
+    print(f'For comparison: {world.units} principal components '
+          f'{probe(components, digits, held_out):.3f}')
 
-    _, _, drawings = infer_codes(world, params, held_out.pixels, jax.random.key(2))
-    save_picture(args.output, course, held_out.pixels[:10] + mean, drawings[:10] + mean)
+    shown = held_out.pixels[:10]
+    _, _, drawings = infer_codes(world, params, shown, jax.random.key(1))
+    save_picture(args.output, course, shown + mean, drawings + mean)
     print(f'\nLoss curves and drawings: {args.output}')
     return Result(course, norms, accuracy)
 

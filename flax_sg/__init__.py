@@ -1,7 +1,7 @@
 """Block-scoped gradient masks for Flax Linen: train some parameters with a loss, and not others."""
 
-from flax_sg import data_structures, nn
 from flax_sg import _setup as _setup  # taps Flax's setup; _scope taps its reads
+from flax_sg import data_structures, nn
 from flax_sg._adaptors import from_haiku, from_nnx
 from flax_sg._errors import (
     FrozenVariableError,
@@ -10,7 +10,8 @@ from flax_sg._errors import (
     UnmatchedPathError,
     UsageError,
 )
-from flax_sg._filters import Filter, VariableInfo, everything, nothing, path, regex, where
+from flax_sg._filters import Filter, everything, nothing, path, regex, where
+from flax_sg._info import VariableInfo
 from flax_sg._labels import labels
 from flax_sg._transform import Transform, stop_gradient
 

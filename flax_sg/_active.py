@@ -12,9 +12,10 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from flax_sg import _compat, _filters
+from flax_sg import _compat
 from flax_sg._compat import Scope
-from flax_sg._filters import Path, VariableInfo
+from flax_sg._info import Path, VariableInfo, walk
+from flax_sg._unmatched import unmatched
 
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
@@ -73,7 +74,7 @@ class Entry:
         return VariableInfo.of(relative(path, self.opener), path, collection, value)
 
     def selects(self, info: VariableInfo) -> bool:
-        """Say whether the transform applies, and cross off the patterns that this variable meets."""
+        """Say whether the transform applies, and cross off the patterns it meets."""
         if not self.transform.in_collections(info.collection):
             return False
         if self.missing:
@@ -95,7 +96,7 @@ class Entry:
         """Cross off what stored variables meet, read or not."""
         for collection in variables:
             if self.missing and self.transform.in_collections(collection):
-                for info, value in _filters.walk(variables[collection], collection):
+                for info, value in walk(variables[collection], collection):
                     self.cross_off(self.info(info.absolute_path, collection, value))
                     if not self.missing:
                         break
@@ -105,14 +106,14 @@ class Entry:
         if self.missing and self.family is not None:
             self.cross_off_tree(self.family)
         if self.missing and self.met:
-            raise _filters.unmatched(
-                self.missing, self.names, where=repr(self.transform), of=f"'/{'/'.join(self.opener)}'")
+            opener = f"'/{'/'.join(self.opener)}'"
+            raise unmatched(self.missing[0], self.names, where=repr(self.transform), of=opener)
 
 
 def relative(path: Path, start: Path) -> Path:
     """Return ``path`` as seen from ``start``, with '..' parts for what lies outside."""
     common = 0
-    for a, b in zip(path, start):
+    for a, b in zip(path, start, strict=False):
         if a != b:
             break
         common += 1

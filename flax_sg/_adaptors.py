@@ -10,7 +10,8 @@ from flax import nnx
 
 from flax_sg._callables import callable_key
 from flax_sg._errors import PredicateError
-from flax_sg._filters import Filter, VariableInfo, where
+from flax_sg._filters import Filter, where
+from flax_sg._info import VariableInfo
 
 __all__ = ['from_haiku', 'from_nnx']
 
@@ -47,7 +48,7 @@ def from_nnx(filter: Any) -> Filter:
 
     >>> from flax import nnx
     >>> from_nnx(nnx.All(nnx.Param, nnx.PathContains('gln'))).mask({'gln': 1.0, 'code': 2.0})
-    {'code': False, 'gln': True}
+    {'gln': True, 'code': False}
 
     Args:
       filter: what ``nnx.filterlib.to_predicate`` takes.

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 from flax.core import lift, tracers
 from flax.core.scope import Scope, Variable
-from flax.linen import module as _module
 from flax.linen import Module
+from flax.linen import module as _module
 
 __all__ = [
     'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root',

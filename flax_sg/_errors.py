@@ -1,8 +1,10 @@
-"""The library's errors. Each message says where, what was expected, what was got, and the way out."""
+"""The library's errors: each says where, what was expected, what was got, and the way out."""
 
 from flax import errors
 
-__all__ = ['FrozenVariableError', 'LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError']
+__all__ = [
+    'FrozenVariableError', 'LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError',
+]
 
 
 class PredicateError(ValueError, TypeError):
@@ -26,7 +28,7 @@ class UnmatchedPathError(ValueError):
 
 
 class LabelError(ValueError):
-    """Predicates that should divide a tree overlap, or leave some of it out; the paths are listed."""
+    """Predicates that should divide a tree overlap, or leave some of it out; it lists the paths."""
 
 
 class UsageError(ValueError, TypeError):

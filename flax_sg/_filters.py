@@ -15,59 +15,14 @@ from typing import Any, Union
 
 import jax
 from flax import linen
-from flax.core import meta
 
 from flax_sg._callables import callable_key, describe_callable
-from flax_sg._errors import PredicateError, UnmatchedPathError
-from flax_sg._glob import compile_glob, suggest
+from flax_sg._errors import PredicateError
+from flax_sg._glob import compile_glob
+from flax_sg._info import VariableInfo, map_tree, walk
+from flax_sg._unmatched import check_matched
 
-__all__ = [
-    'Filter', 'Path', 'Predicate', 'VariableInfo', 'as_filter', 'everything', 'nothing', 'path',
-    'regex', 'where',
-]
-
-Path = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class VariableInfo:
-    """What a predicate may know of a variable: its names, shape and dtype, never its value.
-
-    Attributes:
-      path: the variable's path, relative to the module that opened the block. Variables outside
-        that module have leading ``'..'`` parts, as a relative file path has.
-      absolute_path: the path from the root of the variables.
-      collection: the Flax collection, such as ``'params'`` or ``'batch_stats'``.
-      shape: the unboxed array's shape, or None where the variable is no single array.
-      dtype: the unboxed array's dtype, or None likewise.
-
-    >>> info = VariableInfo(('gln', 'kernel'), ('net', 'gln', 'kernel'), 'params', (2, 3), 'float32')
-    >>> info.name, info.absolute_name
-    ('gln/kernel', 'net/gln/kernel')
-    """
-
-    path: Path
-    absolute_path: Path
-    collection: str = 'params'
-    shape: tuple[int, ...] | None = None
-    dtype: Any = None
-
-    @property
-    def name(self) -> str:
-        """The relative path, joined by '/'."""
-        return '/'.join(self.path)
-
-    @property
-    def absolute_name(self) -> str:
-        """The absolute path, joined by '/', without a leading one."""
-        return '/'.join(self.absolute_path)
-
-    @classmethod
-    def of(cls, path: Path, absolute_path: Path, collection: str, value: Any) -> VariableInfo:
-        """Describe a stored value, a box included."""
-        value = meta.unbox(value) if isinstance(value, meta.AxisMetadata) else value
-        shape = getattr(value, 'shape', None)
-        return cls(path, absolute_path, collection, shape, getattr(value, 'dtype', None))
+__all__ = ['Filter', 'Predicate', 'as_filter', 'everything', 'nothing', 'path', 'regex', 'where']
 
 
 Predicate = Union[
@@ -114,7 +69,7 @@ class Filter:
         Use it for ``optax.masked``, ``optax.freeze`` and ``optax.selective_transform``.
 
         >>> path('gln').mask({'gln': {'kernel': 1.0}, 'code': {'kernel': 2.0}})
-        {'code': {'kernel': False}, 'gln': {'kernel': True}}
+        {'gln': {'kernel': True}, 'code': {'kernel': False}}
 
         Args:
           params: a nested dict or FrozenDict, boxed leaves included; paths are from its root.
@@ -128,7 +83,8 @@ class Filter:
         """
         found = list(walk(params))
         if not allow_unmatched:
-            check_matched(self, (info for info, _ in found), where=f'{self!r}.mask', of='the tree')
+            infos = (info for info, _ in found)
+            check_matched(self.patterns(), infos, where=f'{self!r}.mask', of='the tree')
         chosen = {info.path: self.selects(info) for info, _ in found}
         return map_tree(lambda info, leaf: jax.tree.map(lambda _: chosen[info.path], leaf), params)
 
@@ -186,6 +142,10 @@ nothing: Filter = _Constant(False)
 class _Glob(Filter):
     pattern: str
 
+    @property
+    def text(self) -> str:
+        return self.pattern
+
     def selects(self, info: VariableInfo) -> bool:
         name = info.absolute_name if self.pattern.startswith('/') else info.name
         return compile_glob(self.pattern).match(name) is not None
@@ -207,6 +167,10 @@ class _Glob(Filter):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Regex(Filter):
     pattern: re.Pattern[str]
+
+    @property
+    def text(self) -> str:
+        return self.pattern.pattern
 
     def selects(self, info: VariableInfo) -> bool:
         return self.pattern.search(info.name) is not None
@@ -343,7 +307,7 @@ def regex(pattern: str | re.Pattern[str], flags: int = 0) -> Filter:
     True
 
     Args:
-      pattern: a string or a compiled pattern. A compiled pattern used as a predicate is this filter.
+      pattern: a string or a compiled pattern. One used as a predicate is this filter.
       flags: as for ``re.compile``; only with a string.
 
     Returns:
@@ -427,48 +391,3 @@ def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
 
 def _kind(value: Any) -> str:
     return f'an object of type {type(value).__name__}'
-
-
-def walk(tree: Any, collection: str = 'params') -> Iterator[tuple[VariableInfo, Any]]:
-    """Yield each variable of a nested mapping with its info; paths are from the tree's root."""
-    def visit(node: Any, names: Path) -> Iterator[tuple[VariableInfo, Any]]:
-        if isinstance(node, Mapping):
-            for name in node:
-                yield from visit(node[name], (*names, str(name)))
-        else:
-            yield VariableInfo.of(names, names, collection, node), node
-    return visit(tree, ())
-
-
-def map_tree(fn: Callable[[VariableInfo, Any], Any], tree: Any, collection: str = 'params') -> Any:
-    """Apply ``fn`` to each variable of a nested mapping; dict stays dict, FrozenDict FrozenDict."""
-    leaves = [fn(info, leaf) for info, leaf in walk(tree, collection)]
-    rest = iter(leaves)
-    def rebuild(node: Any) -> Any:
-        if not isinstance(node, Mapping):
-            return next(rest)
-        return type(node)({name: rebuild(node[name]) for name in node})
-    return rebuild(tree)
-
-
-def check_matched(filter: Filter, infos: Any, *, where: str, of: str) -> None:
-    """Raise UnmatchedPathError when a pattern of the filter selects none of ``infos``."""
-    missing, names = set(filter.patterns()), []
-    for info in infos:
-        names.append(info)
-        missing -= {p for p in missing if p.selects(info)}
-        if not missing:
-            return
-    if missing:
-        raise unmatched(missing, names, where=where, of=of)
-
-
-def unmatched(missing: Any, infos: Any, *, where: str, of: str) -> UnmatchedPathError:
-    """Build the error for patterns that select nothing among ``infos``."""
-    pattern = min(missing, key=repr)
-    text = getattr(pattern.pattern, 'pattern', pattern.pattern)
-    absolute = isinstance(pattern, _Glob) and text.startswith('/')
-    names = [('/' + i.absolute_name) if absolute else i.name for i in infos]
-    return UnmatchedPathError(
-        f'{where}: no variable of {of} matches {text!r}. {suggest(text, names)} '
-        'Fix the pattern, or pass allow_unmatched=True.')

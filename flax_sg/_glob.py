@@ -1,17 +1,16 @@
-"""Globs over '/'-joined variable paths, and the names that a mistyped one may have meant.
+"""Globs over '/'-joined variable paths.
 
 Unlike a file glob, a pattern selects everything below what it matches, and ``**`` stands for any
 number of names.
 """
 
-import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from flax_sg._errors import PredicateError
 
-__all__ = ['compile_glob', 'suggest']
+__all__ = ['compile_glob']
 
 _ONE = r'(?!\.\.(?:/|\Z))'  # a wildcard is a name, and '..' is none
 
@@ -68,24 +67,3 @@ def _name(part: str, bad: Callable[[str], PredicateError]) -> str:
             continue
         wild = True
     return _ONE * wild + text
-
-
-def suggest(pattern: str, names: Iterable[str]) -> str:
-    """Return a sentence with the paths closest to a pattern that matched nothing."""
-    prefixes: dict[str, None] = {}
-    for name in names:
-        rooted = name.startswith('/')
-        parts = name.removeprefix('/').split('/')
-        for end in range(1, len(parts) + 1):
-            shown = '/' * rooted + '/'.join(parts[:end])
-            prefixes.setdefault(shown if end == len(parts) else f'{shown}/...')
-    if not prefixes:
-        return 'There are no variables.'
-    close = difflib.get_close_matches(pattern, prefixes, n=3, cutoff=0.6)
-    plain = {p.removesuffix('/...'): p for p in prefixes}
-    close = [plain[c] for c in difflib.get_close_matches(pattern, plain, n=3, cutoff=0.5)] or close
-    if close:
-        return f'Close: {", ".join(map(repr, close))}.'
-    tops = [p for p in prefixes if '/' not in p.removeprefix('/').removesuffix('/...')]
-    more = ', ...' if len(tops) > 5 else ''
-    return f'There are: {", ".join(map(repr, tops[:5]))}{more}.'

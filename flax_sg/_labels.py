@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
-from flax_sg import _filters
 from flax_sg._errors import LabelError
 from flax_sg._filters import Predicate, as_filter
+from flax_sg._info import map_tree, walk
+from flax_sg._unmatched import check_matched
 
 __all__ = ['labels']
 
@@ -24,7 +25,7 @@ def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | N
 
     >>> params = {'gln': {'kernel': 1.0}, 'code_value': {'kernel': 2.0}, 'bias': 3.0}
     >>> labels({'gln': 'gln', 'code': 'code_*'}, params, default='frozen')
-    {'bias': 'frozen', 'code_value': {'kernel': 'code'}, 'gln': {'kernel': 'gln'}}
+    {'gln': {'kernel': 'gln'}, 'code_value': {'kernel': 'code'}, 'bias': 'frozen'}
 
     Args:
       predicates: a predicate for each label; paths are from the root of ``params``.
@@ -44,10 +45,10 @@ def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | N
     if not predicates and default is None:
         raise LabelError('labels: got no predicates and no default. Pass at least one of them.')
     filters = {label: as_filter(p, name=f'labels[{label!r}]') for label, p in predicates.items()}
-    infos = [info for info, _ in _filters.walk(params)]
+    infos = [info for info, _ in walk(params)]
     if not allow_unmatched:
         for label, item in filters.items():
-            _filters.check_matched(item, infos, where=f'labels[{label!r}]', of='the tree')
+            check_matched(item.patterns(), infos, where=f'labels[{label!r}]', of='the tree')
     found = {i.path: [label for label, f in filters.items() if f.selects(i)] for i in infos}
     both = [f'{i.name} ({" and ".join(found[i.path])})' for i in infos if len(found[i.path]) > 1]
     if both:
@@ -57,7 +58,7 @@ def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | N
     left = [i.name for i in infos if not found[i.path]]
     if left and default is None:
         raise LabelError(f'labels: no predicate selects {_list(left)}. Add one, or pass default=.')
-    return _filters.map_tree(
+    return map_tree(
         lambda info, leaf: jax.tree.map(lambda _: (*found[info.path], default)[0], leaf), params)
 
 

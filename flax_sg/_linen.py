@@ -7,6 +7,7 @@ outside any of its methods, an attribute or a submodule, is transformed too.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import dataclasses
 import functools
 import inspect
@@ -81,8 +82,10 @@ def _subclass(base: type[Module], transforms: tuple[Transform, ...]) -> type[Mod
             **{name: member for name, member in lifted.items() if member is not None},
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
-            '__reduce__': _reduce, _OWN: (base, transforms)})
-        cls.scope = _AttachedScope(transforms)
+            '__init_subclass__': classmethod(_init_subclass), '__reduce__': _reduce,
+            _OWN: (base, transforms)})
+        inherited = getattr(inspect.getattr_static(base, 'scope'), 'transforms', ())
+        cls.scope = _AttachedScope((*inherited, *transforms))
         made[key] = cls
     return made[key]
 
@@ -145,7 +148,16 @@ class _AttachedScope:
         vars(module)['scope'] = None if scope is None else attach(scope, self.transforms)
 
 
+def _init_subclass(cls: type[Module], **kwargs: Any) -> None:
+    """Keep a user's subclass of a lifted class masked; Flax sets `scope` anew on each class."""
+    lifted = next(base for base in cls.__mro__[1:] if _OWN in vars(base))
+    super(lifted, cls).__init_subclass__(**kwargs)
+    cls.scope = _AttachedScope(vars(lifted)['scope'].transforms)
+
+
 def _reduce(self):
+    if _OWN not in vars(type(self)):  # a user's subclass, which pickle finds by its name
+        return copyreg.__newobj__, (type(self),), vars(self)
     return _rebuild, _parts(type(self)), vars(self)
 
 

@@ -20,7 +20,7 @@ from flax.core.scope import in_filter
 from flax_sg import _compat
 from flax_sg._active import Entry, opened, state
 from flax_sg._compat import Scope
-from flax_sg._filters import Path
+from flax_sg._info import Path
 
 __all__ = ['attach', 'attached_entries', 'effective', 'family_of', 'open_at', 'transformed']
 

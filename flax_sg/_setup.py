@@ -95,8 +95,8 @@ class _Table:
         missing = [name for name in self.names if name not in vars(clone)]
         if missing:
             raise UsageError(
-                f"setup of '/{'/'.join(module.path)}' set {missing[0]!r} when it first ran, and not "
-                'when it ran again inside a flax_sg block. Let setup depend on nothing but the '
+                f"setup of '/{'/'.join(module.path)}' set {missing[0]!r} when it first ran, and "
+                'not when it ran again inside a flax_sg block. Let setup depend on nothing but the '
                 "module's fields, variables and random streams.")
         return {name: _merge(vars(module)[name], vars(clone)[name]) for name in self.names}
 
@@ -132,8 +132,8 @@ def _try_setup(original, self, shallow=False):
     for module in (self, live):
         object.__setattr__(module, _START, start)
     if run.read:
-        names = tuple(name for name, value in vars(self).items()
-                      if name not in before and name not in ('scope', _START) and _from_variables(value))
+        new = {k: v for k, v in vars(self).items() if k not in (*before, 'scope', _START)}
+        names = tuple(name for name, value in new.items() if _from_variables(value))
         for name in names:
             _intercept(type(self), name)
         if names:

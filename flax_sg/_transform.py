@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from flax.core.scope import DenyList, in_filter
 from flax_sg import _filters, _linen
 from flax_sg._active import state
 from flax_sg._errors import PredicateError, UsageError
-from flax_sg._filters import Filter, Predicate, VariableInfo, as_filter
+from flax_sg._filters import Filter, Predicate, as_filter
+from flax_sg._info import VariableInfo, map_tree, walk
+from flax_sg._unmatched import check_matched
 
 __all__ = ['StopGradient', 'Transform', 'stop_gradient']
 
@@ -68,10 +70,11 @@ class Transform:
 
     def _map(self, tree: Any) -> Any:
         if not self.allow_unmatched:
-            infos = (info for info, _ in _filters.walk(tree))
-            _filters.check_matched(self.filter, infos, where=repr(self), of='the tree')
-        return _filters.map_tree(
-            lambda info, value: self.read(info, value) if self.filter.selects(info) else value, tree)
+            infos = (info for info, _ in walk(tree))
+            check_matched(self.filter.patterns(), infos, where=repr(self), of='the tree')
+        selects = self.filter.selects
+        return map_tree(
+            lambda info, value: self.read(info, value) if selects(info) else value, tree)
 
     def __enter__(self) -> None:
         block = _linen.open_block(self)
@@ -190,5 +193,5 @@ def stop_gradient(predicate: Predicate = True, *, collections: Any = 'params',
     Source: google/flax issue 1857.
     """
     name = 'stop_gradient'
-    return StopGradient(
-        as_filter(predicate, name=name), check_collections(collections, name), bool(allow_unmatched))
+    return StopGradient(as_filter(predicate, name=name), check_collections(collections, name),
+                        bool(allow_unmatched))

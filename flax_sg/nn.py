@@ -9,8 +9,8 @@ from typing import Any
 from flax import linen as _linen
 from flax.linen import *  # noqa: F403
 
-from flax_sg._filters import everything, nothing, path, regex, where
-from flax_sg._transform import stop_gradient
+from flax_sg._filters import everything, nothing, path, regex, where  # noqa: F401
+from flax_sg._transform import stop_gradient  # noqa: F401
 
 _OURS = ('everything', 'nothing', 'path', 'regex', 'stop_gradient', 'where')
 __all__ = sorted({*_OURS, *(name for name in dir(_linen) if not name.startswith('_'))})

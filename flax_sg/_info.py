@@ -1,0 +1,87 @@
+"""Variables by name: what a predicate may know of one, and walks over trees of them.
+
+A variable is what a collection holds at a name: an array, a box, or any value that is no mapping.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax.core import FrozenDict, meta
+
+__all__ = ['Path', 'VariableInfo', 'map_tree', 'walk']
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VariableInfo:
+    """What a predicate may know of a variable: its names, shape and dtype, never its value.
+
+    Attributes:
+      path: the variable's path, relative to the module that opened the block. Variables outside
+        that module have leading ``'..'`` parts, as a relative file path has.
+      absolute_path: the path from the root of the variables.
+      collection: the Flax collection, such as ``'params'`` or ``'batch_stats'``.
+      shape: the unboxed array's shape, or None where the variable is no single array.
+      dtype: the unboxed array's dtype, or None likewise.
+
+    >>> info = VariableInfo(('gln', 'kernel'), ('net', 'gln', 'kernel'), 'params', (2, 3))
+    >>> info.name, info.absolute_name
+    ('gln/kernel', 'net/gln/kernel')
+    """
+
+    path: Path
+    absolute_path: Path
+    collection: str = 'params'
+    shape: tuple[int, ...] | None = None
+    dtype: Any = None
+
+    @property
+    def name(self) -> str:
+        """The relative path, joined by '/'."""
+        return '/'.join(self.path)
+
+    @property
+    def absolute_name(self) -> str:
+        """The absolute path, joined by '/', without a leading one."""
+        return '/'.join(self.absolute_path)
+
+    @classmethod
+    def of(cls, path: Path, absolute_path: Path, collection: str, value: Any) -> VariableInfo:
+        """Describe a stored value, a box included."""
+        if isinstance(value, meta.AxisMetadata):  # `unbox` might add a sharding constraint
+            leaves = jax.tree.leaves(value)
+            value = leaves[0] if len(leaves) == 1 else None
+        shape = getattr(value, 'shape', None)
+        return cls(path, absolute_path, collection, shape, getattr(value, 'dtype', None))
+
+
+def walk(tree: Any, collection: str = 'params') -> Iterator[tuple[VariableInfo, Any]]:
+    """Yield each variable of a nested mapping with its info; paths are from the tree's root."""
+
+    def visit(node: Any, names: Path) -> Iterator[tuple[VariableInfo, Any]]:
+        if isinstance(node, Mapping):
+            for name in node:
+                yield from visit(node[name], (*names, str(name)))
+        else:
+            yield VariableInfo.of(names, names, collection, node), node
+
+    return visit(tree, ())
+
+
+def map_tree(fn: Callable[[VariableInfo, Any], Any], tree: Any, collection: str = 'params') -> Any:
+    """Apply ``fn`` to each variable of a nested mapping; dict stays dict, FrozenDict FrozenDict."""
+    leaves = [fn(info, leaf) for info, leaf in walk(tree, collection)]
+    rest = iter(leaves)
+
+    def rebuild(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return next(rest)
+        kind = FrozenDict if isinstance(node, FrozenDict) else dict
+        return kind({name: rebuild(node[name]) for name in node})
+
+    return rebuild(tree)

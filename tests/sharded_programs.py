@@ -1,0 +1,251 @@
+"""A sharded transformer step, masked in every way and written by hand, and what it moves between devices.
+
+The masked step and the one written by hand with `jax.lax.stop_gradient` are compiled with the same
+shardings. They must hold the same instructions, and so the same collectives, and give the same
+bits. Run as a script this is one process of several that make the comparison together:
+`python sharded_programs.py ADDRESS PROCESSES PROCESS`; the last line it prints is a JSON record.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_sg as sg
+from flax_sg import nn
+
+RULES = (('batch', 'data'), ('embed', 'data'), ('heads', 'model'), ('mlp', 'model'), ('width', None))
+STYLES = ('plain', 'partitioned', 'logical')
+
+# Programs ----------------------------------------------------------------------------------------
+
+
+def split(style: str, init: Callable, *names: str) -> Callable:
+    """Return an initialiser whose variable says over which axes it is split, where the style does."""
+    if style == 'partitioned':
+        return nn.with_partitioning(init, tuple(dict(RULES)[name] for name in names))
+    return nn.with_logical_partitioning(init, names) if style == 'logical' else init
+
+
+class Layer(nn.Module):
+    """A transformer layer. Every kernel is split over both axes of the mesh."""
+
+    style: str
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        init = functools.partial(split, self.style, nn.initializers.lecun_normal())
+        h = nn.LayerNorm(name='norm')(x)
+        x = x + nn.MultiHeadDotProductAttention(
+            4, kernel_init=init('embed', 'heads', 'width'),
+            out_kernel_init=init('heads', 'width', 'embed'), name='attention')(h)
+        bias = split(self.style, nn.initializers.normal(), 'mlp')
+        h = nn.Dense(16, kernel_init=init('embed', 'mlp'), bias_init=bias, name='up')(x)
+        return x + nn.Dense(8, kernel_init=init('mlp', 'embed'), name='down')(nn.gelu(h))
+
+
+class Stack(nn.Module):
+    """Two layers as a scan, with their parameters stacked."""
+
+    style: str
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(lambda layer, x, _: (layer(x), None), {'params': 0}, split_rngs={'params': True},
+                       length=2, metadata_params={nn.PARTITION_NAME: None})
+        return scan(Layer(self.style, name='layer'), x, None)[0]
+
+
+class Net(nn.Module):
+    """Runs its encoder twice, the first time (in most uses) stopped, the second time live."""
+
+    encoder_cls: type[nn.Module]
+    style: str
+    use: str
+    transform: sg.Transform
+
+    def setup(self):
+        lift = self.transform if self.use == 'class' else lambda cls: cls
+        self.encoder = lift(self.encoder_cls)(self.style)
+        self.head = nn.Dense(4)
+
+    def __call__(self, x):
+        return self.head(self.encoder(self.first(x)))
+
+    def first(self, x):
+        if self.use == 'block':
+            with self.transform:
+                return self.encoder(x)
+        if self.use == 'method':
+            return self.transform(lambda net, x: net.encoder(x))(self, x)
+        encoder = self.transform(self.encoder) if self.use == 'instance' else self.encoder
+        return encoder(x)
+
+
+# A predicate from the encoder, and from the net; which leaves of the encoder it means.
+KERNELS = {False: ('**', 'encoder', lambda path: True),
+           True: ('**/kernel', 'encoder/**/kernel', lambda path: "'kernel'" in path)}
+# Which of the two passes each use stops.
+PASSES = {'none': (False, False), 'block': (True, False), 'method': (True, False),
+          'instance': (True, False), 'class': (True, True), 'around apply': (True, True),
+          'around jit': (True, True), 'tree': (True, True)}
+USES = tuple(use for use in PASSES if use != 'none')
+
+
+class Masked:
+    """The program with a mask in one of its uses."""
+
+    def __init__(self, encoder_cls: type[nn.Module], style: str, use: str, kernels: bool = False):
+        inner, outer, _ = KERNELS[kernels]
+        self.transform = sg.stop_gradient(inner if use in ('class', 'instance') else outer)
+        self.net, self.use = Net(encoder_cls, style, use, self.transform), use
+
+    def around(self, place: str) -> contextlib.AbstractContextManager:
+        return self.transform if self.use == f'around {place}' else contextlib.nullcontext()
+
+    def loss(self, variables, x, y):
+        if self.use == 'tree':
+            variables = {'params': self.transform(variables['params'])}
+        with self.around('apply'):
+            return jnp.mean((self.net.apply(variables, x) - y) ** 2)
+
+
+class ByHand:
+    """The same program without the library. ``change`` may do worse things than stop a parameter."""
+
+    def __init__(self, encoder_cls: type[nn.Module], style: str, use: str, kernels: bool = False,
+                 change: Callable = jax.lax.stop_gradient):
+        self.encoder, self.passes = encoder_cls(style), PASSES[use]
+        self.stopped, self.change = KERNELS[kernels][2], change
+
+    def around(self, place: str) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def loss(self, variables, x, y):
+        params = variables['params']
+        held = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self.change(leaf) if self.stopped(jax.tree_util.keystr(path)) else leaf,
+            params['encoder'])
+        for stopped in self.passes:
+            x = self.encoder.apply({'params': held if stopped else params['encoder']}, x)
+        return jnp.mean((nn.Dense(4).apply({'params': params['head']}, x) - y) ** 2)
+
+
+# Placement and compilation -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def environment(mesh: Mesh) -> Iterator[None]:
+    """Make the mesh and the logical rules known, so that boxes constrain their values."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+class Case:
+    """Parameters and data on a mesh, and the shardings to compile with."""
+
+    def __init__(self, mesh: Mesh, encoder_cls: type[nn.Module], style: str):
+        self.mesh, self.of = mesh, (encoder_cls, style)
+        net = Masked(encoder_cls, style, 'none').net
+        boxed = Masked(encoder_cls, 'partitioned' if style == 'plain' else style, 'none').net
+        blank = jnp.ones((4, 4, 8))
+        specs = nn.get_partition_spec(jax.eval_shape(boxed.init, jax.random.key(0), blank))
+        self.shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES) if style == 'logical' else \
+            jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        with environment(mesh):
+            self.variables = jax.jit(net.init, out_shardings=self.shardings)(jax.random.key(0), blank)
+        self.rows = NamedSharding(mesh, P('data'))
+        rng = np.random.default_rng(0)
+        self.data = tuple(self._place(rng.standard_normal(shape, np.float32))
+                          for shape in ((4, 4, 8), (4, 4, 4)))
+
+    def _place(self, value: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, self.rows, lambda index: value[index])
+
+    def step(self, program: Masked | ByHand) -> tuple[jax.stages.Compiled, Any]:
+        """Compile the gradients of parameters and inputs, and run them."""
+        step = jax.jit(lambda *args: jax.grad(program.loss, (0, 1))(*args),
+                       in_shardings=(self.shardings, self.rows, self.rows))
+        with environment(self.mesh), program.around('jit'):
+            compiled = step.lower(self.variables, *self.data).compile()
+            return compiled, compiled(self.variables, *self.data)
+
+
+# Comparison --------------------------------------------------------------------------------------
+
+COLLECTIVES = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter')
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$', re.M)
+_GROUPS = re.compile(r'(?:replica_groups|source_target_pairs|dimensions)=(?:\{\{.*?\}\}|\S+)')
+
+
+def instructions(compiled: jax.stages.Compiled) -> collections.Counter[str]:
+    """Count a program's instructions by operation, shape, layout and, of collectives, groups."""
+    return collections.Counter(
+        ' '.join((opcode, shape, *_GROUPS.findall(rest)))
+        for shape, opcode, rest in _INSTRUCTION.findall(compiled.as_text()))
+
+
+def operations(compiled: jax.stages.Compiled) -> collections.Counter[str]:
+    """Count a program's instructions by operation alone."""
+    counts: collections.Counter[str] = collections.Counter()
+    for line, n in instructions(compiled).items():
+        counts[line.split(' ', 1)[0].removesuffix('-start')] += n
+    return counts
+
+
+def collective_counts(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Count a program's collectives."""
+    return {name: n for name, n in sorted(operations(compiled).items()) if name in COLLECTIVES}
+
+
+def buffers(array: jax.Array) -> list[int]:
+    """Return where an array's shards lie in memory."""
+    return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+
+def shardings_of(tree: Any) -> list[tuple[int, Any]]:
+    """Return the sharding of every leaf, with its number of dimensions to compare it by."""
+    return [(x.ndim, x.sharding) for x in jax.tree.leaves(tree)]
+
+
+def assert_same_shardings(actual: Any, expected: Any) -> None:
+    """Check that two trees lie on the same devices in the same way."""
+    for (ndim, a), (_, b) in zip(shardings_of(actual), shardings_of(expected), strict=True):
+        assert a.is_equivalent_to(b, ndim), f'{a} is not {b}'
+
+
+def assert_same_bits(actual: Any, expected: Any) -> int:
+    """Check every shard of this process, and return how many that were."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    count = 0
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        for ours, theirs in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            assert ours.index == theirs.index and ours.device == theirs.device
+            got, want = np.asarray(ours.data), np.asarray(theirs.data)
+            assert got.dtype == want.dtype and got.tobytes() == want.tobytes(), f'{got} != {want}'
+            count += 1
+    return count
+
+
+def compare_steps(case: Case, masked: tuple, by_hand: tuple) -> int:
+    """Compare two compiled steps and their results; return the number of shards compared."""
+    (compiled, grads), (hand_compiled, hand_grads) = masked, by_hand
+    same = (collective_counts(compiled), collective_counts(hand_compiled))
+    assert same[0] == same[1], f'collectives: {same[0]} is not {same[1]}'
+    ours, theirs = instructions(compiled), instructions(hand_compiled)
+    assert ours == theirs, f'more: {ours - theirs}, fewer: {theirs - ours}'
+    assert_same_shardings(compiled.input_shardings, hand_compiled.input_shardings) \
+        if hasattr(jax.tree.leaves(compiled.input_shardings)[0], 'sharding') else None
+    assert_same_shardings(grads, hand_grads)
+    return assert_same_bits(grads, hand_grads)

@@ -1,0 +1,399 @@
+"""The transform on classes, instances and methods: names, parameters, sharing, and what they cover."""
+
+import copy
+import dataclasses
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_sg as sg
+from flax_sg import nn
+
+ones = nn.initializers.ones
+
+
+class Net(nn.Module):
+    """Docs of Net."""
+
+    width: int = 1
+    inner: nn.Module | None = None
+
+    def setup(self):
+        self.a = self.param('a', ones, ())
+        self.exp = jnp.exp(self.a)
+        self.layers = [Leaf(), Leaf()]
+
+    def __call__(self, x):
+        return self.half(x) + self.layers[1](x)
+
+    def half(self, x):
+        return self.a * x + self.layers[0](x)
+
+    @property
+    def double(self):
+        return 2 * self.a
+
+    @nn.nowrap
+    def helper(self, x):
+        return self.layers[0](x)
+
+    def __getitem__(self, i):
+        return self.layers[i].b
+
+
+class Leaf(nn.Module):
+    def setup(self):
+        self.b = self.param('b', ones, ())
+
+    def __call__(self, x):
+        return self.b * x
+
+
+PARAMS = {'params': {'a': 1.0, 'layers_0': {'b': 1.0}, 'layers_1': {'b': 1.0}}}
+ALL = 'a layers_0/b layers_1/b'
+
+
+def live(f, params=PARAMS):
+    leaves = jax.tree_util.tree_leaves_with_path(jax.grad(f)(params)['params'])
+    return ' '.join(jax.tree_util.keystr(k, simple=True, separator='/') for k, g in leaves if g != 0)
+
+
+def test_a_lifted_class_keeps_its_name_parameters_and_docs():
+    Held = sg.stop_gradient('a')(Net)
+    assert issubclass(Held, Net) and Held.__name__ == 'Net' and Held.__doc__ == 'Docs of Net.'
+    assert (Held.__module__, Held.__qualname__) == (Net.__module__, Net.__qualname__)
+    assert [f.name for f in dataclasses.fields(Held)] == [f.name for f in dataclasses.fields(Net)]
+    key = jax.random.key(0)
+    jax.tree.map(np.testing.assert_array_equal, Held(3).init(key, 1.0), Net(3).init(key, 1.0))
+
+    class Outer(nn.Module):
+        cls: type
+
+        @nn.compact
+        def __call__(self, x):
+            return self.cls()(x) + self.cls(name='named')(x)
+
+    held, plain = Outer(Held).init(key, 1.0), Outer(Net).init(key, 1.0)
+    assert jax.tree.structure(held) == jax.tree.structure(plain)
+    assert set(held['params']) == {'Net_0', 'named'}
+    assert live(lambda p: Outer(Held).apply(p, 1.0), held) == ' '.join(
+        f'{n}/{b}' for n in ('Net_0', 'named') for b in ('layers_0/b', 'layers_1/b'))
+
+
+@pytest.mark.parametrize('method, live_plain', [
+    ('__call__', ALL), ('half', 'a layers_0/b'), ('helper', 'layers_0/b'),
+    (lambda m, x: m.double, 'a'), (lambda m, x: m.a, 'a'), (lambda m, x: m.exp, 'a'),
+    (lambda m, x: m[1], 'layers_1/b'), (lambda m, x: m.layers[1](x), 'layers_1/b'),
+    (lambda m, x: m.layers[1].b, 'layers_1/b'),
+    (lambda m, x: m.variables['params']['a'], 'a'),
+    (lambda m, x: m.get_variable('params', 'a'), 'a'),
+    (lambda m, x: m.get_variable('params', 'layers_0')['b'], 'layers_0/b'),
+    (lambda m, x: jax.checkpoint(lambda x: m(x))(x), ALL),
+    (lambda m, x: nn.jit(lambda m, x: m(x))(m, x), ALL),
+    (lambda m, x: nn.jit(lambda m, x: m.a)(m, x), 'a'),
+    (lambda m, x: nn.remat(lambda m, x: m.layers[0](x))(m, x), 'layers_0/b'),
+])
+@pytest.mark.parametrize('how', ['class', 'instance', 'bound', 'mirror'])
+def test_every_way_into_a_lifted_module_is_masked(how, method, live_plain):
+    def use(p, t):
+        if how == 'class':
+            return t(Net)().apply(p, 1.0, method=method)
+        if how == 'instance':
+            return t(Net()).apply(p, 1.0, method=method)
+        bound = Net().bind(p)
+        held = t(bound)
+        if how == 'mirror':
+            bound(1.0)  # the live one is set up first
+        return method(held, 1.0) if callable(method) else getattr(held, method)(1.0)
+
+    def nothing(target):
+        return target
+
+    assert live(lambda p: use(p, nothing)) == live_plain
+    assert live(lambda p: use(p, sg.stop_gradient(True))) == ''
+    want = ' '.join(n for n in live_plain.split() if n != 'a')
+    assert live(lambda p: use(p, sg.stop_gradient('a'))) == want
+    want = ' '.join(n for n in live_plain.split() if n == 'a')
+    assert live(lambda p: use(p, sg.stop_gradient('layers_*'))) == want
+    assert use(PARAMS, nothing) == use(PARAMS, sg.stop_gradient(True))
+
+
+def test_a_mirror_leaves_the_live_module_live():
+    def f(p):
+        bound = Net().bind(p)
+        held = sg.stop_gradient(True)(bound)
+        held(1.0), held.a
+        y = bound(1.0) + bound.a + bound.exp
+        with sg.stop_gradient(True):
+            bound(1.0)
+        return y + held(1.0) + bound.layers[0].b
+
+    assert live(f) == ALL
+    assert jax.grad(f)(PARAMS)['params']['layers_0']['b'] == 2
+
+
+def test_a_mirror_inside_a_module():
+    class Outer(nn.Module):
+        def setup(self):
+            self.net = Net()
+            self.held = sg.stop_gradient(True)(self.net)
+
+        def __call__(self, x):
+            return self.held(x) + self.net.layers[0](x) + self.held.exp
+
+    params = Outer().init(jax.random.key(0), 1.0)
+    assert set(params['params']) == {'net'}
+    assert live(lambda p: Outer().apply(p, 1.0), params) == 'net/layers_0/b'
+
+    class Compact(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            net = Net(name='net')
+            return sg.stop_gradient('a')(net)(x) + 0 * net(x)
+
+    assert live(lambda p: Compact().apply(p, 1.0), params) == 'net/layers_0/b net/layers_1/b'
+
+
+def test_a_mirror_covers_what_the_module_is_handed():
+    class Tied(nn.Module):
+        leaf: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            return self.leaf(x) * self.param('w', ones, ())
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            leaf = Leaf(name='leaf')
+            tied = Tied(leaf, name='tied')
+            held = sg.stop_gradient(True)(tied)
+            return held(x) + 2 * leaf(x)
+
+    params = Outer().init(jax.random.key(0), 1.0)
+    grads = jax.grad(lambda p: Outer().apply(p, 1.0))(params)['params']
+    assert grads == {'leaf': {'b': 2}, 'tied': {'w': 0}}
+
+
+def test_a_mirror_of_a_module_with_modules_as_fields():
+    params = {'params': {'net': {**PARAMS['params'], 'inner': {'b': 1.0}}}}
+
+    class Outer(nn.Module):
+        def setup(self):
+            self.net = Net(inner=Leaf())
+
+        def __call__(self, x):
+            held = sg.stop_gradient(True)(self.net)
+            return held.inner(x) + held.inner.b + 10 * self.net.inner(x)
+
+    grads = jax.grad(lambda p: Outer().apply(p, 1.0))(params)['params']['net']
+    assert grads['inner']['b'] == 10
+
+
+def test_transforms_stack():
+    def f(p, *ts):
+        net = Net().bind(p)
+        for t in ts:
+            net = t(net)
+        return net(1.0)
+
+    a, b = sg.stop_gradient('a'), sg.stop_gradient('layers_0')
+    assert live(lambda p: f(p, a, b)) == live(lambda p: f(p, b, a)) == 'layers_1/b'
+    assert live(lambda p: f(p, a, a)) == 'layers_0/b layers_1/b'
+    assert live(lambda p: a(b(Net))().apply(p, 1.0)) == 'layers_1/b'
+    assert live(lambda p: a(b(Net)()).apply(p, 1.0)) == 'layers_1/b'
+
+
+def test_equal_transforms_of_a_class_are_one_class():
+    make = lambda name: sg.stop_gradient(lambda v: v.name == name)
+    assert make('a')(Net) is make('a')(Net)
+    assert make('a')(Net) is not make('b')(Net)
+    assert make('a')(Net)(2) == make('a')(Net)(2) != Net(2)
+    assert hash(make('a')(Net)(2)) == hash(make('a')(Net)(2))
+
+
+def test_lifted_modules_clone_copy_and_pickle():
+    t = sg.stop_gradient('a')
+    held = t(Net(width=3, name='n'))
+    want = 'layers_0/b layers_1/b'
+    for other in (held.clone(), held.copy(name='n'), copy.copy(held), copy.deepcopy(held),
+                  pickle.loads(pickle.dumps(held)), held.clone(width=4)):
+        assert type(other) is type(held) and other.name == 'n'
+        assert live(lambda p, other=other: other.apply(p, 1.0)) == want
+    assert held.clone(width=4).width == 4
+    assert pickle.loads(pickle.dumps(t)) == t
+    bound = held.bind(PARAMS)
+    module, variables = bound.unbind()
+    assert variables == PARAMS and live(lambda p: module.apply(p, 1.0)) == want
+
+
+@pytest.mark.parametrize('lift', [
+    nn.jit, nn.remat, functools.partial(nn.vmap, in_axes=None, axis_size=2, out_axes=0,
+                                        variable_axes={'params': None},
+                                        split_rngs={'params': False})], ids=['jit', 'remat', 'vmap'])
+@pytest.mark.parametrize('first', ['mask', 'lift'])
+def test_lifted_by_flax_and_by_us_in_both_orders(lift, first):
+    t = sg.stop_gradient('a')
+    cls = lift(t(Net)) if first == 'mask' else t(lift(Net))
+    f = lambda p: jnp.sum(cls().apply(p, 1.0))
+    assert live(f) == 'layers_0/b layers_1/b'
+    assert live(jax.jit(f)) == 'layers_0/b layers_1/b'
+
+
+def test_constructors_of_the_users_own():
+    class Custom(nn.Module):
+        width: int = 2
+
+        def __post_init__(self):
+            self.width = max(self.width, 6)
+            super().__post_init__()
+
+        @nn.compact
+        def __call__(self, x):
+            return self.param('w', ones, (self.width,)).sum() * x
+
+    params = {'params': {'w': jnp.ones(6)}}
+    held = sg.stop_gradient(True)(Custom)(3)
+    assert held.apply(params, 1.0) == 6
+    assert not jax.grad(lambda p: held.apply(p, 1.0))(params)['params']['w'].any()
+
+    class Keyword(nn.Module, kw_only=True):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            return self.param('w', ones, (self.width,)).sum() * x
+
+    held = sg.stop_gradient(True)(Keyword)(width=6)
+    assert not jax.grad(lambda p: held.apply(p, 1.0))(params)['params']['w'].any()
+
+
+# Methods ---------------------------------------------------------------------------------------------
+
+
+class Sub(sg.stop_gradient('a')(Net)):
+    def more(self, x):
+        return self.half(x) + self.a + self.layers[1](x)
+
+
+def test_a_subclass_of_a_lifted_class():
+    for method in ('__call__', 'more', lambda m, x: m.a + m.layers[0](x) + m[1]):
+        want = 'layers_0/b layers_1/b'
+        assert live(lambda p, method=method: Sub().apply(p, 1.0, method=method)) == want
+    assert live(lambda p: pickle.loads(pickle.dumps(Sub())).apply(p, 1.0)) == want
+    deeper = sg.stop_gradient('layers_0')(Sub)
+    assert live(lambda p: deeper().apply(p, 1.0, method='more')) == 'layers_1/b'
+
+
+class Methods(nn.Module):
+    def setup(self):
+        self.a = self.param('a', ones, ())
+        self.leaf = Leaf()
+
+    @sg.stop_gradient('a')
+    def __call__(self, x):
+        return self.free(x)
+
+    def free(self, x):
+        return self.a * x + self.leaf(x)
+
+    @sg.stop_gradient('leaf')
+    @sg.stop_gradient('a', allow_unmatched=True)
+    def both(self, x):
+        return self.free(x)
+
+    @nn.jit
+    @sg.stop_gradient('a')
+    def jitted(self, x):
+        return self.free(x)
+
+    @sg.stop_gradient('a')
+    @nn.remat
+    def rematted(self, x):
+        return self.free(x)
+
+
+METHODS = {'params': {'a': 1.0, 'leaf': {'b': 1.0}}}
+
+
+@pytest.mark.parametrize('method, want', [
+    ('__call__', 'leaf/b'), ('free', 'a leaf/b'), ('both', ''), ('jitted', 'leaf/b'),
+    ('rematted', 'leaf/b')])
+def test_methods(method, want):
+    assert live(lambda p: Methods().apply(p, 1.0, method=method), METHODS) == want
+    assert live(lambda p: getattr(Methods().bind(p), method)(1.0), METHODS) == want
+    f = lambda p: sum(Methods().apply(p, 1.0, method=m) for m in (method, 'free', method))
+    assert live(f, METHODS) == 'a leaf/b'
+
+
+@pytest.mark.parametrize('below', [True, False])
+def test_compact_methods_in_both_orders_of_decorators(below):
+    t = sg.stop_gradient('w')
+
+    def call(self, x):
+        return self.param('w', ones, ()) * x + Leaf(name='leaf')(x)
+
+    class Compact(nn.Module):
+        __call__ = nn.compact(t(call)) if below else t(nn.compact(call))
+
+    params = Compact().init(jax.random.key(0), 1.0)
+    assert set(params['params']) == {'w', 'leaf'}
+    assert live(lambda p: Compact().apply(p, 1.0), params) == 'leaf/b'
+
+
+def test_a_bound_method_and_a_function_of_a_module():
+    t = sg.stop_gradient('a')
+
+    def g(p):
+        bound = Methods().bind(p)
+        return t(bound.free)(1.0) + t(lambda m, x: m.free(x))(bound, 1.0)
+
+    assert live(g, METHODS) == 'leaf/b'
+    assert jax.grad(g)(METHODS)['params']['leaf']['b'] == 2
+
+
+def test_a_decorated_function_wants_a_module_first():
+    @sg.stop_gradient('a')
+    def f(x):
+        return x
+
+    with pytest.raises(sg.UsageError, match=(
+            r"stop_gradient\('a'\) decorates 'f', whose first argument should be a flax.linen Module"
+            '; got float. Decorate a method of a Module, or open a block with `with`.')):
+        f(1.0)
+    with pytest.raises(sg.UsageError, match='got no argument'):
+        f()
+
+
+def test_a_method_of_an_unbound_module_runs():
+    class Config(nn.Module):
+        width: int = 3
+
+        @sg.stop_gradient(True)
+        def doubled(self):
+            return self.width * 2
+
+        def start(self, key):
+            return self.init(key)
+
+        @nn.compact
+        def __call__(self):
+            return self.param('w', ones, ())
+
+    assert Config().doubled() == 6
+    assert sg.stop_gradient(True)(Config)().doubled() == 6
+    assert sg.stop_gradient('w')(Config)().start(jax.random.key(0)) == {'params': {'w': 1.0}}
+
+
+def test_unmatched_patterns_of_lifted_modules():
+    for use in (lambda t: t(Net)().apply(PARAMS, 1.0), lambda t: t(Net().bind(PARAMS))(1.0),
+                lambda t: t(Net()).apply(PARAMS, 1.0),
+                lambda t: t(Net.half)(Net().bind(PARAMS), 1.0)):
+        with pytest.raises(sg.UnmatchedPathError, match="of '/' matches 'b'. There are|Close"):
+            use(sg.stop_gradient('b'))
+        assert use(sg.stop_gradient('b', allow_unmatched=True)) > 0
+        assert use(sg.stop_gradient('layers_1')) > 0
