@@ -1,10 +1,10 @@
-"""Functions on trees of nested mappings: split, filter, map, merge, walk and measure them.
+"""Functions on trees of nested mappings: split, filter, map, merge and walk them.
 
 A node is any ``Mapping``; everything else is a leaf: an array, None, a tuple of arrays, or a box
 such as ``nn.Partitioned``, which is handed over as it is stored. `_filters.py` decides by patterns
 and knows no values; the functions here call a plain ``fn(module_name, name, value)``, where
 ``module_name`` is the '/'-joined path of the parent ('' at the top) and ``name`` the last key.
-`data_structures.py` is the public face of this file.
+`_tree_kinds.py` measures and converts; `data_structures.py` is the public face of both.
 
 Results are new trees: a ``FrozenDict`` gives a ``FrozenDict``, every other mapping a ``dict``.
 """
@@ -36,7 +36,7 @@ def traverse(structure: Tree) -> Generator[tuple[str, str, Any], None, None]:
     Raises: ValueError, if `structure` is no mapping, or its keys cannot be sorted.
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
-    _check_mapping('traverse', structure)
+    check_mapping('traverse', structure)
     return ((*_names(path), value) for path, value in _leaves(structure))
 
 
@@ -60,7 +60,7 @@ def partition(
     Raises: ValueError, if `structure` is no mapping, or its keys cannot be sorted.
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
-    _check_mapping('partition', structure)
+    check_mapping('partition', structure)
     return partition_n(lambda *entry: int(not predicate(*entry)), structure, 2)
 
 
@@ -88,7 +88,7 @@ def partition_n(
         is no mapping, or its keys cannot be sorted.
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
-    _check_mapping('partition_n', structure)
+    check_mapping('partition_n', structure)
     size, least = _as_int(n), 1 if structure else 0
     if size is None or size < least:
         raise ValueError(f'partition_n: n is {n!r}; expected an int >= {least}. '
@@ -119,7 +119,7 @@ def filter(predicate: Callable[[str, str, Any], bool], structure: Tree) -> Tree:
     Raises: ValueError, if `structure` is no mapping, or its keys cannot be sorted.
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
-    _check_mapping('filter', structure)
+    check_mapping('filter', structure)
     out: dict[str, Any] = {}
     for path, value in _leaves(structure):
         if predicate(*_names(path), value):
@@ -144,7 +144,7 @@ def map(fn: Callable[[str, str, Any], Any], structure: Tree) -> Tree:
     Raises: ValueError, if `structure` is no mapping, or its keys cannot be sorted.
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
-    _check_mapping('map', structure)
+    check_mapping('map', structure)
     out: dict[str, Any] = {}
     for path, value in _leaves(structure):
         _insert(out, path, fn(*_names(path), value))
@@ -171,7 +171,7 @@ def merge(*structures: Tree, check_duplicates: bool = False) -> Tree:
     out: dict[str, Any] = {}
     frozen: set[Path] = {()} if isinstance(next(iter(structures), None), FrozenDict) else set()
     for i, structure in enumerate(structures):
-        _check_mapping('merge', structure, f'structures[{i}]')
+        check_mapping('merge', structure, f'structures[{i}]')
         _merge_into(out, frozen, structure, (), f'structures[{i}]', check_duplicates)
     return _freeze(out, frozen)
 
@@ -192,108 +192,9 @@ def is_subset(*, subset: Tree, superset: Tree) -> bool:
     Raises: ValueError, if an argument is no mapping, or its keys cannot be sorted.
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
-    _check_mapping('is_subset', subset, 'subset')
-    _check_mapping('is_subset', superset, 'superset')
+    check_mapping('is_subset', subset, 'subset')
+    check_mapping('is_subset', superset, 'superset')
     return {path for path, _ in _leaves(subset)} <= {path for path, _ in _leaves(superset)}
-
-
-def tree_size(tree: Any) -> int:
-    """Count the elements of all arrays in a pytree.
-
-    Use it for the number of parameters. Shapes from `jax.eval_shape` will do.
-
-    >>> import jax.numpy as jnp
-    >>> from flax_sg import data_structures as ds
-    >>> ds.tree_size({'mlp': {'out': {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)}}})
-    8
-
-    Args:
-        tree: any pytree of arrays or `jax.ShapeDtypeStruct`.
-    Returns: the number of elements.
-    Raises: ValueError, if a leaf is no array.
-    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
-    """
-    return sum(array.size for array in _arrays('tree_size', tree))
-
-
-def tree_bytes(tree: Any) -> int:
-    """Count the bytes of all arrays in a pytree, without padding.
-
-    Use it to estimate memory. Shapes from `jax.eval_shape` will do.
-
-    >>> import jax.numpy as jnp
-    >>> from flax_sg import data_structures as ds
-    >>> ds.tree_bytes({'mlp': {'w': jnp.ones((3, 2), 'float32'), 'b': jnp.ones(2, 'bfloat16')}})
-    28
-
-    Args:
-        tree: any pytree of arrays or `jax.ShapeDtypeStruct`.
-    Returns: the number of bytes.
-    Raises: ValueError, if a leaf is no array.
-    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
-    """
-    return sum(array.size * array.dtype.itemsize for array in _arrays('tree_bytes', tree))
-
-
-def to_haiku_dict(structure: Tree) -> dict[str, Any]:
-    """Copy a tree into plain dicts, with copies of its lists and other containers.
-
-    Use it for a tree that can be changed without changing the original. Arrays are shared.
-
-    >>> from flax.core import FrozenDict
-    >>> from flax_sg import data_structures as ds
-    >>> ds.to_haiku_dict(FrozenDict({'mlp': {'w': [1, 2]}}))
-    {'mlp': {'w': [1, 2]}}
-
-    Args:
-        structure: a tree of nested mappings.
-    Returns: a tree of dicts.
-    Raises: ValueError, if `structure` is no mapping.
-    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
-    """
-    _check_mapping('to_haiku_dict', structure)
-    return _copy(structure)
-
-
-def to_mutable_dict(mapping: Tree) -> dict[str, Any]:
-    """Turn every mapping of a tree into a plain dict; leaves stay the same objects.
-
-    Use it to edit what `to_immutable_dict` or `flax.core.freeze` made.
-
-    >>> from flax.core import FrozenDict
-    >>> from flax_sg import data_structures as ds
-    >>> ds.to_mutable_dict(FrozenDict({'mlp': {'w': 1}}))
-    {'mlp': {'w': 1}}
-
-    Args:
-        mapping: a tree of nested mappings.
-    Returns: a tree of new dicts.
-    Raises: ValueError, if `mapping` is no mapping.
-    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
-    """
-    _check_mapping('to_mutable_dict', mapping, 'mapping')
-    return _thaw(mapping)
-
-
-def to_immutable_dict(mapping: Tree) -> FrozenDict[str, Any]:
-    """Turn every mapping of a tree into Flax's immutable one; leaves stay the same objects.
-
-    Use it to guard a tree against edits. Haiku has an immutable mapping of its own in this place.
-
-    >>> from flax_sg import data_structures as ds
-    >>> ds.to_immutable_dict({'mlp': {'w': 1}})['mlp']
-    FrozenDict({
-        w: 1,
-    })
-
-    Args:
-        mapping: a tree of nested mappings.
-    Returns: a `flax.core.FrozenDict`; `mapping` itself where it is one.
-    Raises: ValueError, if `mapping` is no mapping.
-    Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
-    """
-    _check_mapping('to_immutable_dict', mapping, 'mapping')
-    return mapping if isinstance(mapping, FrozenDict) else FrozenDict(_thaw(mapping))
 
 
 def _entries(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -415,27 +316,7 @@ def _freeze(built: dict[str, Any], frozen: set[Path], path: Path = ()) -> Tree:
     return built
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return jax.tree.map(lambda leaf: leaf, value)
-
-
-def _thaw(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _thaw(item) for key, item in value.items()}
-    return value
-
-
-def _check_mapping(caller: str, tree: Any, argument: str = 'structure') -> None:
+def check_mapping(caller: str, tree: Any, argument: str = 'structure') -> None:
     if not isinstance(tree, Mapping):
         raise ValueError(f'{caller}: {argument} is of type {type(tree).__name__}; expected a '
                          "mapping like {'mlp': {'w': ...}}. Pass a nested dict or FrozenDict.")
-
-
-def _arrays(caller: str, tree: Any) -> Iterator[Any]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not (hasattr(leaf, 'size') and hasattr(leaf, 'dtype')):
-            raise ValueError(f'{caller}: the leaf at tree{jax.tree_util.keystr(path)} is {leaf!r}; '
-                             'expected an array. Filter it out, or make it an array.')
-        yield leaf

@@ -8,6 +8,13 @@ empty sub-dicts, which Haiku drops (so that ``merge(*partition_n(f, t, n))`` is 
 The code is in `_trees.py`, which the rest of the library uses; this file names what is public.
 """
 
+from flax_sg._tree_kinds import (
+    to_haiku_dict,
+    to_immutable_dict,
+    to_mutable_dict,
+    tree_bytes,
+    tree_size,
+)
 from flax_sg._trees import (
     filter,
     is_subset,
@@ -15,12 +22,7 @@ from flax_sg._trees import (
     merge,
     partition,
     partition_n,
-    to_haiku_dict,
-    to_immutable_dict,
-    to_mutable_dict,
     traverse,
-    tree_bytes,
-    tree_size,
 )
 
 __all__ = [

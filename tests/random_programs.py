@@ -5,7 +5,7 @@ without them); `Machine` says what it means, as a pure function of two copies of
 uses neither flax nor the library, keeps its own stack of open blocks, and has its own idea of what
 a filter selects. `check` compares the two. The tests run some hundreds; for many thousands:
 
-    python -m tests.random_programs --count 5000 --seed 0
+    python tests/random_programs.py --count 5000 --seed 0
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 from flax import linen
 
 import flax_sg
-from tests.oracle import assert_same, scalar
+from oracle import assert_same, scalar, tangents_of
 
 WIDTH = 3
 Path = tuple[str, ...]
@@ -524,7 +524,7 @@ def build(program: Program, *, plain: bool) -> linen.Module:
     source = Emitter(program, plain).source()
     name = f'<random program {next(_built)}>'
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    space = {**NAMES, '__name__': 'tests.random_programs.generated'}
+    space = {**NAMES, '__name__': 'random_program'}
     exec(compile(source, name, 'exec', dont_inherit=True), space)
     return space['model']
 
@@ -1255,7 +1255,6 @@ def check(program: Program, modes: tuple[str, ...] = ('traced',), *, second: boo
 
 def check_second_order(fn: Callable, two_copies: Callable, args: tuple, inside: Callable) -> None:
     """Compare a derivative forward over reverse and one forward, both in a fixed direction."""
-    from tests.oracle import tangents_of
     step = tangents_of(args)
     meant = lambda *xs: two_copies(*xs, args[0])  # noqa: E731
     first = lambda f: lambda *xs: jax.jvp(lambda *ys: f(*ys)[1][0], xs, step)[1]  # noqa: E731
