@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax.core import FrozenDict
 
-from flax_sg._trees import Tree, check_mapping
+from flax_sg._trees import Tree, check_mapping, copy_tree
 
 
 def tree_size(tree: Any) -> int:
@@ -67,7 +67,7 @@ def to_haiku_dict(structure: Tree) -> dict[str, Any]:
     Source: Haiku's ``hk.data_structures``; google/flax issue 1857.
     """
     check_mapping('to_haiku_dict', structure)
-    return _copy(structure)
+    return copy_tree(structure)
 
 
 def to_mutable_dict(mapping: Tree) -> dict[str, Any]:
@@ -109,12 +109,6 @@ def to_immutable_dict(mapping: Tree) -> FrozenDict[str, Any]:
     """
     check_mapping('to_immutable_dict', mapping, 'mapping')
     return mapping if isinstance(mapping, FrozenDict) else FrozenDict(_thaw(mapping))
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return jax.tree.map(lambda leaf: leaf, value)
 
 
 def _thaw(value: Any) -> Any:

@@ -250,7 +250,7 @@ def _as_int(value: Any) -> int | None:
 def _insert(out: dict[str, Any], path: Path, value: Any) -> None:
     for key in path[:-1]:
         out = out.setdefault(key, {})
-    out[path[-1]] = _copy(value)
+    out[path[-1]] = copy_tree(value)
 
 
 def _merge_into(
@@ -276,7 +276,7 @@ def _merge_into(
                 f'merge: {_join(here)!r} is {_describe(value)} in {origin} and '
                 f'{_describe(out[key])} in an earlier one; expected one shape and dtype. '
                 'Rename or filter one of them, or pass check_duplicates=False.')
-        out[key] = _copy(value)
+        out[key] = copy_tree(value)
 
 
 def _signature(leaf: Any) -> Any:
@@ -314,6 +314,12 @@ def _freeze(built: dict[str, Any], frozen: set[Path], path: Path = ()) -> Tree:
         if frozen and isinstance(value, dict):
             built[key] = _freeze(value, frozen, (*path, key))
     return built
+
+
+def copy_tree(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: copy_tree(item) for key, item in value.items()}
+    return jax.tree.map(lambda leaf: leaf, value)
 
 
 def check_mapping(caller: str, tree: Any, argument: str = 'structure') -> None:

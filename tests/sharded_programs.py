@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 import flax_sg as sg
 from flax_sg import nn
 
-RULES = (('batch', 'data'), ('embed', 'data'), ('heads', 'model'), ('mlp', 'model'), ('width', None))
+RULES = (('batch', 'data'), ('embed', 'data'), ('heads', 'model'), ('mlp', 'model'))
 STYLES = ('plain', 'partitioned', 'logical')
 
 # Programs ----------------------------------------------------------------------------------------
@@ -38,21 +38,20 @@ def split(style: str, init: Callable, *names: str) -> Callable:
 
 
 class Layer(nn.Module):
-    """A transformer layer. Every kernel is split over both axes of the mesh."""
+    """Attention and a dense part. Every kernel is split over both axes of the mesh."""
 
     style: str
-    depth: int = 1
 
     @nn.compact
     def __call__(self, x):
         init = functools.partial(split, self.style, nn.initializers.lecun_normal())
-        h = nn.LayerNorm(name='norm')(x)
-        x = x + nn.MultiHeadDotProductAttention(
-            4, kernel_init=init('embed', 'heads', 'width'),
-            out_kernel_init=init('heads', 'width', 'embed'), name='attention')(h)
+        h = nn.Dense(24, kernel_init=init('embed', 'heads'), name='heads')(x)
+        q, k, v = jnp.split(h.reshape(*x.shape[:-1], 4, 6), 3, axis=-1)
+        h = nn.dot_product_attention(q, k, v).reshape(x.shape)
+        x = x + nn.Dense(8, kernel_init=init('heads', 'embed'), name='mixed')(h)
         bias = split(self.style, nn.initializers.normal(), 'mlp')
         h = nn.Dense(16, kernel_init=init('embed', 'mlp'), bias_init=bias, name='up')(x)
-        return x + nn.Dense(8, kernel_init=init('mlp', 'embed'), name='down')(nn.gelu(h))
+        return x + nn.Dense(8, kernel_init=init('mlp', 'embed'), name='down')(jnp.tanh(h))
 
 
 class Stack(nn.Module):
