@@ -6,9 +6,13 @@ nothing of flax_sg.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 from flax import linen as nn
@@ -18,7 +22,7 @@ import transformer
 from flax_sg import path, stop_gradient
 from transformer import Encoder, Layer, Transformer
 
-__all__ = ['Case', 'Cases', 'encoder_cases', 'held', 'transformer_cases']
+__all__ = ['Case', 'Cases', 'encoder_cases', 'example_cases', 'held', 'transformer_cases']
 
 Loss = Callable[[Any], jax.Array]
 
@@ -213,3 +217,26 @@ def encoder_cases(*, features: int = 64, hidden: int = 128, iterations: int = 20
         'instances, bound': Case(of(EncodingByInstances(**fields)), by_hand),
     }
     return Cases(model.init(jax.random.key(0), seen), of(model), pairs)
+
+
+def example_cases(*, iterations: int = 80, batch: int = 64) -> Cases:
+    """Return the training loss of examples/two_pass_encoding.py, and that of its four copies."""
+    examples = str(Path(__file__).resolve().parents[1] / 'examples')
+    if examples not in sys.path:
+        sys.path.append(examples)
+    import two_pass_encoding
+    import two_pass_encoding_by_hand as copies
+
+    world = two_pass_encoding.World(iterations=iterations)
+    pixels, rng = jax.random.normal(jax.random.key(1), (batch, 64)), jax.random.key(2)
+
+    def of(losses: Callable) -> Loss:
+        return lambda params: sum(losses(world, params, pixels, rng).values())
+
+    def unmasked(params: Any) -> jax.Array:
+        with mock.patch.object(
+                two_pass_encoding.nn, 'stop_gradient', lambda *_: contextlib.nullcontext()):
+            return of(copies.losses_by_blocks)(params)
+
+    pairs = {'blocks inside': Case(of(copies.losses_by_blocks), of(copies.losses_by_hand))}
+    return Cases(two_pass_encoding.init(world, jax.random.key(0)), unmasked, pairs)

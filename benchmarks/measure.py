@@ -139,10 +139,10 @@ def calls_in(package: types.ModuleType, make: Callable[[], tuple]) -> int:
         nonlocal calls
         calls += event == 'call' and frame.f_code.co_filename.startswith(folder)
 
-    trace_seconds(make)  # fills what the package itself keeps, such as compiled patterns
+    trace_seconds(make, cold=False)  # fills what the package keeps, such as compiled patterns
     sys.setprofile(note)
     try:
-        trace_seconds(make)
+        trace_seconds(make, cold=False)
     finally:
         sys.setprofile(None)
     return calls

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import encoder as recurrent
 import flax_sg
 import transformer
-from cases import Cases, encoder_cases, held, transformer_cases
+from cases import Cases, encoder_cases, example_cases, held, transformer_cases
 from flax_sg import stop_gradient
 from measure import (
     calls_in,
@@ -113,6 +113,8 @@ def models(sizes: Sizes) -> dict[str, Cases]:
         'transformer, nn.scan of nn.remat': transformer_cases(**big, scan=True, remat=True),
         'recurrent encoder': encoder_cases(
             hidden=sizes.hidden, iterations=sizes.iterations, batch=sizes.batch),
+        'examples/two_pass_encoding.py': example_cases(
+            iterations=4 * sizes.iterations, batch=sizes.batch),
     }
 
 

@@ -195,56 +195,140 @@ def instructions(compiled: jax.stages.Compiled) -> collections.Counter[str]:
         for shape, opcode, rest in _INSTRUCTION.findall(compiled.as_text()))
 
 
-def operations(compiled: jax.stages.Compiled) -> collections.Counter[str]:
-    """Count a program's instructions by operation alone."""
-    counts: collections.Counter[str] = collections.Counter()
-    for line, n in instructions(compiled).items():
+def collectives(compiled: jax.stages.Compiled) -> collections.Counter[str]:
+    """Count what a program moves between devices."""
+    return collections.Counter({line: n for line, n in instructions(compiled).items()
+                                if line.split(' ', 1)[0].removesuffix('-start') in COLLECTIVES})
+
+
+def collective_counts(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Count a program's collectives by operation."""
+    counts = dict.fromkeys(COLLECTIVES, 0)
+    for line, n in collectives(compiled).items():
         counts[line.split(' ', 1)[0].removesuffix('-start')] += n
     return counts
 
 
-def collective_counts(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Count a program's collectives."""
-    return {name: n for name, n in sorted(operations(compiled).items()) if name in COLLECTIVES}
-
-
-def buffers(array: jax.Array) -> list[int]:
-    """Return where an array's shards lie in memory."""
-    return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
-
-
-def shardings_of(tree: Any) -> list[tuple[int, Any]]:
-    """Return the sharding of every leaf, with its number of dimensions to compare it by."""
-    return [(x.ndim, x.sharding) for x in jax.tree.leaves(tree)]
-
-
 def assert_same_shardings(actual: Any, expected: Any) -> None:
-    """Check that two trees lie on the same devices in the same way."""
-    for (ndim, a), (_, b) in zip(shardings_of(actual), shardings_of(expected), strict=True):
-        assert a.is_equivalent_to(b, ndim), f'{a} is not {b}'
+    """Check that the arrays of two trees lie on the same devices in the same way."""
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim), f'{a.sharding} is not {b.sharding}'
 
 
 def assert_same_bits(actual: Any, expected: Any) -> int:
-    """Check every shard of this process, and return how many that were."""
+    """Compare every shard of this process, and return how many they were."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     count = 0
     for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         for ours, theirs in zip(a.addressable_shards, b.addressable_shards, strict=True):
-            assert ours.index == theirs.index and ours.device == theirs.device
+            assert (ours.index, ours.device) == (theirs.index, theirs.device)
             got, want = np.asarray(ours.data), np.asarray(theirs.data)
             assert got.dtype == want.dtype and got.tobytes() == want.tobytes(), f'{got} != {want}'
             count += 1
     return count
 
 
-def compare_steps(case: Case, masked: tuple, by_hand: tuple) -> int:
-    """Compare two compiled steps and their results; return the number of shards compared."""
+def compare_steps(masked: tuple, by_hand: tuple) -> int:
+    """Compare two compiled steps and their results, and return the number of shards compared."""
     (compiled, grads), (hand_compiled, hand_grads) = masked, by_hand
-    same = (collective_counts(compiled), collective_counts(hand_compiled))
-    assert same[0] == same[1], f'collectives: {same[0]} is not {same[1]}'
-    ours, theirs = instructions(compiled), instructions(hand_compiled)
-    assert ours == theirs, f'more: {ours - theirs}, fewer: {theirs - ours}'
-    assert_same_shardings(compiled.input_shardings, hand_compiled.input_shardings) \
-        if hasattr(jax.tree.leaves(compiled.input_shardings)[0], 'sharding') else None
+    for look in (collective_counts, collectives, instructions):
+        ours, theirs = look(compiled), look(hand_compiled)
+        assert ours == theirs, f'{look.__name__}: {_difference(ours, theirs)}'
     assert_same_shardings(grads, hand_grads)
     return assert_same_bits(grads, hand_grads)
+
+
+def _difference(ours: dict[str, int], theirs: dict[str, int]) -> str:
+    keys = [k for k in {**ours, **theirs} if ours.get(k, 0) != theirs.get(k, 0)]
+    return ', '.join(f'{ours.get(k, 0)} and not {theirs.get(k, 0)} of {k}' for k in keys[:8])
+
+
+# Eager reads -------------------------------------------------------------------------------------
+
+
+class Weight(nn.Module):
+    """Reads one variable, in several ways."""
+
+    transform: sg.Transform
+
+    def setup(self):
+        self.kept = self.param('w', nn.initializers.ones, (8, 16))
+
+    def __call__(self):
+        box = self.get_variable('params', 'w')
+        return self.kept, box.value, self.variables['params']['w'].value
+
+    def inside(self):
+        with self.transform:
+            return self()
+
+
+def masked_reads(mesh: Mesh) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+    """Yield a name, what a masked read of a sharded array gave, and the array as it is stored."""
+    value = np.arange(128, dtype=np.float32).reshape(8, 16)
+    sharding = NamedSharding(mesh, P('data', 'model'))
+    stored = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    variables = {'params': {'w': nn.Partitioned(stored, ('data', 'model'))}}
+    transform = sg.stop_gradient('w')
+    net, lifted = Weight(transform), transform(Weight)(transform)
+    def around(variables):
+        with transform:
+            return net.apply(variables)
+    def of_tree(variables):
+        return transform(variables['params'])['w'].value
+    reads = {
+        'around apply': around, 'tree': of_tree, 'class': lifted.apply,
+        'block': lambda v: net.apply(v, method='inside'),
+        'method': lambda v: net.apply(v, method=transform(Weight.__call__)),
+        'instance': lambda v: transform(net.bind(v))()}
+    with jax.transfer_guard('disallow_explicit'):
+        for name, read in reads.items():
+            for got in jax.tree.leaves(read(variables)):
+                yield name, got, stored
+            # Differentiated, a read is a tracer around the array.
+            _, _, seen = jax.vjp(lambda v, read=read: ((), read(v)), variables, has_aux=True)
+            for got in jax.tree.leaves(seen):
+                yield f'{name}, differentiated', got, stored
+
+
+def assert_same_buffers(actual: jax.Array, expected: jax.Array) -> None:
+    """Check that an array is another one, or shares its sharding and its memory."""
+    if actual is not expected:
+        assert actual.sharding == expected.sharding
+        assert buffers(actual) == buffers(expected)
+
+
+def buffers(array: jax.Array) -> list[int]:
+    """Return where this process's shards of an array lie in memory."""
+    return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+
+# One process of several --------------------------------------------------------------------------
+
+
+def run_process(address: str, processes: int, process: int) -> dict[str, Any]:
+    """Make the comparison together with other processes, and return what was compared."""
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(address, processes, process, initialization_timeout=60)
+    mesh = Mesh(np.array(jax.devices()).reshape(processes, -1), ('data', 'model'))
+    steps = {}
+    for style, use in (('plain', 'block'), ('partitioned', 'around jit')):
+        case = Case(mesh, Layer, style)
+        masked, by_hand = (case.step(kind(*case.of, use)) for kind in (Masked, ByHand))
+        spread = sum(not x.is_fully_addressable for x in jax.tree.leaves(case.variables))
+        steps[f'{style}, {use}'] = {
+            'shards': compare_steps(masked, by_hand), 'spread': spread,
+            'collectives': collective_counts(masked[0]), 'moved': sorted(collectives(masked[0]))}
+    reads = 0
+    for _, got, stored in masked_reads(mesh):
+        assert not stored.is_fully_addressable
+        assert_same_buffers(got, stored)
+        reads += 1
+    record = {'process': jax.process_index(), 'processes': jax.process_count(),
+              'devices': jax.device_count(), 'reads': reads, 'steps': steps}
+    jax.distributed.shutdown()
+    return record
+
+
+if __name__ == '__main__':
+    print(json.dumps(run_process(sys.argv[1], *map(int, sys.argv[2:]))))

@@ -1,0 +1,62 @@
+"""The README and the guide: their code runs, and says what is true."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def blocks(name, language):
+    return re.findall(rf'^```{language}\n(.*?)^```$', (ROOT / name).read_text(), re.M | re.S)
+
+
+def test_the_first_example_of_the_readme():
+    names = {}
+    exec(blocks('README.md', 'python')[0], names)
+    model, x = names['Model'](), jnp.array([[1.0, 2.0]])
+    params = model.init(jax.random.key(0), x, 0.5)
+
+    def by_hand(p, x):
+        dense = lambda p, x: x @ p['kernel'] + p['bias']
+        held = jax.lax.stop_gradient(p)
+        code = dense(held['encoder'], x)
+        return ((dense(p['head'], code) - 0.5) ** 2).mean() + (dense(p['encoder'], x) ** 2).mean()
+
+    got = jax.grad(lambda p, x: model.apply({'params': p}, x, 0.5), (0, 1))(params['params'], x)
+    want = jax.grad(by_hand, (0, 1))(params['params'], x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    assert all(leaf.any() for leaf in jax.tree.leaves(got))
+
+
+def test_the_guides_optimiser():
+    names = {}
+    exec(blocks('docs/guide.md', 'python')[0], names)
+    params, optimiser = names['params'], names['optimiser']
+    updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, params), optimiser.init(params), params)
+    assert updates['gln']['kernel'] != 0 and updates['code_value']['kernel'] == 0
+
+
+def test_the_first_two_shell_commands_set_up_the_main_job_and_the_tests():
+    main, tests = blocks('README.md', 'sh')[:2]
+    assert 'examples/two_pass_encoding.py' in main and 'pytest' in tests
+    for command in (main, tests):
+        assert command.startswith('python3 -m venv .venv && .venv/bin/pip install')
+
+
+@pytest.mark.parametrize('name', ['README.md', 'docs/guide.md', 'docs/how_it_works.md'])
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text()
+    for target in re.findall(r'\]\((?!http)([^)#]+)\)', text):
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_every_file_of_the_library_is_described():
+    text = (ROOT / 'docs/how_it_works.md').read_text()
+    for file in (ROOT / 'flax_sg').glob('*.py'):
+        if file.name not in ('__init__.py', '_errors.py', 'nn.py'):
+            assert f'`{file.name}`' in text, file.name
