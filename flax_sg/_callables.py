@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
-__all__ = ['callable_key', 'describe_callable']
+__all__ = ['callable_key', 'cell_contents', 'describe_callable']
 
 
 class _Identity:
@@ -48,7 +48,7 @@ def callable_key(fn: Callable, _seen: tuple[int, ...] = ()) -> Hashable:
             'function', code, code.co_filename, fn.__qualname__, _Identity(fn.__globals__),
             tuple(map(value, fn.__defaults__ or ())),
             tuple((name, value(defaults[name])) for name in sorted(defaults)),
-            tuple(value(_cell(cell)) for cell in fn.__closure__ or ()))
+            tuple(value(cell_contents(cell)) for cell in fn.__closure__ or ()))
     return _hashable(fn)
 
 
@@ -72,11 +72,12 @@ def _hashable(value: Any) -> Hashable:
     return (type(value), value)  # 1, 1.0 and True are equal, and not the same predicate
 
 
-def _cell(cell: Any) -> Any:
+def cell_contents(cell: types.CellType) -> Any:
+    """Return what a closure's cell holds, or None while it is empty."""
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet, as in a function that calls itself
-        return _cell
+    except ValueError:  # as in a function that calls itself, while it is being defined
+        return None
 
 
 def describe_callable(fn: Callable) -> str:

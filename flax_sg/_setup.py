@@ -10,6 +10,8 @@ are.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import inspect
 import types
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ import numpy as np
 
 from flax_sg import _compat
 from flax_sg._active import Entry, state
+from flax_sg._cached import watch
+from flax_sg._callables import cell_contents
 from flax_sg._compat import Module, Scope, Variable
 from flax_sg._errors import UsageError
 from flax_sg._scope import effective
@@ -27,7 +31,7 @@ from flax_sg._scope import effective
 LIVE = '_flax_sg_live'
 _START = '_flax_sg_start'
 _TABLE = '_flax_sg_setup'
-_STATIC = (Module, Variable, Scope, str, bytes, bool, int, float, complex, type, np.dtype,
+_STATIC = (Variable, Scope, str, bytes, bool, int, float, complex, type, np.dtype,
            types.ModuleType, types.BuiltinFunctionType)
 
 
@@ -102,25 +106,41 @@ class _Table:
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """Take values from a replay, and modules and variables from the module itself."""
-    return jax.tree.map(lambda a, b: a if isinstance(a, _STATIC) else b, old, new)
+    """Take what depends on variables from a replay, and the rest from the module itself."""
+    return jax.tree.map(lambda a, b: b if _depends(a) else a, old, new)
 
 
-def _from_variables(value: Any) -> bool:
-    """Say whether a value set in a setup that read variables may depend on them."""
-    def may(leaf: Any) -> bool:
-        if isinstance(leaf, types.FunctionType):
-            return bool(leaf.__closure__ or leaf.__defaults__ or leaf.__kwdefaults__)
-        if isinstance(leaf, types.MethodType):
-            return not isinstance(leaf.__self__, Module)
-        return not isinstance(leaf, _STATIC)
-    return any(map(may, jax.tree.leaves(value)))
+def _depends(value: Any, seen: frozenset[int] = frozenset()) -> bool:
+    """Say whether a value set in a setup that read variables may depend on what it read.
+
+    It may where it holds an array, or something that cannot be looked into: in a container, in a
+    closure, or in a field of a module (``self.decoder = Tied(self.embed.embedding)``).
+    """
+    if id(value) in seen:
+        return False
+    depends = functools.partial(_depends, seen=seen | {id(value)})
+    if isinstance(value, Module):
+        return any(depends(getattr(value, field.name)) for field in dataclasses.fields(value)
+                   if field.init and field.name not in ('parent', 'name'))
+    if isinstance(value, _STATIC):
+        return False
+    if isinstance(value, types.FunctionType):
+        return any(map(depends, (*map(cell_contents, value.__closure__ or ()),
+                                 *(value.__defaults__ or ()),
+                                 *(value.__kwdefaults__ or {}).values())))
+    if isinstance(value, types.MethodType):
+        return depends(value.__self__)
+    if isinstance(value, functools.partial):
+        return any(map(depends, (value.func, *value.args, *value.keywords.values())))
+    leaves = jax.tree.leaves(value)
+    return len(leaves) == 1 and leaves[0] is value or any(map(depends, leaves))
 
 
 @_compat.tap(Module, '_try_setup')
 def _try_setup(original, self, shallow=False):
     if shallow or not _compat.setup_pending(self):
         return original(self, shallow)
+    watch(type(self))
     before, entries = set(vars(self)), effective(self.scope)
     # A module and its mirrors draw the same random numbers, and between them draw them once.
     live = vars(self).get(LIVE, self)
@@ -133,7 +153,7 @@ def _try_setup(original, self, shallow=False):
         object.__setattr__(module, _START, start)
     if run.read:
         new = {k: v for k, v in vars(self).items() if k not in (*before, 'scope', _START)}
-        names = tuple(name for name, value in new.items() if _from_variables(value))
+        names = tuple(name for name, value in new.items() if _depends(value))
         for name in names:
             _intercept(type(self), name)
         if names:

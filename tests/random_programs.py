@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import fnmatch
 import itertools
@@ -488,6 +489,12 @@ _scan_s = {'variable_axes': {'params': 0, 'batch_stats': 0}, 'split_rngs': {'par
 _vmap_b = {'variable_axes': {'params': None, 'batch_stats': 0}, 'split_rngs': {'params': False}}
 
 
+def _lifted_scan(mdl, body, x):
+    if mdl.is_initializing():
+        return body(mdl, x)[0]
+    return linen.scan(body, length=2, **_scan_b)(mdl, x, None)[0]
+
+
 def _lifted_cond(mdl, body, x):
     if mdl.is_initializing():
         return body(mdl, x)[0]
@@ -510,7 +517,7 @@ NAMES: dict[str, Any] = {
     'raw_vmap': _raw(lambda body, x: jax.vmap(body)(_pair(x))[0].sum(0)),
     'raw_cond': _raw(lambda body, x: jax.lax.cond(_yes(x), body, lambda x: (x, None), x)[0]),
     'raw_plain': _raw(lambda body, x: body(x)[0]),
-    'lifted_scan': lambda mdl, body, x: linen.scan(body, length=2, **_scan_b)(mdl, x, None)[0],
+    'lifted_scan': _lifted_scan,
     'lifted_remat': lambda mdl, body, x: linen.remat(body)(mdl, x)[0],
     'lifted_jit': lambda mdl, body, x: linen.jit(body)(mdl, x)[0],
     'lifted_cond': _lifted_cond,
@@ -756,7 +763,10 @@ class Generator:
         one, two = [self.mask()], [self.mask(), self.mask()]
         runs = self.rng.choice([[[]], [[]], [one], [one, [], one], [[], one], [one, two, []],
                                 [[], two, one, []]])
-        return Program(classes, wraps, runs, around_grad=self.chance(0.3), bind=self.chance(0.2),
+        outer = self.chance(0.3)
+        # What is bound is read once more for its statistics, outside of all blocks.
+        bind = not outer and not wraps and self.chance(0.2)
+        return Program(classes, wraps, runs, around_grad=outer, bind=bind,
                        mutable_params=self.chance(0.1))
 
     # Filters.
@@ -851,7 +861,9 @@ class Generator:
         if loop and self.chance(0.2):
             lifts.append(self.rng.choice(['remat', 'jit']))
         if loop and cls.scanned and self.chance(0.7):
-            lifts.append(self.rng.choice(['scan_b'] if cls.fields else ['scan_b', 'scan_s']))
+            # A carried collection has to be there before the scan, and at init it is not.
+            kinds = ['scan_b'] * ('stat' not in cls.effects) + ['scan_s'] * (not cls.fields)
+            lifts += [self.rng.choice(kinds)] if kinds else []
         elif loop and not cls.scanned and not cls.fields and self.chance(0.15):
             lifts.append(self.rng.choice(['vmap_b', 'vmap_s']))
         if self.chance(0.12):
@@ -1184,12 +1196,12 @@ def application(program: Program, model: linen.Module, masks: list[Mask]) -> Cal
         noises.clear()
         variables, rngs = {'params': params, 'batch_stats': stats}, {'noise': KEYS['noise']}
         with _blocks(inside):
-            if program.bind and not program.wraps:
+            if program.bind:
                 bound = model.bind(variables, rngs=rngs, mutable=mutable)
                 y = bound(x)
             else:
                 y, variables = model.apply(variables, x, rngs=rngs, mutable=mutable)
-        if program.bind and not program.wraps:
+        if program.bind:
             variables = bound.variables
         out = {'y': y, 'stats': variables.get('batch_stats', {})}
         if program.mutable_params:
@@ -1231,7 +1243,7 @@ def check(program: Program, modes: tuple[str, ...] = ('traced',), *, second: boo
         for masks in program.runs:
             fn = application(program, masked, masks)
             grads, (out, drawn) = run(around(program, masks, gradients(fn)))(*args)
-            tolerance = 2e-5 if mode == 'jit' else 0.0
+            tolerance = 1e-3 if mode == 'jit' else 0.0
             assert_same((out, drawn), (plain_out, noise), f'{mode} value', rtol=tolerance)
             if id(masks) in seen:
                 assert_same(grads, seen[id(masks)], f'{mode} gradient, again', rtol=0.0)
@@ -1243,9 +1255,9 @@ def check(program: Program, modes: tuple[str, ...] = ('traced',), *, second: boo
                 return scalar(lambda: out)(), (out, ())
 
             wanted, (meant, _) = run(gradients(two_copies))(*args, args[0])
-            assert_same(out, meant, f'{mode} value', rtol=2e-5 if mode == 'jit' or not exact else 0)
-            assert_same(grads, wanted, f'{mode} gradient',
-                        rtol=2e-5 if mode == 'jit' or not exact else 0)
+            tolerance = 0.0 if exact and mode != 'jit' else 1e-3
+            assert_same(out, meant, f'{mode} value', rtol=tolerance)
+            assert_same(grads, wanted, f'{mode} gradient', rtol=tolerance)
             differs |= any(bool((a != b).any()) for a, b in zip(
                 jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True))
             if second:
@@ -1262,7 +1274,83 @@ def check_second_order(fn: Callable, two_copies: Callable, args: tuple, inside: 
         lambda *ys: gradients(f)(*ys)[0], xs, step)[1]
     for name, order in (('jvp', first), ('jvp of grad', again)):
         got = inside(lambda order=order: traced(order(fn))(*args))
-        assert_same(got, traced(order(meant))(*args), name, rtol=2e-5)
+        assert_same(got, traced(order(meant))(*args), name, rtol=1e-3)
+
+
+# Shrinking ---------------------------------------------------------------------------------------
+
+
+def _edits(program: Program) -> Iterator[Callable[[], None]]:
+    """Yield ways to make a program smaller, each a change in place."""
+    def bodies(body: list) -> Iterator[list]:
+        yield body
+        for s in body:
+            if isinstance(s, (Block, Closure, Lifted)):
+                yield from bodies(s.body)
+
+    def clear(items: Any, key: Any) -> Callable[[], None]:
+        return lambda: items.__delitem__(key)
+
+    for items in (program.runs, program.wraps, *program.runs):
+        yield from (clear(items, i) for i in range(len(items)) if len(program.runs) > 1
+                    or items is not program.runs)
+    for c in program.classes:
+        for body in [b for m in c.methods.values() for b in bodies(m)]:
+            for i, s in enumerate(body):
+                yield clear(body, i)
+                if isinstance(s, (Block, Lifted)):
+                    yield lambda body=body, i=i, s=s: body.__setitem__(slice(i, i + 1), s.body)
+        for table in (c.masks, c.subs, c.derived, c.params, c.methods):
+            yield from (clear(table, key) for key in list(table))
+    yield from (clear(program.classes, i) for i in range(len(program.classes) - 1))
+    for c in program.classes:
+        uses = [u for sub in c.subs.values() for u in (
+            sub if isinstance(sub, list) else sub.values() if isinstance(sub, dict) else [sub])]
+        uses += [s.use for m in c.methods.values() for b in bodies(m) for s in b
+                 if isinstance(s, New)]
+        for use in uses:
+            for i in range(len(use.lifts)):
+                yield lambda use=use, i=i: setattr(use, 'lifts', use.lifts[:i] + use.lifts[i + 1:])
+
+
+def shrink(program: Program, fails: Callable[[Program], bool]) -> Program:
+    """Return a smaller program that still fails; a trial costs one call of ``fails``."""
+    at = 0
+    while True:
+        trial = copy.deepcopy(program)
+        edit = next(itertools.islice(_edits(trial), at, None), None)
+        if edit is None:
+            return program
+        edit()
+        if fails(trial):
+            program = trial
+        else:
+            at += 1
+
+
+def kind_of(error: BaseException) -> str:
+    """Name a failure well enough to tell whether another program fails in the same way."""
+    text = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
+    return re.sub(r"\[.*|'.*", '', text) if isinstance(error, AssertionError) else text[:60]
+
+
+def same_failure(error: BaseException, **how: Any) -> Callable[[Program], bool]:
+    """Return a predicate: does a program fail as this error did?"""
+    def fails(program: Program) -> bool:
+        try:
+            check(program, **how)
+        except Exception as other:
+            return kind_of(other) == kind_of(error)
+        return False
+    return fails
+
+
+def report(program: Program) -> str:
+    """Show a program as it was run."""
+    runs = [[mask.source() for mask in masks] for masks in program.runs]
+    return (f'{Emitter(program, plain=False).source()}\n# blocks around each run: {runs}\n'
+            f'# around grad: {program.around_grad}, bound: {program.bind}, '
+            f'mutable params: {program.mutable_params}')
 
 
 # A run of many -----------------------------------------------------------------------------------
@@ -1281,9 +1369,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--count', type=int, default=1000)
     parser.add_argument('--seed', type=int, default=0, help='of the first program')
-    parser.add_argument('--stop', action='store_true', help='stop at the first failure')
+    parser.add_argument('--stop', action='store_true', help='stop at the first failure, shrunk')
     options = parser.parse_args()
-    start, counts, kinds = time.time(), Counter(), Counter()
+    start, counts = time.time(), Counter()
     for i in range(options.count):
         seed = options.seed + i
         program, how = draw(seed)
@@ -1292,12 +1380,10 @@ def main() -> None:
             counts['ok'] += 1
         except Exception as error:
             counts['failed'] += 1
-            kind = f'{type(error).__name__}: {str(error).splitlines()[0][:90]}'
-            kinds[kind] += 1
-            print(f'seed {seed}: {kind}', flush=True)
+            print(f'seed {seed}: {type(error).__name__}: {str(error)[:200]}', flush=True)
             if options.stop:
                 traceback.print_exc()
-                print(Emitter(program, plain=False).source(), program.wraps, program.runs, how)
+                print(report(shrink(program, same_failure(error, **how))))
                 break
         if i % 50 == 49:
             print(f'{i + 1}/{options.count} {dict(counts)} {time.time() - start:.0f} s', flush=True)

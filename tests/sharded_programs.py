@@ -1,4 +1,4 @@
-"""A sharded transformer step, masked in every way and written by hand, and what it moves between devices.
+"""A sharded step of a transformer, masked and by hand, and what it moves between devices.
 
 The masked step and the one written by hand with `jax.lax.stop_gradient` are compiled with the same
 shardings. They must hold the same instructions, and so the same collectives, and give the same
@@ -11,7 +11,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -309,7 +311,8 @@ def buffers(array: jax.Array) -> list[int]:
 def run_process(address: str, processes: int, process: int) -> dict[str, Any]:
     """Make the comparison together with other processes, and return what was compared."""
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(address, processes, process, initialization_timeout=60)
+    jax.distributed.initialize(address, processes, process, initialization_timeout=60,
+                               coordinator_bind_address=address)
     mesh = Mesh(np.array(jax.devices()).reshape(processes, -1), ('data', 'model'))
     steps = {}
     for style, use in (('plain', 'block'), ('partitioned', 'around jit')):

@@ -91,6 +91,27 @@ class SetupClosure(nn.Module):
         return self.scale(x) + self.partial(x)
 
 
+class Times(nn.Module):
+    w: jax.Array
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.w * self.param('v', near_one, (3,))
+
+
+class SetupPassesOn(nn.Module):
+    """What was read in setup goes into fields of submodules, and into closures over self."""
+
+    def setup(self):
+        self.w = self.param('w', near_one, (3,))
+        self.times = Times(self.w)
+        self.chain = nn.Sequential([nn.Dense(3), lambda x, w=self.w: x * w])
+        self.method = lambda x: self.times(x) * self.w
+
+    def __call__(self, x):
+        return self.times(x) + self.chain(x) + self.method(x)
+
+
 class SetupDerivedBelow(nn.Module):
     def setup(self):
         self.sub = SetupDerived()
@@ -206,6 +227,18 @@ class Property(nn.Module):
         self.raw = self.param('raw', near_one, (3,))
 
     @property
+    def w(self):
+        return jnp.exp(self.raw)
+
+    def __call__(self, x):
+        return x * self.w
+
+
+class CachedProperty(nn.Module):
+    def setup(self):
+        self.raw = self.param('raw', near_one, (3,))
+
+    @functools.cached_property
     def w(self):
         return jnp.exp(self.raw)
 
@@ -436,8 +469,8 @@ def named(*forms):
 # Forms that are nothing but reads, and forms with a control flow or a size worth compiling once.
 SMALL = named(
     Param(), Variable(), GetVariable(), Variables(), SubTree(), SetupParam(), SetupDerived(),
-    SetupClosure(), SetupDerivedBelow(), SetupShadowsDefault(), Embed(), LocalAttribute(), Dense(),
-    Containers(), Deep(), LoraHost(), LoraChild(), NoWrap(), Property(), Field(), ByArgument(),
+    SetupClosure(), SetupPassesOn(), SetupDerivedBelow(), SetupShadowsDefault(), Embed(), LocalAttribute(), Dense(),
+    Containers(), Deep(), LoraHost(), LoraChild(), NoWrap(), Property(), CachedProperty(), Field(), ByArgument(),
     MapVariables(), Norms(), BatchNorm(), Boxed(), Dropout(), RandomSetup(), VjpInput(), Jvp(),
     Grad(), JitMethod())
 LARGE = named(
