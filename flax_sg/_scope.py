@@ -141,13 +141,9 @@ def attach(scope: Scope, transforms: tuple[Any, ...]) -> Scope:
     outer = tuple(e for e in mark.own if e not in found)
     inner = tuple(e for e in mark.own if e in found)
     own = outer + new + inner
-    return _view(scope, Mark(mark.family, mark.applied, mark.done, mark.pending, own))
-
-
-def _view(scope: Scope, mark: Mark) -> Scope:
     view = scope.rewound()
     view.reservations = scope.reservations
-    _set_mark(view, mark)
+    _set_mark(view, Mark(mark.family, mark.applied, mark.done, mark.pending, own))
     return view
 
 
@@ -265,10 +261,11 @@ class _Lifted:
         while scope is not None:
             _set_mark(scope, plain)
             scope = scope.parent
-        # The same scope may be handed in twice, as a live module and as its lifted mirror: the
-        # mirror gets a view of its own.
-        return _view(inner, Mark(mark.family, self.applied, done, pending, mark.own)) \
-            if mark.own else inner
+        if mark.own:
+            # The same scope may be handed in twice, as a live module's and as its mirror's.
+            inner = inner.rewound()
+            _set_mark(inner, Mark(mark.family, self.applied, done, pending, mark.own))
+        return inner
 
     def keyed(self) -> contextlib.AbstractContextManager:
         """Add the scopes' paths to JAX's cache keys where the body's trace depends on them.

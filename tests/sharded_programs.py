@@ -28,6 +28,7 @@ from flax_sg import nn
 
 RULES = (('batch', 'data'), ('embed', 'data'), ('heads', 'model'), ('mlp', 'model'))
 STYLES = ('plain', 'partitioned', 'logical')
+BLANK = np.ones((4, 4, 8), np.float32)
 
 # Programs ----------------------------------------------------------------------------------------
 
@@ -158,21 +159,21 @@ class Case:
 
     def __init__(self, mesh: Mesh, encoder_cls: type[nn.Module], style: str):
         self.mesh, self.of = mesh, (encoder_cls, style)
-        net = Masked(encoder_cls, style, 'none').net
-        boxed = Masked(encoder_cls, 'partitioned' if style == 'plain' else style, 'none').net
-        blank = jnp.ones((4, 4, 8))
-        specs = nn.get_partition_spec(jax.eval_shape(boxed.init, jax.random.key(0), blank))
+        # Plain parameters know no axes: they lie as the boxed ones do.
+        nets = {s: Masked(encoder_cls, s, 'none').net for s in STYLES}
+        shapes = {s: jax.eval_shape(nets[s].init, jax.random.key(0), BLANK) for s in STYLES}
+        specs = nn.get_partition_spec(shapes['logical' if style == 'logical' else 'partitioned'])
         self.shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES) if style == 'logical' else \
             jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-        with environment(mesh):
-            self.variables = jax.jit(net.init, out_shardings=self.shardings)(jax.random.key(0), blank)
-        self.rows = NamedSharding(mesh, P('data'))
         rng = np.random.default_rng(0)
-        self.data = tuple(self._place(rng.standard_normal(shape, np.float32))
-                          for shape in ((4, 4, 8), (4, 4, 4)))
-
-    def _place(self, value: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(value.shape, self.rows, lambda index: value[index])
+        def place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+            value = 0.3 * rng.standard_normal(shape.shape, np.float32)
+            return jax.make_array_from_callback(shape.shape, sharding, lambda index: value[index])
+        self.variables = jax.tree.map(
+            place, shapes[style], jax.tree.broadcast(self.shardings, shapes[style]))
+        self.rows = NamedSharding(mesh, P('data'))
+        self.data = tuple(place(jax.ShapeDtypeStruct((4, 4, n), np.float32), self.rows)
+                          for n in (8, 4))
 
     def step(self, program: Masked | ByHand) -> tuple[jax.stages.Compiled, Any]:
         """Compile the gradients of parameters and inputs, and run them."""

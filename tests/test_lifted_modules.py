@@ -397,3 +397,64 @@ def test_unmatched_patterns_of_lifted_modules():
             use(sg.stop_gradient('b'))
         assert use(sg.stop_gradient('b', allow_unmatched=True)) > 0
         assert use(sg.stop_gradient('layers_1')) > 0
+
+
+# Mirrors and lifted classes in Flax's lifted functions ----------------------------------------
+
+
+class Step(nn.Module):
+    def setup(self):
+        self.w = self.param('w', ones, ())
+        self.v = self.param('v', ones, ())
+
+    def __call__(self, c, _):
+        return c * self.w + self.v, None
+
+
+class Steps(nn.Module):
+    body: object
+
+    def setup(self):
+        self.step = Step()
+        self.held = sg.stop_gradient('w')(self.step)
+
+    def __call__(self):
+        return self.body(self.step, self.held)
+
+
+def scanned(module):
+    scan = nn.scan(lambda m, c, x: m(c, x), variable_broadcast='params',
+                   split_rngs={'params': False}, length=2)
+    return scan(module, 1.0, None)[0]
+
+
+@pytest.mark.parametrize('body, want', [  # w² + w v + v, or w + v
+    (lambda step, held: scanned(step), {'w': 3, 'v': 2}),
+    (lambda step, held: scanned(held), {'w': 0, 'v': 2}),
+    (lambda step, held: scanned(held) + scanned(step), {'w': 3, 'v': 4}),
+    (lambda step, held: nn.remat(lambda a, b: a(1.0, None)[0] + 10 * b(1.0, None)[0])(held, step),
+     {'w': 10, 'v': 11}),
+    (lambda step, held: nn.remat(lambda a, b: a(1.0, None)[0] + 10 * b(1.0, None)[0])(step, held),
+     {'w': 1, 'v': 11}),
+    (lambda step, held: nn.jit(lambda a, b: a.w + 10 * b.w)(step, held), {'w': 1, 'v': 0}),
+])
+def test_mirrors_handed_to_lifted_functions(body, want):
+    params = Steps(body).init(jax.random.key(0))
+    assert set(params['params']) == {'step'}
+    assert jax.grad(lambda p: Steps(body).apply(p))(params)['params']['step'] == want
+
+
+@pytest.mark.parametrize('first', ['mask', 'lift'])
+def test_a_scan_over_layers_of_a_lifted_class(first):
+    t = sg.stop_gradient('w')
+    scan = functools.partial(nn.scan, variable_axes={'params': 0}, split_rngs={'params': True},
+                             length=3)
+    Layers = scan(t(Step)) if first == 'mask' else t(scan(Step))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return Layers(name='layers')(1.0, None)[0]
+
+    grads = jax.grad(lambda p: Net().apply(p))(Net().init(jax.random.key(0)))['params']['layers']
+    assert not grads['w'].any() and grads['v'].tolist() == [1, 1, 1]

@@ -3,9 +3,9 @@
 import random
 
 import jax
-import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from oracle import assert_same
 from random_programs import (
     OPS, Generator, check, draw, evaluate, flatten, report, same_failure, shrink, unflatten,
 )
@@ -37,7 +37,7 @@ def test_random_programs(seed):
     check_seed(seed)
 
 
-@settings(deterministic, max_examples=12)
+@settings(deterministic, max_examples=8)
 @given(seeds)
 def test_random_programs_eager_and_compiled(seed):
     check_seed(seed, modes=('eager', 'jit'))
@@ -74,7 +74,7 @@ def test_programs_stop_gradients_often_and_hold_every_form():
                  'raw_cond', 'raw_vmap', 'lifted_scan', 'lifted_remat', 'lifted_jit',
                  'lifted_cond', 'scan_b(', 'scan_s(', 'vmap_b(', 'vmap_s(', 'remat(', 'jit(',
                  'lambda c', 're.compile', "'../", "'/", '~(', ') & (', 'bound: True',
-                 'params: True', 'grad: True', '(M0)()'):
+                 'params: True', 'grad: True', ')(M0)'):
         assert form in text, form
     assert sum(check(p) for p in programs[:24]) >= 8
 
@@ -111,4 +111,4 @@ def test_a_jaxpr_evaluates_as_jax_runs_it():
     x = jax.numpy.array([0.3, -0.5, 0.9])
     got = evaluate(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, 2 * x), x, 2 * x)
     for a, b in zip(got, jax.grad(loss, (0, 1))(x, 2 * x), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+        assert_same(a, b, 'gradient', rtol=1e-5)
