@@ -4,7 +4,6 @@ from flax_sg import _setup as _setup  # taps Flax's setup; _scope taps its reads
 from flax_sg import data_structures, nn
 from flax_sg._adaptors import from_haiku, from_nnx
 from flax_sg._errors import (
-    FrozenVariableError,
     LabelError,
     PredicateError,
     UnmatchedPathError,
@@ -18,7 +17,7 @@ from flax_sg._transform import Transform, stop_gradient
 __version__ = '0.1.0'
 
 __all__ = [
-    'Filter', 'FrozenVariableError', 'LabelError', 'PredicateError', 'Transform',
+    'Filter', 'LabelError', 'PredicateError', 'Transform',
     'UnmatchedPathError', 'UsageError', 'VariableInfo', 'data_structures', 'everything',
     'from_haiku', 'from_nnx', 'labels', 'nn', 'nothing', 'path', 'regex', 'stop_gradient', 'where',
 ]

@@ -1,10 +1,6 @@
 """The library's errors: each says where, what was expected, what was got, and the way out."""
 
-from flax import errors
-
-__all__ = [
-    'FrozenVariableError', 'LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError',
-]
+__all__ = ['LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError']
 
 
 class PredicateError(ValueError, TypeError):
@@ -33,15 +29,3 @@ class LabelError(ValueError):
 
 class UsageError(ValueError, TypeError):
     """A transform was given something that it cannot take, or was used where it cannot work."""
-
-
-class FrozenVariableError(errors.ModifyScopeVariableError):
-    """A write to a variable that ``constant`` holds.
-
-    It derives from Flax's error for a write to an immutable collection, so that code which
-    already expects that one needs no change.
-    """
-
-    def __init__(self, message: str):
-        # Flax builds its message from a collection and a name; ours also has the block to tell.
-        Exception.__init__(self, message)

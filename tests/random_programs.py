@@ -815,6 +815,7 @@ class Generator:
                 c.params['q'] = 'vec'
                 c.derived['t'] = (self.rng.choice(['exp', 'sine']), 'q', True)
         c.stat = self.chance(0.2)
+        c.effects |= {'stat'} if c.stat and not c.compact else set()
         fields = [f for f in pool if not f.scanned and not f.effects and not f.fields]
         if not root and fields and self.chance(0.2):
             c.fields['inner'] = self.rng.choice(fields)
@@ -834,10 +835,10 @@ class Generator:
     def add_sub(self, c: Class, name: str, pool: list[Class]) -> None:
         kind = self.rng.choice(['one', 'one', 'list', 'dict'])
         if kind == 'one':
-            use = self.use(self.rng.choice(pool), lambda f: self.setup_field(c, f))
+            use = self.use(c, self.rng.choice(pool), lambda f: self.setup_field(c, f))
             c.subs[name] = use
             return
-        uses = [self.use(self.rng.choice(pool), lambda f: self.setup_field(c, f))
+        uses = [self.use(c, self.rng.choice(pool), lambda f: self.setup_field(c, f))
                 for _ in range(2)]
         if kind == 'list':
             c.subs['layers' if 'layers' not in c.subs else name] = uses
@@ -850,12 +851,13 @@ class Generator:
             if isinstance(use, Use) and use.cls is field and use.open:
                 return ('attr', ('self',), name, None)
         name = f'f{next(self.fresh)}'
-        c.subs[name] = self.use(field, None)
+        c.subs[name] = self.use(c, field, None)
         if not c.subs[name].open:
             c.subs[name].lifts = ()
         return ('attr', ('self',), name, None)
 
-    def use(self, cls: Class, field_ref: Callable | None) -> Use:
+    def use(self, c: Class, cls: Class, field_ref: Callable | None) -> Use:
+        c.effects |= cls.effects & {'stat'}  # its setup may run, whether it is called or not
         lifts: list = []
         loop = 'noise' not in cls.effects
         if loop and self.chance(0.2):
@@ -990,7 +992,7 @@ class Generator:
             out.append(New(name, env.modules[name], auto=False))
             return ('local', name)
 
-        use = self.use(self.rng.choice(env.cls.pool), local_field)
+        use = self.use(env.cls, self.rng.choice(env.cls.pool), local_field)
         local = f'{self.rng.choice("abc")}{next(self.fresh)}'
         env.modules[local] = use
         out.append(New(local, use, auto=not use.names and self.chance(0.5)))

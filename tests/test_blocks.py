@@ -484,6 +484,62 @@ def test_an_exception_in_setup_under_a_block():
     assert _active.state.stack == () and _active.state.setups == []
 
 
+def test_a_setup_that_is_not_the_same_twice_is_an_error():
+    runs = []
+
+    class Fickle(nn.Module):
+        def setup(self):
+            w = self.param('w', ones, ())
+            if not runs:
+                self.w = jnp.exp(w)
+            runs.append(w)
+
+        def __call__(self):
+            with sg.stop_gradient(True):
+                return self.w
+
+    params = {'params': {'w': jnp.ones(())}}
+
+    def first_outside(p):
+        bound = Fickle().bind(p)
+        return bound.w + bound()
+
+    with pytest.raises(sg.UsageError, match=(
+            "setup of '/' set 'w' when it first ran, and not when it ran again inside a flax_sg "
+            "block. Let setup depend on nothing but the module's fields, variables and random")):
+        jax.grad(first_outside)(params)
+
+
+def test_a_replay_of_setup_has_no_effects():
+    """Setup counts, draws and sows; a block reads what it computed, and runs it again."""
+    class Busy(nn.Module):
+        def setup(self):
+            n = self.variable('state', 'n', lambda: jnp.zeros(()))
+            n.value = n.value + 1
+            self.w = self.param('w', ones, ()) * n.value
+            self.noise = jax.random.normal(self.make_rng('noise'), ()) * self.w
+            self.sow('intermediates', 'w', self.w)
+
+        def __call__(self, masked):
+            live = self.w + self.noise
+            self.put_variable('state', 'n', self.get_variable('state', 'n') + 10)
+            with sg.stop_gradient(masked):
+                return live + self.w + self.noise + self.get_variable('state', 'n')
+
+    variables = {'params': {'w': 2.0}, 'state': {'n': 5.0}}
+
+    def run(p, masked):
+        return Busy().apply({**variables, 'params': p}, masked, rngs={'noise': jax.random.key(0)},
+                            mutable=['state', 'intermediates'])
+
+    (plain, plain_state), (masked, masked_state) = (
+        run(variables['params'], m) for m in (False, True))
+    assert plain == masked and plain_state['state']['n'] == 16
+    jax.tree.map(np.testing.assert_array_equal, plain_state, masked_state)
+    grads = [jax.grad(lambda p, m=m: run(p, m)[0])(variables['params'])['w'] for m in (True, False)]
+    assert grads[0] * 2 == grads[1] != 0
+
+
 def test_blocks_are_reentrant_and_reusable():
     t = sg.stop_gradient('one')
 
