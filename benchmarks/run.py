@@ -54,8 +54,8 @@ class Sizes:
     iterations: int = 20
     hidden: int = 128
     batch: int = 64
-    traces: int = 9
-    runs: int = 15
+    traces: int = 7
+    runs: int = 9
     processes: int = 4
 
 

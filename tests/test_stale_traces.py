@@ -175,7 +175,8 @@ def masks(prefix):
 
 @pytest.mark.parametrize('make', [
     lambda: sg.stop_gradient('a'), lambda: sg.stop_gradient(sg.path('a') & ~sg.path('b')),
-    lambda: masks('a'), lambda: sg.stop_gradient(lambda v: v.name == 'a')], ids=str)
+    lambda: masks('a'), lambda: sg.stop_gradient(lambda v: v.name == 'a')],
+    ids=['glob', 'combination', 'closure', 'lambda'])
 def test_an_equal_filter_does_not_trace_again(make):
     traces = []
 
