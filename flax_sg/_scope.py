@@ -222,6 +222,7 @@ class _Lifted:
         self.scopes, self.treedef = jax.tree.flatten(scope_tree)
         self.packed = _compat.packed_scopes(self.scopes)
         self.out_filters = out_filters
+        self.stack = state.stack  # JAX traces the rules of a custom_vjp after the block has ended
         self.applied: frozenset[str] = frozenset()
 
     def _writable(self, scope: Scope, collection: str) -> bool:
@@ -253,7 +254,7 @@ class _Lifted:
 
     def _bind(self, outer: Scope, inner: Scope) -> Scope:
         mark = _mark_of(outer)
-        open_now = tuple(e for e in state.stack if e.covers(mark.family))
+        open_now = tuple(e for e in self.stack if e.covers(mark.family))
         done = tuple(dict.fromkeys((*mark.done, *open_now)))
         pending = tuple(dict.fromkeys((*mark.pending, *open_now)))
         plain = Mark(mark.family, self.applied, done, pending)

@@ -749,6 +749,7 @@ class Generator:
         self.rng = rng
         self.fresh = itertools.count()
         self.cost: dict[int, int] = {}
+        self.raws = False
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
@@ -758,21 +759,32 @@ class Generator:
         for i in range(self.rng.randint(0, 3)):
             classes.append(self.cls(f'M{i}', classes))
         classes.append(self.cls('Root', classes, root=True))
-        wraps = [(self.rng.choice(['class', 'instance']), self.mask())
+        wraps = [(self.rng.choice(['class', 'instance']), self.mask(classes[-1]))
                  for _ in range(self.chance(0.15))]
-        one, two = [self.mask()], [self.mask(), self.mask()]
+        root = classes[-1]
+        one, two = [self.mask(root)], [self.mask(root), self.mask(root)]
         runs = self.rng.choice([[[]], [[]], [one], [one, [], one], [[], one], [one, two, []],
                                 [[], two, one, []]])
         outer = self.chance(0.3)
         # What is bound is read once more for its statistics, outside of all blocks.
         bind = not outer and not wraps and self.chance(0.2)
         return Program(classes, wraps, runs, around_grad=outer, bind=bind,
-                       mutable_params=self.chance(0.1))
+                       mutable_params=not self.raws and self.chance(0.2))
 
     # Filters.
 
-    def mask(self) -> Mask:
-        return Mask(self.filter(2), self.rng.choice(['params'] * 8 + [True, 'batch_stats']))
+    def mask(self, cls: Class | None = None) -> Mask:
+        """Draw a transform, most often one that selects some of what the class has."""
+        collections = self.rng.choice(['params'] * 8 + [True, 'batch_stats'])
+        if cls and self.chance(0.5):
+            names = [*cls.params, *cls.params]
+            for name, sub in cls.subs.items():
+                keys = range(2) if isinstance(sub, list) else 'uv' * isinstance(sub, dict)
+                names += [f'{name}_{k}' for k in keys] or [name]
+            return Mask(Glob(self.rng.choice([
+                *names, *names, '*/' + self.rng.choice('wvk'), '**/' + self.rng.choice('wvk'),
+                '../' + self.rng.choice('wvkabc')])), collections)
+        return Mask(self.filter(2), collections)
 
     def filter(self, depth: int) -> Any:
         kind = self.rng.randint(0, 11 if depth else 7)
@@ -827,7 +839,7 @@ class Generator:
         for method in ['__call__', 'aux'][:1 if c.compact else self.rng.choice([1, 1, 2])][::-1]:
             c.methods[method] = self.body(Env(c), self.rng.randint(2, 5 + 2 * root))
             if self.chance(0.15):
-                c.masks[method] = self.mask()
+                c.masks[method] = self.mask(c)
         if c.compact:
             c.params = {p: kind for p, kind in c.params.items() if p in c.created}
         return c
@@ -869,7 +881,7 @@ class Generator:
         elif loop and not cls.scanned and not cls.fields and self.chance(0.15):
             lifts.append(self.rng.choice(['vmap_b', 'vmap_s']))
         if self.chance(0.12):
-            lifts.insert(self.rng.randint(0, len(lifts)), self.mask())
+            lifts.insert(self.rng.randint(0, len(lifts)), self.mask(cls))
         fields = {name: field_ref(f) for name, f in cls.fields.items()}
         return Use(cls, tuple(lifts), fields)
 
@@ -1024,7 +1036,7 @@ class Generator:
 
     def block(self, env: Env, depth: int) -> list:
         body = self.body(env, self.rng.randint(1, 3), depth + 1)
-        return [Block(self.mask(), body)] if body else []
+        return [Block(self.mask(env.cls), body)] if body else []
 
     def mirror(self, env: Env, depth: int) -> list:
         modules = self.modules(env)
@@ -1033,7 +1045,7 @@ class Generator:
         ref, use = self.rng.choice(modules)
         local = f'm{next(self.fresh)}'
         env.modules[local] = use
-        return [Mirror(local, self.mask(), ref), *self.call_of(env, ('local', local), use)]
+        return [Mirror(local, self.mask(use.cls), ref), *self.call_of(env, ('local', local), use)]
 
     def alias(self, env: Env, depth: int) -> list:
         modules = self.modules(env)
@@ -1051,12 +1063,13 @@ class Generator:
         body = self.body(env.inner('raw'), self.rng.randint(1, 3), depth + 1)
         if not body:
             return []
+        self.raws = True  # a lifted transform in it must not write, not even parameters back
         out = [Closure(local, body)]
         if env.place != 'raw':
             env.closures.append(local)
             out.append(self.run_raw(env))
             if self.chance(0.5):
-                block = Block(self.mask(), [self.run_raw(env)])
+                block = Block(self.mask(env.cls), [self.run_raw(env)])
                 out.insert(self.rng.randint(1, 2), block)
             return out
         return [*out, Raw(self.rng.choice(['jit', 'checkpoint', 'plain']), local)]

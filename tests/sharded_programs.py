@@ -34,7 +34,7 @@ BLANK = np.ones((4, 4, 8), np.float32)
 
 
 def split(style: str, init: Callable, *names: str) -> Callable:
-    """Return an initialiser whose variable says over which axes it is split, where the style does."""
+    """Return an initialiser of a variable that names its axes, in the styles that do."""
     if style == 'partitioned':
         return nn.with_partitioning(init, tuple(dict(RULES)[name] for name in names))
     return nn.with_logical_partitioning(init, names) if style == 'logical' else init
@@ -64,8 +64,9 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scan = nn.scan(lambda layer, x, _: (layer(x), None), {'params': 0}, split_rngs={'params': True},
-                       length=2, metadata_params={nn.PARTITION_NAME: None})
+        scan = nn.scan(
+            lambda layer, x, _: (layer(x), None), {'params': 0}, split_rngs={'params': True},
+            length=2, metadata_params={nn.PARTITION_NAME: None})
         return scan(Layer(self.style, name='layer'), x, None)[0]
 
 
@@ -124,7 +125,7 @@ class Masked:
 
 
 class ByHand:
-    """The same program without the library. ``change`` may do worse things than stop a parameter."""
+    """The same program without the library. ``change`` may do worse than stop a parameter."""
 
     def __init__(self, encoder_cls: type[nn.Module], style: str, use: str, kernels: bool = False,
                  change: Callable = jax.lax.stop_gradient):
@@ -136,9 +137,9 @@ class ByHand:
 
     def loss(self, variables, x, y):
         params = variables['params']
-        held = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self.change(leaf) if self.stopped(jax.tree_util.keystr(path)) else leaf,
-            params['encoder'])
+        def hold(path, leaf):
+            return self.change(leaf) if self.stopped(jax.tree_util.keystr(path)) else leaf
+        held = jax.tree_util.tree_map_with_path(hold, params['encoder'])
         for stopped in self.passes:
             x = self.encoder.apply({'params': held if stopped else params['encoder']}, x)
         return jnp.mean((nn.Dense(4).apply({'params': params['head']}, x) - y) ** 2)
@@ -162,9 +163,11 @@ class Case:
         # Plain parameters know no axes: they lie as the boxed ones do.
         nets = {s: Masked(encoder_cls, s, 'none').net for s in STYLES}
         shapes = {s: jax.eval_shape(nets[s].init, jax.random.key(0), BLANK) for s in STYLES}
-        specs = nn.get_partition_spec(shapes['logical' if style == 'logical' else 'partitioned'])
-        self.shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES) if style == 'logical' else \
-            jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        if style == 'logical':
+            self.shardings = nn.logical_to_mesh_sharding(
+                nn.get_partition_spec(shapes[style]), mesh, RULES)
+        else:
+            self.shardings = nn.get_sharding(shapes['partitioned'], mesh)
         rng = np.random.default_rng(0)
         def place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
             value = 0.3 * rng.standard_normal(shape.shape, np.float32)
@@ -298,7 +301,7 @@ def assert_same_buffers(actual: jax.Array, expected: jax.Array) -> None:
     """Check that an array is another one, or shares its sharding and its memory."""
     if actual is not expected:
         assert actual.sharding == expected.sharding
-        assert buffers(actual) == buffers(expected)
+        assert buffers(actual) == buffers(expected), 'the array was copied'
 
 
 def buffers(array: jax.Array) -> list[int]:

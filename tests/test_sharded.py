@@ -226,14 +226,10 @@ def test_eager_read_is_the_stored_buffer():
     names = set()
     for name, got, stored in programs.masked_reads(mesh()):
         assert len(set(programs.buffers(stored))) == 8
-        assert differentiated(name) or got is stored, name
+        assert got is stored or name.endswith('differentiated'), name
         programs.assert_same_buffers(got, stored)
         names.add(name)
     assert len(names) == 2 * 6
-
-
-def differentiated(name):
-    return name.endswith('differentiated')
 
 
 def test_eager_gradients():
@@ -292,11 +288,13 @@ def test_two_processes(tmp_path):
         if 'Failed to start RPC server' not in outputs[0]:
             break
     assert codes == [0, 0], '\n\n'.join(outputs)
-    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    # Gloo writes on the same stream.
+    first, second = (json.loads(re.findall(r'^{.*}$', output, re.M)[-1]) for output in outputs)
     assert (first.pop('process'), second.pop('process')) == (0, 1)
     assert first == second
     assert (first['processes'], first['devices']) == (2, 4)
-    assert first['reads'] == 32
+    # Six uses, five of which read in three ways; each of them differentiated too.
+    assert first['reads'] == 2 * (5 * 3 + 1)
     for step in first['steps'].values():
         # 11 gradients (10 parameters, all of them on both processes, and the input), two devices.
         assert (step['shards'], step['spread']) == (22, 10)

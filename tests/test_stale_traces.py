@@ -293,6 +293,27 @@ def test_the_backward_of_a_custom_vjp_is_traced_after_the_block():
         assert (grads['a'], grads['b']) == want and gx == 5
 
 
+@pytest.mark.parametrize('jit', [False, True])
+@pytest.mark.parametrize('mutable', [False, ['params']])
+def test_the_rules_of_a_custom_vjp_are_traced_after_the_block(mutable, jit):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def forward(mdl, x):
+                return nn.vjp(lambda mdl, x: mdl(x), mdl, x)
+
+            f = nn.custom_vjp(lambda mdl, x: mdl(x), forward, lambda pullback, ct: pullback(ct))
+            with sg.stop_gradient('two/a'):
+                return f(Two(name='two'), x)
+
+    def loss(params, x):
+        out = Model().apply({'params': {'two': params}}, x, mutable=mutable)
+        return out[0] if mutable else out
+
+    grads, gx = jax.grad(jax.jit(loss) if jit else loss, (0, 1))(PARAMS, jnp.ones(()))
+    assert (grads['a'], grads['b']) == (0, 3) and gx == 5
+
+
 def test_a_trace_made_in_a_block_stays_masked_when_it_is_used_later():
     with sg.stop_gradient('a'):
         forward = jax.jit(Two().apply).trace({'params': PARAMS}, 1.0).lower().compile()
