@@ -7,6 +7,7 @@ knows names, not modules; `_scope` asks it about each read.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ from flax_sg._unmatched import unmatched
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
-__all__ = ['Entry', 'opened', 'relative', 'state']
+__all__ = ['Entry', 'claim_key', 'lifted', 'opened', 'read_from', 'relative', 'state']
+
+
+_threads = itertools.count()
 
 
 class _State(threading.local):
@@ -30,6 +34,9 @@ class _State(threading.local):
         self.stack: tuple[Entry, ...] = ()
         self.blocks: list[tuple[Transform, Any]] = []  # `with` blocks, to be left in order
         self.setups: list[Any] = []  # runs of `setup` in progress, see _setup
+        self.lifted: tuple[Any, ...] = ()  # what lifted transforms add to the keys of caches
+        self.thread = next(_threads)
+        self.owners: dict[Any, Any] = {}
 
 
 state = _State()
@@ -123,12 +130,67 @@ def relative(path: Path, start: Path) -> Path:
 @contextlib.contextmanager
 def opened(entry: Entry) -> Iterator[None]:
     """Run a block inside the entry; an UnmatchedPathError gives way to the block's own error."""
-    before = state.stack
-    with _compat.cache_keys((*_compat.cache_keys.value, entry.key)):
-        state.stack = (*before, entry)
-        try:
-            yield
-        finally:
-            state.stack = before
+    with _with(stack=(*state.stack, entry)):
+        yield
     if not entry.attached:
         entry.check()
+
+
+def lifted(key: Any) -> contextlib.AbstractContextManager[None]:
+    """Run the body of a lifted transform with more in the keys of JAX's caches."""
+    return _with(lifted=(*state.lifted, key))
+
+
+@contextlib.contextmanager
+def _with(**changes: Any) -> Iterator[None]:
+    before = {name: getattr(state, name) for name in changes}
+    vars(state).update(changes)
+    try:
+        with _compat.cache_keys(_key()):
+            yield
+    finally:
+        vars(state).update(before)
+        if state.stack:  # whose key may have been claimed meanwhile, by a block inside it
+            _compat.cache_keys(_key()).__enter__()
+
+
+# JAX traces its own jitted helpers anew for every key, and many of its functions are such helpers.
+# So the blocks of modules share one key, as long as no trace under it depends on which block is
+# open. The first stack of blocks that has such a trace, made by a read in another trace than that
+# of the block, keeps the key as its own; all others have keys of their own from then on.
+
+
+def _key() -> Any:
+    """Return the key of the open blocks: equal only where traces may be shared."""
+    keys, shared = _keys()
+    if shared is not None and state.owners.get(shared, keys) == keys:
+        keys = ('shared', state.thread, shared)
+    return (keys, state.lifted) if keys or state.lifted else ()
+
+
+def _keys() -> tuple[Any, Any]:
+    """Return what the open blocks say, and which key they may share or None."""
+    keys = tuple(entry.key for entry in state.stack)
+    inside = [entry for entry in state.stack if entry.family is not None]
+    if not inside or any(entry.trace != inside[0].trace for entry in inside):
+        return keys, None
+    return keys, tuple(entry.key for entry in state.stack if entry.family is None)
+
+
+def claim_key() -> None:
+    """Say that the trace in progress depends on the open blocks."""
+    keys, shared = _keys()
+    if shared is not None:
+        state.owners.setdefault(shared, keys)
+
+
+def read_from(trace: Any) -> None:
+    """Say that a variable is read in the current trace.
+
+    Args:
+      trace: the trace of the lifted body that the variable's scope was made for, or None.
+    """
+    now = _compat.trace_state()
+    if trace is not None and trace != now or trace is None and any(
+            entry.trace != now for entry in state.stack):
+        claim_key()

@@ -18,7 +18,7 @@ from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
 from flax_sg import _compat
-from flax_sg._active import Entry, opened, state
+from flax_sg._active import Entry, claim_key, lifted, opened, read_from, state
 from flax_sg._compat import Scope
 from flax_sg._info import Path
 
@@ -40,15 +40,19 @@ class Mark:
       done: the entries that were applied to those.
       pending: the entries that apply inside the body to the others, which it may write.
       own: entries of lifted modules, for every read through the scope and below.
+      trace: the JAX trace of the lifted body.
     """
 
-    __slots__ = ('applied', 'done', 'family', 'own', 'pending')
+    __slots__ = ('applied', 'done', 'family', 'own', 'pending', 'trace')
 
     def __init__(self, family: dict, applied: frozenset[str] = frozenset(),
                  done: tuple[Entry, ...] = (), pending: tuple[Entry, ...] = (),
-                 own: tuple[Entry, ...] = ()):
-        self.family, self.applied = family, applied
+                 own: tuple[Entry, ...] = (), trace: Any = None):
+        self.family, self.applied, self.trace = family, applied, trace
         self.done, self.pending, self.own = done, pending, own
+
+    def with_own(self, own: tuple[Entry, ...]) -> Mark:
+        return Mark(self.family, self.applied, self.done, self.pending, own, self.trace)
 
     # nn.jit hashes a scope's flags into its cache key: marks compare by meaning.
     def _value(self) -> tuple:
@@ -87,6 +91,8 @@ def effective(scope: Scope, collection: str | None = None, *, own: bool = True
     if _compat.in_scratch_root(scope):
         return ()
     mark = _mark_of(scope)
+    if state.stack:
+        read_from(mark.trace)
     pending = () if collection in mark.applied else mark.pending
     skip = mark.done if collection is None or collection in mark.applied else ()
     inside = [e for e in (*state.stack, *mark.own * own) if e not in skip]
@@ -143,7 +149,7 @@ def attach(scope: Scope, transforms: tuple[Any, ...]) -> Scope:
     own = outer + new + inner
     view = scope.rewound()
     view.reservations = scope.reservations
-    _set_mark(view, Mark(mark.family, mark.applied, mark.done, mark.pending, own))
+    _set_mark(view, mark.with_own(own))
     return view
 
 
@@ -206,10 +212,10 @@ def _variables(original, self):
 def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_kwargs=False):
     def packed(scope_tree, *args, **kwargs):
         def body(scope_fn, repack_fn, groups, rngs, *args, **kwargs):
-            lifted = _Lifted(scope_tree, out_filters)
-            groups = lifted.read(groups)
-            with lifted.keyed():
-                return fn(lifted.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
+            lift = _Lifted(scope_tree, out_filters)
+            groups = lift.read(groups)
+            with lift.keyed():
+                return fn(lift.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
         run = original(body, in_filters, out_filters, rng_filters, name, enable_kwargs)
         return run(scope_tree, *args, **kwargs)
     return packed
@@ -257,7 +263,7 @@ class _Lifted:
         open_now = tuple(e for e in self.stack if e.covers(mark.family))
         done = tuple(dict.fromkeys((*mark.done, *open_now)))
         pending = tuple(dict.fromkeys((*mark.pending, *open_now)))
-        plain = Mark(mark.family, self.applied, done, pending)
+        plain = Mark(mark.family, self.applied, done, pending, trace=_compat.trace_state())
         scope: Scope | None = inner
         while scope is not None:
             _set_mark(scope, plain)
@@ -265,7 +271,7 @@ class _Lifted:
         if mark.own:
             # The same scope may be handed in twice, as a live module's and as its mirror's.
             inner = inner.rewound()
-            _set_mark(inner, Mark(mark.family, self.applied, done, pending, mark.own))
+            _set_mark(inner, plain.with_own(mark.own))
         return inner
 
     def keyed(self) -> contextlib.AbstractContextManager:
@@ -278,7 +284,8 @@ class _Lifted:
             for scope in self.packed
             for entry in effective(scope, own=False)
             for col in _compat.root_variables(scope) if self._writable(scope, col))
+        if pending:
+            claim_key()
         if not (pending or _positional):
             return contextlib.nullcontext()
-        paths = tuple(map(_compat.scope_path, self.scopes))
-        return _compat.cache_keys((*_compat.cache_keys.value, ('lifted', paths)))
+        return lifted(tuple(map(_compat.scope_path, self.scopes)))

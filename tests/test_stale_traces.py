@@ -5,6 +5,7 @@ Each test runs the same objects masked, unmasked and differently masked, in ever
 """
 
 import itertools
+import random
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,76 @@ def test_blocks_inside_a_module(name, order):
     two = jacobian['params']['two']
     got = list(zip(two['a'].tolist(), two['b'].tolist(), strict=True))
     assert got == [WANT[mask] for mask in order]
+
+
+BLOCKS = {'': sg.stop_gradient(sg.nothing), 'a': sg.stop_gradient('two/a'),
+          'b': sg.stop_gradient(lambda v: v.name == 'two/b'), 'ab': sg.stop_gradient('two')}
+
+
+def plans(rng, depth=0):
+    """Make a random list of calls of functions and of blocks that hold such a list."""
+    plan = []
+    for _ in range(rng.randint(1, 4)):
+        if depth < 3 and rng.random() < 0.6:
+            plan.append((rng.choice(list(BLOCKS)), plans(rng, depth + 1)))
+        else:
+            plan.append(rng.randrange(5))
+    return plan
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_random_nests_of_blocks_around_cached_functions(seed):
+    """Blocks share a key of JAX's caches until a trace depends on one; no order may show that."""
+    rng = random.Random(seed)
+    plan = [plans(rng) for _ in range(2)]
+
+    class Model(nn.Module):
+        def setup(self):
+            self.two = Two()
+            self.attribute = jnp.sin(self.two.a)
+
+        def functions(self):
+            helper = jax.jit(lambda x: x * self.two(jnp.ones(())))
+
+            def opens(x):
+                with BLOCKS['a']:
+                    inside = helper(x)
+                return inside + helper(x)
+
+            return [jax.jit(lambda x: self.two(x)), jax.checkpoint(lambda x: self.two.a * x), helper,
+                    through_scan(lambda c, x: (c + self.two.b * x, None)), jax.jit(opens)]
+
+        def __call__(self, x):
+            fs, out, want = self.functions(), [], []
+            weights = [(2, 3), (1, 0), (2, 3), (0, 1), None]
+
+            def run(plan, held):
+                for item in plan:
+                    if isinstance(item, int):
+                        out.append(fs[item](x))
+                        live = [0 if name in held else 1 for name in 'ab']
+                        if item == 4:
+                            want.append((2 * live[0], 3 * live[1] * 2))
+                        else:
+                            want.append(tuple(w * on for w, on in zip(weights[item], live)))
+                        continue
+                    name, inside = item
+                    with BLOCKS[name]:
+                        run(inside, held | set(name))
+
+            run(plan[0], set())
+            run(plan[1], set())
+            run(plan[0], set())
+            expected.append(want)
+            return jnp.stack(out)
+
+    for outer in (sg.nothing, 'two/a', sg.nothing):
+        expected = []
+        with sg.stop_gradient(outer):
+            jacobian = jax.jacrev(Model().apply)({'params': {'two': PARAMS}}, jnp.ones(()))
+        two = jacobian['params']['two']
+        want = [(0 if outer == 'two/a' else a, b) for a, b in expected[0]]
+        assert list(zip(two['a'].tolist(), two['b'].tolist())) == want
 
 
 @pytest.mark.parametrize('order', ORDERS, ids=' '.join)
