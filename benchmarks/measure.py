@@ -131,20 +131,34 @@ def time_traces(makes: Mapping[str, Callable], repeats: int, *, cold: bool = Tru
     return take_turns(runs, repeats)
 
 
-def calls_in(package: types.ModuleType, make: Callable[[], tuple]) -> int:
-    """Count the Python calls of functions of a package in one trace; the count is exact."""
-    folder, calls = os.path.dirname(package.__file__) + os.sep, 0
+def calls_in(make: Callable[[], tuple], package: types.ModuleType | None = None, *,
+             cold: bool = False) -> int:
+    """Count the Python calls of one trace, or those of a package's functions: an exact figure.
+
+    Args:
+      make: as for `trace_seconds`.
+      package: count the calls of its functions only.
+      cold: start from empty caches.
+    """
+    folder = os.path.dirname(package.__file__) + os.sep if package else ''
+    calls = 0
 
     def note(frame: Any, event: str, argument: Any) -> None:
         nonlocal calls
         calls += event == 'call' and frame.f_code.co_filename.startswith(folder)
 
-    trace_seconds(make, cold=False)  # fills what the package keeps, such as compiled patterns
+    trace_seconds(make, cold=cold)  # fills what is kept for good, such as compiled patterns
+    fn, args = make()
+    if cold:
+        jax.clear_caches()
+    gc.collect()
+    gc.disable()
     sys.setprofile(note)
     try:
-        trace_seconds(make, cold=False)
+        jax.jit(fn).trace(*args)
     finally:
         sys.setprofile(None)
+        gc.enable()
     return calls
 
 

@@ -162,26 +162,38 @@ def _with(**changes: Any) -> Iterator[None]:
 
 def _key() -> Any:
     """Return the key of the open blocks: equal only where traces may be shared."""
-    keys, shared = _keys()
-    if shared is not None and state.owners.get(shared, keys) == keys:
-        keys = ('shared', state.thread, shared)
+    keys = tuple(entry.key for entry in state.stack)
+    first, _ = _first_blocks()
+    if first is not None and len(first) == len(keys):
+        owner = state.owners.get(_around(first), keys)
+        keys = ('shared', state.thread, _around(first)) if owner == keys else keys
     return (keys, state.lifted) if keys or state.lifted else ()
 
 
-def _keys() -> tuple[Any, Any]:
-    """Return what the open blocks say, and which key they may share or None."""
-    keys = tuple(entry.key for entry in state.stack)
-    inside = [entry for entry in state.stack if entry.family is not None]
-    if not inside or any(entry.trace != inside[0].trace for entry in inside):
-        return keys, None
-    return keys, tuple(entry.key for entry in state.stack if entry.family is None)
+def _first_blocks() -> tuple[tuple[Entry, ...] | None, Any]:
+    """Return the stack up to the last block opened in the trace of the first one, and that trace.
+
+    Blocks opened inside a function that JAX traces have keys of their own.
+    """
+    stack = state.stack
+    start = next((i for i, entry in enumerate(stack) if entry.family is not None), None)
+    if start is None:
+        return None, None
+    trace, end = stack[start].trace, start
+    while end < len(stack) and stack[end].trace == trace:
+        end += 1
+    return stack[:end], trace
+
+
+def _around(stack: tuple[Entry, ...]) -> tuple[Any, ...]:
+    return tuple(entry.key for entry in stack if entry.family is None)
 
 
 def claim_key() -> None:
-    """Say that the trace in progress depends on the open blocks."""
-    keys, shared = _keys()
-    if shared is not None:
-        state.owners.setdefault(shared, keys)
+    """Say that a trace in progress, or about to begin, depends on the open blocks."""
+    first, _ = _first_blocks()
+    if first is not None:
+        state.owners.setdefault(_around(first), tuple(entry.key for entry in first))
 
 
 def read_from(trace: Any) -> None:
@@ -191,6 +203,5 @@ def read_from(trace: Any) -> None:
       trace: the trace of the lifted body that the variable's scope was made for, or None.
     """
     now = _compat.trace_state()
-    if trace is not None and trace != now or trace is None and any(
-            entry.trace != now for entry in state.stack):
+    if trace != now and _first_blocks()[1] not in (None, now):
         claim_key()

@@ -126,7 +126,7 @@ def added_calls(mask, depth):
 def calls_of(mask, depth):
     model, x = FirstHeld(transformer.Encoder(depth=depth, width=4, heads=2), mask), TOKENS
     return measure.calls_in(
-        flax_sg, lambda: (lambda params: model.apply(params, x), (params_of(depth),)))
+        lambda: (lambda params: model.apply(params, x), (params_of(depth),)), flax_sg)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import flax_sg as sg
-from flax_sg import _scope, nn
+from flax_sg import _active, _scope, nn
 
 MASKS = {'live': None, 'a': sg.stop_gradient('a'), 'b': sg.stop_gradient(lambda v: v.name == 'b')}
 WANT = {'live': (2, 3), 'a': (0, 3), 'b': (2, 0)}
@@ -112,16 +112,17 @@ def plans(rng, depth=0):
     """Make a random list of calls of functions and of blocks that hold such a list."""
     plan = []
     for _ in range(rng.randint(1, 4)):
-        if depth < 3 and rng.random() < 0.6:
+        if depth < 2 and rng.random() < 0.6:
             plan.append((rng.choice(list(BLOCKS)), plans(rng, depth + 1)))
         else:
             plan.append(rng.randrange(5))
     return plan
 
 
-@pytest.mark.parametrize('seed', range(10))
+@pytest.mark.parametrize('seed', range(4))
 def test_random_nests_of_blocks_around_cached_functions(seed):
     """Blocks share a key of JAX's caches until a trace depends on one; no order may show that."""
+    _active.state.owners.clear()  # so that no earlier test has claimed the key
     rng = random.Random(seed)
     plan = [plans(rng) for _ in range(2)]
 
@@ -172,6 +173,30 @@ def test_random_nests_of_blocks_around_cached_functions(seed):
         two = jacobian['params']['two']
         want = [(0 if outer == 'two/a' else a, b) for a, b in expected[0]]
         assert list(zip(two['a'].tolist(), two['b'].tolist())) == want
+
+
+def test_a_trace_that_depends_on_a_block_through_one_inside_it():
+    """g opens a block and calls f in it: g's trace, too, depends on the block around g."""
+    class Model(nn.Module):
+        def setup(self):
+            self.two = Two()
+
+        def __call__(self, x):
+            f = jax.jit(lambda x: self.two(x))
+
+            def g(x):
+                with BLOCKS['']:
+                    return f(x)
+
+            g, out = jax.jit(g), []
+            for name in ('a', 'b', '', 'ab', 'a'):
+                with BLOCKS[name]:
+                    out.append(g(x))
+            return jnp.stack(out)
+
+    _active.state.owners.clear()
+    two = jax.jacrev(Model().apply)({'params': {'two': PARAMS}}, jnp.ones(()))['params']['two']
+    assert two['a'].tolist() == [0, 2, 2, 0, 0] and two['b'].tolist() == [3, 0, 3, 0, 3]
 
 
 @pytest.mark.parametrize('order', ORDERS, ids=' '.join)
