@@ -829,7 +829,8 @@ class Generator:
                 c.params['q'] = 'vec'
                 c.derived['t'] = (self.rng.choice(['exp', 'sine']), 'q', True)
         c.stat = self.chance(0.2)
-        c.effects |= {'stat'} if c.stat and not c.compact else set()
+        if c.stat and not c.compact:
+            c.effects.add('stat')
         fields = [f for f in pool if not f.scanned and not f.effects and not f.fields]
         if not root and fields and self.chance(0.2):
             c.fields['inner'] = self.rng.choice(fields)

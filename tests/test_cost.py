@@ -37,7 +37,7 @@ PAIRS = [
     *(('loop', name) for name in (*TRANSFORMER, LAYER)),
     *(('scan', name) for name in (*TRANSFORMER, IN_BODY)),
     *(('remat', name) for name in ('block inside', LAYER)),
-    *(('scan_remat', name) for name in ('block around apply', 'block inside', IN_BODY)),
+    *(('scan_remat', name) for name in ('block inside', IN_BODY)),
     *(('recurrent', name) for name in
       ('blocks around apply', 'blocks inside', 'methods', 'instances, bound')),
     ('example', 'blocks inside'),
@@ -54,7 +54,7 @@ def cases_of(model):
 @functools.cache
 def step_of(model, fn):
     """Compile a step once; several pairs share the one by hand."""
-    return measure.compiled_step(fn, cases_of(model).params)
+    return measure.compiled_step(fn, cases_of(model).params, quick=True)
 
 
 def count_scans(value):

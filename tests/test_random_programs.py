@@ -100,7 +100,9 @@ def test_a_library_that_stops_nothing_is_caught_and_the_program_shrunk(monkeypat
 
 def test_a_jaxpr_evaluates_as_jax_runs_it():
     def f(w, x):
-        step = lambda c, v: (OPS['wave'](c, w * v), OPS['mat'](c, jax.numpy.outer(v, w)))  # noqa: E731
+        def step(c, v):
+            return OPS['wave'](c, w * v), OPS['mat'](c, jax.numpy.outer(v, w))
+
         c, ys = jax.lax.scan(step, x, jax.numpy.stack([x, 2 * x]), reverse=True)
         c = jax.lax.cond(c[0] > 0, lambda z: z * w, lambda z: -z, c)
         return jax.checkpoint(OPS['exp'])(c) + jax.jit(OPS['sine'])(ys).sum(0)
