@@ -31,13 +31,13 @@ def check_seed(seed, **how):
         raise
 
 
-@settings(deterministic, max_examples=150)
+@settings(deterministic, max_examples=80)
 @given(seeds)
 def test_random_programs(seed):
     check_seed(seed)
 
 
-@settings(deterministic, max_examples=8)
+@settings(deterministic, max_examples=5)
 @given(seeds)
 def test_random_programs_eager_and_compiled(seed):
     check_seed(seed, modes=('eager', 'jit'))
