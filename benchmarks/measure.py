@@ -107,14 +107,18 @@ def ratio_of(over: Sequence[float], under: Sequence[float]) -> Ratio:
     return Ratio(median, low, high, min(over) / min(under))
 
 
-def trace_seconds(make: Callable[[], tuple[Callable, tuple]], *, cold: bool = True) -> float:
+def trace_seconds(make: Callable[[], tuple[Callable, tuple]], *, cold: bool = True,
+                  frames: int = 0) -> float:
     """Return the seconds that one trace of `fn(*args)` takes, where `make` returns both.
 
     Args:
       make: makes a new function object, so that JAX has no trace of it.
       cold: start from empty caches, as the first trace of a process does. Otherwise the traces of
         the functions that `fn` calls (of `jax.numpy`, say) may be there.
+      frames: call it below so many frames of Python, see `time_traces`.
     """
+    if frames:
+        return trace_seconds(make, cold=cold, frames=frames - 1)
     fn, args = make()
     if cold:
         jax.clear_caches()
@@ -130,10 +134,21 @@ def trace_seconds(make: Callable[[], tuple[Callable, tuple]], *, cold: bool = Tr
 
 def time_traces(makes: Mapping[str, Callable], repeats: int, *, cold: bool = True
                 ) -> dict[str, list[float]]:
-    """Time traces in turns, after one round that does not count."""
-    runs = {name: lambda make=make: trace_seconds(make, cold=cold) for name, make in makes.items()}
-    take_turns(runs, 1)
-    return take_turns(runs, repeats)
+    """Time traces in turns, after one round that does not count.
+
+    Each round runs below a different number of frames. Python keeps its frames in blocks of memory,
+    and a call that crosses from one to the next costs more, so that one program at one depth may
+    take a fifth longer, again and again, for no other reason than where its calls fall.
+    """
+    found: dict[str, list[float]] = {name: [] for name in makes}
+    for i in range(-1, repeats):
+        for name in list(makes)[::1 if i % 2 else -1]:
+            seconds = trace_seconds(makes[name], cold=cold, frames=FRAMES * max(i, 0) // repeats)
+            found[name] += [seconds] * (i >= 0)
+    return found
+
+
+FRAMES = 120  # more than one block holds
 
 
 def calls_in(make: Callable[[], tuple], package: types.ModuleType | None = None, *,

@@ -7,10 +7,9 @@ knows names, not modules; `_scope` asks it about each read.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flax_sg import _compat
@@ -24,7 +23,27 @@ if TYPE_CHECKING:
 __all__ = ['Entry', 'claim_key', 'lifted', 'opened', 'read_from', 'relative', 'state']
 
 
-_threads = itertools.count()
+class _SharedKey:
+    """A key of JAX's caches that one thread at a time uses, and whose it is; see `_key`."""
+
+    free: list[_SharedKey] = []
+
+    def __init__(self) -> None:
+        self.owners: dict[Any, Any] = {}
+
+    @classmethod
+    def lend(cls, borrower: Any) -> _SharedKey:
+        """Return a key until the borrower is gone: so there are never more keys than threads."""
+        try:
+            key = cls.free.pop()
+        except IndexError:
+            key = cls()
+        weakref.finalize(borrower, cls.free.append, key).atexit = False
+        return key
+
+
+class _Thread:
+    """Something that lives as long as a thread does."""
 
 
 class _State(threading.local):
@@ -35,8 +54,8 @@ class _State(threading.local):
         self.blocks: list[tuple[Transform, Any]] = []  # `with` blocks, to be left in order
         self.setups: list[Any] = []  # runs of `setup` in progress, see _setup
         self.lifted: tuple[Any, ...] = ()  # what lifted transforms add to the keys of caches
-        self.thread = next(_threads)
-        self.owners: dict[Any, Any] = {}
+        self.thread = _Thread()
+        self.shared = _SharedKey.lend(self.thread)
 
 
 state = _State()
@@ -52,11 +71,12 @@ class Entry:
       attached: it belongs to a lifted module, and is open whenever that module is used.
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
+      sharing: it may share a key of JAX's caches with other blocks, see `_key`.
     """
 
     __slots__ = (
         'attached', 'family', 'kept', 'key', 'met', 'missing', 'names', 'opener', 'quiet', 'roots',
-        'trace', 'transform')
+        'sharing', 'trace', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: dict | None, *,
                  attached: bool = False, initializing: bool = False):
@@ -66,6 +86,7 @@ class Entry:
         self.attached = attached
         self.key = (transform.key(), opener, family is None)
         self.trace = _compat.trace_state()
+        self.sharing = family is not None or not _compat.outside_traces()
         self.kept: dict[int, tuple] = {}  # see _setup
         # A module may create a variable after its block, so blocks inside do not check at init.
         self.quiet = transform.allow_unmatched or (initializing and family is not None)
@@ -100,13 +121,24 @@ class Entry:
             self.cross_off_tree(variables)
 
     def cross_off_tree(self, variables: dict[str, Any]) -> None:
-        """Cross off what stored variables meet, read or not."""
-        for collection in variables:
-            if self.missing and self.transform.in_collections(collection):
-                for info, value in walk(variables[collection], collection):
-                    self.cross_off(self.info(info.absolute_path, collection, value))
-                    if not self.missing:
-                        break
+        """Cross off what stored variables meet, read or not; look first where patterns point."""
+        starts = [pattern.start(self.opener) for pattern in self.missing]
+        for start in dict.fromkeys((*starts, ())):
+            for collection in variables:
+                if not self.missing:
+                    return
+                if self.transform.in_collections(collection):
+                    self._cross_off_below(start, variables[collection], collection)
+
+    def _cross_off_below(self, start: Path, tree: Any, collection: str) -> None:
+        for name in start:
+            if not isinstance(tree, Mapping) or name not in tree:
+                return
+            tree = tree[name]
+        for info, value in walk(tree, collection, start):
+            self.cross_off(self.info(info.absolute_path, collection, value))
+            if not self.missing:
+                return
 
     def check(self) -> None:
         """Raise UnmatchedPathError if a pattern selects nothing."""
@@ -155,45 +187,40 @@ def _with(**changes: Any) -> Iterator[None]:
 
 
 # JAX traces its own jitted helpers anew for every key, and many of its functions are such helpers.
-# So the blocks of modules share one key, as long as no trace under it depends on which block is
-# open. The first stack of blocks that has such a trace, made by a read in another trace than that
-# of the block, keeps the key as its own; all others have keys of their own from then on.
+# So blocks of modules, and those opened in a function that is being traced, share one key, as long
+# as no trace under it depends on which block is open. The first stack of blocks that has such a
+# trace, made by a read in another trace than that of the block, keeps the key as its own; all
+# others have keys of their own from then on.
 
 
 def _key() -> Any:
     """Return the key of the open blocks: equal only where traces may be shared."""
     keys = tuple(entry.key for entry in state.stack)
-    first, _ = _first_blocks()
-    if first is not None and len(first) == len(keys):
-        owner = state.owners.get(_around(first), keys)
-        keys = ('shared', state.thread, _around(first)) if owner == keys else keys
+    start, end = _sharing()
+    if start < end == len(keys) and state.shared.owners.get(keys[:start], keys) == keys:
+        keys = (state.shared, *keys[:start])
     return (keys, state.lifted) if keys or state.lifted else ()
 
 
-def _first_blocks() -> tuple[tuple[Entry, ...] | None, Any]:
-    """Return the stack up to the last block opened in the trace of the first one, and that trace.
+def _sharing() -> tuple[int, int]:
+    """Return where in the stack the blocks are that may share a key.
 
-    Blocks opened inside a function that JAX traces have keys of their own.
+    They begin with the first that a module or a function being traced opened, and were all opened
+    in its trace. Blocks opened inside a function that JAX traces meanwhile have keys of their own.
     """
     stack = state.stack
-    start = next((i for i, entry in enumerate(stack) if entry.family is not None), None)
-    if start is None:
-        return None, None
-    trace, end = stack[start].trace, start
-    while end < len(stack) and stack[end].trace == trace:
+    start = end = next((i for i, entry in enumerate(stack) if entry.sharing), len(stack))
+    while end < len(stack) and stack[end].trace == stack[start].trace:
         end += 1
-    return stack[:end], trace
-
-
-def _around(stack: tuple[Entry, ...]) -> tuple[Any, ...]:
-    return tuple(entry.key for entry in stack if entry.family is None)
+    return start, end
 
 
 def claim_key() -> None:
     """Say that a trace in progress, or about to begin, depends on the open blocks."""
-    first, _ = _first_blocks()
-    if first is not None:
-        state.owners.setdefault(_around(first), tuple(entry.key for entry in first))
+    start, end = _sharing()
+    if start < end:
+        keys = tuple(entry.key for entry in state.stack[:end])
+        state.shared.owners.setdefault(keys[:start], keys)
 
 
 def read_from(trace: Any) -> None:
@@ -203,5 +230,6 @@ def read_from(trace: Any) -> None:
       trace: the trace of the lifted body that the variable's scope was made for, or None.
     """
     now = _compat.trace_state()
-    if trace != now and _first_blocks()[1] not in (None, now):
+    start, end = _sharing()
+    if trace != now and start < end and state.stack[start].trace != now:
         claim_key()

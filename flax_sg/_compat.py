@@ -1,4 +1,4 @@
-"""The only importer of private names of flax (and of names of jax that are newer than its docs).
+"""The only importer of private names of flax and jax.
 
 Flax has no public hook for reads of variables. Haiku has one, the custom getter; here are the four
 points of Flax at which one has to stand, each with its version and reason. A *tap* wraps one
@@ -20,11 +20,12 @@ from flax.core import lift, tracers
 from flax.core.scope import Scope, Variable
 from flax.linen import Module
 from flax.linen import module as _module
+from jax._src import core as _core
 
 __all__ = [
     'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root',
-    'packed_scopes', 'rewound_counters', 'root_variables', 'run_setup', 'scope_path',
-    'setup_pending', 'snapshot_counters', 'tap', 'tap_pack', 'trace_state',
+    'outside_traces', 'packed_scopes', 'rewound_counters', 'root_variables', 'run_setup',
+    'scope_path', 'setup_pending', 'snapshot_counters', 'tap', 'tap_pack', 'trace_state',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -35,6 +36,11 @@ cache_keys = jax.make_user_context(())
 def trace_state() -> Any:
     """Return a value that is equal as long as the same JAX trace is the current one."""
     return tracers.current_trace()  # wraps jax's get_opaque_trace_state, which moved in 0.10
+
+
+def outside_traces() -> bool:
+    """Say whether no function is being traced in this thread."""
+    return _core.trace_state_clean()  # no public name as of 0.12
 
 
 def current_module() -> Module | None:

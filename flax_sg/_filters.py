@@ -18,8 +18,8 @@ from flax import linen
 
 from flax_sg._callables import callable_key, describe_callable
 from flax_sg._errors import PredicateError
-from flax_sg._glob import compile_glob
-from flax_sg._info import VariableInfo, map_tree, walk
+from flax_sg._glob import compile_glob, literal_start
+from flax_sg._info import Path, VariableInfo, map_tree, walk
 from flax_sg._unmatched import check_matched
 
 __all__ = ['Filter', 'Predicate', 'as_filter', 'everything', 'nothing', 'path', 'regex', 'where']
@@ -156,6 +156,10 @@ class _Glob(Filter):
     def patterns(self) -> Iterator[Filter]:
         yield self
 
+    def start(self, opener: Path) -> Path:
+        """Return where in a tree to look first for what the pattern selects."""
+        return literal_start(self.pattern, opener)
+
     @property
     def positional(self) -> bool:
         return self.pattern.startswith(('/', '..', '**'))
@@ -180,6 +184,10 @@ class _Regex(Filter):
 
     def patterns(self) -> Iterator[Filter]:
         yield self
+
+    def start(self, opener: Path) -> Path:
+        """As for a glob; an expression does not say."""
+        return ()
 
     @property
     def positional(self) -> bool:

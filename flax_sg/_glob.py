@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from flax_sg._errors import PredicateError
 
-__all__ = ['compile_glob']
+__all__ = ['compile_glob', 'literal_start']
 
 _ONE = r'(?!\.\.(?:/|\Z))'  # a wildcard is a name, and '..' is none
 
@@ -67,3 +67,13 @@ def _name(part: str, bad: Callable[[str], PredicateError]) -> str:
             continue
         wild = True
     return _ONE * wild + text
+
+
+def literal_start(pattern: str, opener: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the absolute path of the leading names of a glob that are no wildcards."""
+    start = () if pattern.startswith('/') else opener
+    for part in pattern.removeprefix('/').split('/'):
+        if any(char in part for char in '*?['):
+            break
+        start = start[:-1] if part == '..' else (*start, part)
+    return start

@@ -60,8 +60,9 @@ class VariableInfo:
         return cls(path, absolute_path, collection, shape, getattr(value, 'dtype', None))
 
 
-def walk(tree: Any, collection: str = 'params') -> Iterator[tuple[VariableInfo, Any]]:
-    """Yield each variable of a nested mapping with its info; paths are from the tree's root."""
+def walk(tree: Any, collection: str = 'params', start: Path = ()
+         ) -> Iterator[tuple[VariableInfo, Any]]:
+    """Yield each variable of a nested mapping, which is at the path ``start``, with its info."""
 
     def visit(node: Any, names: Path) -> Iterator[tuple[VariableInfo, Any]]:
         if isinstance(node, Mapping):
@@ -70,7 +71,7 @@ def walk(tree: Any, collection: str = 'params') -> Iterator[tuple[VariableInfo, 
         else:
             yield VariableInfo.of(names, names, collection, node), node
 
-    return visit(tree, ())
+    return visit(tree, start)
 
 
 def map_tree(fn: Callable[[VariableInfo, Any], Any], tree: Any, collection: str = 'params') -> Any:

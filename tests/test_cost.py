@@ -144,3 +144,12 @@ def test_added_trace_grows_with_the_reads_and_not_with_the_model(predicate):
     few, many = added_calls(mask, 2), added_calls(mask, 10)
     assert few > 0
     assert many == few
+
+
+def test_a_pattern_that_nothing_in_the_block_meets_is_looked_up_and_not_searched_for():
+    """As in `with stop_gradient(~path('head'))` around an encoder."""
+    def added(depth):
+        last = f'encoder/layer_{depth - 1}'
+        return added_calls(stop_gradient(~path(last) & ~path(f'/{last}/up/ker*')), depth)
+
+    assert added(10) == added(3) > 0

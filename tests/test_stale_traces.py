@@ -6,6 +6,7 @@ Each test runs the same objects masked, unmasked and differently masked, in ever
 
 import itertools
 import random
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -119,63 +120,93 @@ def plans(rng, depth=0):
     return plan
 
 
+class Nest(nn.Module):
+    """Runs cached functions of a submodule in the blocks of a plan, or lets its caller do so."""
+
+    plans: tuple = ()
+
+    def setup(self):
+        self.two = Two()
+        self.attribute = jnp.sin(self.two.a)
+
+    def functions(self):
+        helper = jax.jit(lambda x: x * self.two(jnp.ones(())))
+
+        def opens(x):
+            with BLOCKS['a']:
+                inside = helper(x)
+            return inside + helper(x)
+
+        return [jax.jit(lambda x: self.two(x)), jax.checkpoint(lambda x: self.two.a * x), helper,
+                through_scan(lambda c, x: (c + self.two.b * x, None)), jax.jit(opens)]
+
+    def __call__(self, x):
+        return run_plans(self, self.plans, x)
+
+
+def run_plans(nest, plans, x):
+    fs, out = nest.functions(), []
+
+    def run(plan):
+        for item in plan:
+            if isinstance(item, int):
+                out.append(fs[item](x))
+            else:
+                with BLOCKS[item[0]]:
+                    run(item[1])
+
+    for plan in plans:
+        run(plan)
+    return jnp.stack(out)
+
+
+def meant(plan, held):
+    """Yield the derivatives with respect to a and b of each call of a plan."""
+    for item in plan:
+        if isinstance(item, int):
+            weights = [(2, 3), (1, 0), (2, 3), (0, 1), (2, 6)][item]
+            # The last function calls another twice, once in a block that holds a.
+            yield tuple(w * (name not in held) for w, name in zip(weights, 'ab', strict=True))
+        else:
+            yield from meant(item[1], held | set(item[0]))
+
+
+@pytest.fixture(params=['unclaimed', 'claimed'])
+def shared_key(request):
+    """Begin with a shared key that no earlier test has claimed, or that is another's for good."""
+    _active.state.shared.owners.clear()
+    if request.param == 'claimed':
+        with sg.stop_gradient('a'):
+            jax.vmap(lambda x: Two().bind({'params': PARAMS})(x))(jnp.ones(1))
+        jax.grad(lambda p: run_in('a', jax.jit(lambda: Two().apply({'params': p}, 1.0))))(PARAMS)
+        assert _active.state.shared.owners
+    yield
+    _active.state.shared.owners.clear()
+
+
+@pytest.mark.parametrize('jit', [False, True])
+@pytest.mark.parametrize('blocks', ['inside', 'around'])
 @pytest.mark.parametrize('seed', range(4))
-def test_random_nests_of_blocks_around_cached_functions(seed):
+def test_random_nests_of_blocks_around_cached_functions(seed, blocks, jit, shared_key):
     """Blocks share a key of JAX's caches until a trace depends on one; no order may show that."""
-    _active.state.owners.clear()  # so that no earlier test has claimed the key
     rng = random.Random(seed)
-    plan = [plans(rng) for _ in range(2)]
+    one, two = (plans(rng) for _ in range(2))
+    order = (one, two, one)
 
-    class Model(nn.Module):
-        def setup(self):
-            self.two = Two()
-            self.attribute = jnp.sin(self.two.a)
+    def loss(variables, x):
+        if blocks == 'inside':
+            return Nest(order).apply(variables, x)
+        return run_plans(Nest().bind(variables), order, x)
 
-        def functions(self):
-            helper = jax.jit(lambda x: x * self.two(jnp.ones(())))
-
-            def opens(x):
-                with BLOCKS['a']:
-                    inside = helper(x)
-                return inside + helper(x)
-
-            return [jax.jit(lambda x: self.two(x)), jax.checkpoint(lambda x: self.two.a * x), helper,
-                    through_scan(lambda c, x: (c + self.two.b * x, None)), jax.jit(opens)]
-
-        def __call__(self, x):
-            fs, out, want = self.functions(), [], []
-            weights = [(2, 3), (1, 0), (2, 3), (0, 1), None]
-
-            def run(plan, held):
-                for item in plan:
-                    if isinstance(item, int):
-                        out.append(fs[item](x))
-                        live = [0 if name in held else 1 for name in 'ab']
-                        if item == 4:
-                            want.append((2 * live[0], 3 * live[1] * 2))
-                        else:
-                            want.append(tuple(w * on for w, on in zip(weights[item], live)))
-                        continue
-                    name, inside = item
-                    with BLOCKS[name]:
-                        run(inside, held | set(name))
-
-            run(plan[0], set())
-            run(plan[1], set())
-            run(plan[0], set())
-            expected.append(want)
-            return jnp.stack(out)
-
-    for outer in (sg.nothing, 'two/a', sg.nothing):
-        expected = []
-        with sg.stop_gradient(outer):
-            jacobian = jax.jacrev(Model().apply)({'params': {'two': PARAMS}}, jnp.ones(()))
-        two = jacobian['params']['two']
-        want = [(0 if outer == 'two/a' else a, b) for a, b in expected[0]]
-        assert list(zip(two['a'].tolist(), two['b'].tolist())) == want
+    for outer in ('', 'a', ''):
+        with BLOCKS[outer]:
+            f = jax.jacrev(jax.jit(loss) if jit else loss)
+            got = f({'params': {'two': PARAMS}}, jnp.ones(()))['params']['two']
+        want = [pair for plan in order for pair in meant(plan, set(outer))]
+        assert list(zip(got['a'].tolist(), got['b'].tolist(), strict=True)) == want
 
 
-def test_a_trace_that_depends_on_a_block_through_one_inside_it():
+def test_a_trace_that_depends_on_a_block_through_one_inside_it(shared_key):
     """g opens a block and calls f in it: g's trace, too, depends on the block around g."""
     class Model(nn.Module):
         def setup(self):
@@ -194,7 +225,6 @@ def test_a_trace_that_depends_on_a_block_through_one_inside_it():
                     out.append(g(x))
             return jnp.stack(out)
 
-    _active.state.owners.clear()
     two = jax.jacrev(Model().apply)({'params': {'two': PARAMS}}, jnp.ones(()))['params']['two']
     assert two['a'].tolist() == [0, 2, 2, 0, 0] and two['b'].tolist() == [3, 0, 3, 0, 3]
 
@@ -329,6 +359,59 @@ def test_an_equal_filter_does_not_trace_again_inside_a_module_run_eagerly():
     for _ in range(3):
         model.apply(params, jnp.ones(()))
     assert traces == []
+
+
+@pytest.mark.parametrize('blocks', ['inside', 'around'])
+def test_blocks_share_the_traces_of_helpers(blocks):
+    """JAX's own jitted helpers must not be traced once more for each block."""
+    _active.state.shared.owners.clear()
+    traces = []
+    helper = jax.jit(lambda x: (traces.append(x), x * 2)[1])
+
+    def run(two, x):
+        total = 0.0
+        for name in ('a', 'b', 'a'):
+            with MASKS[name]:
+                total += helper(two(x))
+        return total
+
+    class Model(nn.Module):
+        def setup(self):
+            self.two = Two()
+            nn.share_scope(self, self.two)
+
+        def __call__(self, x):
+            return run(self.two, x)
+
+    def loss(params):
+        if blocks == 'inside':
+            return Model().apply({'params': params}, 1.0)
+        return run(lambda x: Two().apply({'params': params}, x), 1.0)
+
+    assert jax.jit(jax.grad(loss))(PARAMS) == {'a': 4, 'b': 12}
+    assert len(traces) == 1
+
+
+def test_a_thread_takes_over_the_shared_key_of_one_that_has_ended():
+    """A server that starts a thread for each request does not trace anew for each."""
+    traces, keys = [], set()
+    helper = jax.jit(lambda x: (traces.append(x), x * 2)[1])
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            with sg.stop_gradient('a'):
+                keys.add(_active.state.shared)
+                return helper(Two(name='a')(x))
+
+    def request():
+        Model().apply({'params': {'a': PARAMS}}, jnp.ones(()))
+
+    for _ in range(5):
+        thread = threading.Thread(target=request)
+        thread.start()
+        thread.join()
+    assert len(traces) == len(keys) == 1
 
 
 def test_a_shared_trace_of_equal_layers_stays_shared(monkeypatch):
