@@ -3,21 +3,26 @@
 from flax_sg import _setup as _setup  # taps Flax's setup; _scope taps its reads
 from flax_sg import data_structures, nn
 from flax_sg._adaptors import from_haiku, from_nnx
+from flax_sg._constant import constant
 from flax_sg._errors import (
+    FrozenVariableError,
     LabelError,
     PredicateError,
     UnmatchedPathError,
     UsageError,
 )
 from flax_sg._filters import Filter, everything, nothing, path, regex, where
+from flax_sg._gradients import map_gradient, scale_gradient
 from flax_sg._info import VariableInfo
 from flax_sg._labels import labels
 from flax_sg._transform import Transform, stop_gradient
+from flax_sg._values import map_values, replace_values
 
 __version__ = '0.1.0'
 
 __all__ = [
-    'Filter', 'LabelError', 'PredicateError', 'Transform',
-    'UnmatchedPathError', 'UsageError', 'VariableInfo', 'data_structures', 'everything',
-    'from_haiku', 'from_nnx', 'labels', 'nn', 'nothing', 'path', 'regex', 'stop_gradient', 'where',
+    'Filter', 'FrozenVariableError', 'LabelError', 'PredicateError', 'Transform',
+    'UnmatchedPathError', 'UsageError', 'VariableInfo', 'constant', 'data_structures',
+    'everything', 'from_haiku', 'from_nnx', 'labels', 'map_gradient', 'map_values', 'nn',
+    'nothing', 'path', 'regex', 'replace_values', 'scale_gradient', 'stop_gradient', 'where',
 ]

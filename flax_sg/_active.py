@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flax_sg import _compat
@@ -20,7 +20,9 @@ from flax_sg._unmatched import unmatched
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
-__all__ = ['Entry', 'claim_key', 'lifted', 'opened', 'read_from', 'relative', 'state']
+__all__ = [
+    'Application', 'Entry', 'claim_key', 'lifted', 'opened', 'read_from', 'relative', 'state',
+]
 
 
 class _SharedKey:
@@ -42,8 +44,8 @@ class _SharedKey:
         return key
 
 
-class _Thread:
-    """Something that lives as long as a thread does."""
+class _Life:
+    """An identity that is gone when what holds it is gone."""
 
 
 class _State(threading.local):
@@ -54,11 +56,32 @@ class _State(threading.local):
         self.blocks: list[tuple[Transform, Any]] = []  # `with` blocks, to be left in order
         self.setups: list[Any] = []  # runs of `setup` in progress, see _setup
         self.lifted: tuple[Any, ...] = ()  # what lifted transforms add to the keys of caches
-        self.thread = _Thread()
+        self.publishing = False  # Flax writes back what the body of a lifted transform returned
+        self.thread = _Life()
         self.shared = _SharedKey.lend(self.thread)
 
 
 state = _State()
+
+
+class Application:
+    """One application of a model, or one run of the body of a lifted transform.
+
+    Attributes:
+      trace: the JAX trace in which it began.
+      life: its identity.
+    """
+
+    __slots__ = ('life', 'trace')
+
+    def __init__(self) -> None:
+        self.trace, self.life = _compat.trace_state(), _Life()
+
+    def __eq__(self, other: object) -> bool:  # it is in the flags of scopes, a key of nn.jit
+        return isinstance(other, Application)
+
+    def __hash__(self) -> int:
+        return hash(Application)
 
 
 class Entry:
@@ -72,11 +95,12 @@ class Entry:
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
       sharing: it may share a key of JAX's caches with other blocks, see `_key`.
+      reads: what variables were read as, for each application of a model.
     """
 
     __slots__ = (
-        'attached', 'family', 'kept', 'key', 'met', 'missing', 'names', 'opener', 'quiet', 'roots',
-        'sharing', 'trace', 'transform')
+        'attached', 'family', 'kept', 'key', 'met', 'missing', 'names', 'opener', 'quiet', 'reads',
+        'roots', 'sharing', 'trace', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: dict | None, *,
                  attached: bool = False, initializing: bool = False):
@@ -94,6 +118,22 @@ class Entry:
         self.names: dict[VariableInfo, None] = {}
         self.roots: weakref.WeakSet = weakref.WeakSet()
         self.met = family is not None
+        self.reads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def read(self, application: Application, info: VariableInfo, value: Any, other: Callable
+             ) -> Any:
+        """Return what a read of a selected variable gives.
+
+        All reads in one application give one value, so that its cotangent is that of their sum. A
+        value made in another trace, in a function that JAX traces meanwhile, must stay in there.
+        """
+        if _compat.trace_state() != application.trace:
+            return self.transform.read(info, value, other)
+        reads = self.reads.setdefault(application.life, {})
+        name = (info.collection, info.absolute_path)
+        if name not in reads or reads[name][0] is not value:
+            reads[name] = (value, self.transform.read(info, value, other))
+        return reads[name][1]
 
     def covers(self, family: dict) -> bool:
         return self.family is None or self.family is family

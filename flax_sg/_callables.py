@@ -8,25 +8,37 @@ import functools
 import inspect
 import os
 import types
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-__all__ = ['callable_key', 'cell_contents', 'describe_callable']
+__all__ = ['callable_key', 'cell_contents', 'describe_callable', 'value_key']
 
 
 class _Identity:
-    """Wrap a value so that it equals only itself, and stays alive while it is a key."""
+    """Wrap a value so that it equals only itself.
 
-    __slots__ = ('value',)
+    JAX's caches keep their keys. So this does not keep the value, which may be a large array or a
+    tracer, where it can do without: once the value is gone, nothing equals it.
+    """
+
+    __slots__ = ('number', 'value')
 
     def __init__(self, value: Any):
-        self.value = value
+        self.number = id(value)
+        try:
+            self.value: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self.value = lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
+        if not isinstance(other, _Identity) or self.number != other.number:
+            return False
+        value = self.value()
+        return self is other or value is not None and value is other.value()
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return self.number
 
 
 def callable_key(fn: Callable, _seen: tuple[int, ...] = ()) -> Hashable:
@@ -36,7 +48,7 @@ def callable_key(fn: Callable, _seen: tuple[int, ...] = ()) -> Hashable:
     """
     if id(fn) in _seen:
         return ('recursive', _seen.index(id(fn)))
-    value = functools.partial(_value_key, _seen=(*_seen, id(fn)))
+    value = functools.partial(value_key, _seen=(*_seen, id(fn)))
     if isinstance(fn, functools.partial):
         keywords = tuple((name, value(fn.keywords[name])) for name in sorted(fn.keywords))
         return ('partial', value(fn.func), tuple(map(value, fn.args)), keywords)
@@ -52,15 +64,16 @@ def callable_key(fn: Callable, _seen: tuple[int, ...] = ()) -> Hashable:
     return _hashable(fn)
 
 
-def _value_key(value: Any, _seen: tuple[int, ...]) -> Hashable:
+def value_key(value: Any, _seen: tuple[int, ...] = ()) -> Hashable:
+    """Return a hashable value that equal values share; arrays and trees count by identity."""
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
         return callable_key(value, _seen)
     if isinstance(value, (tuple, list)):
-        return (type(value), tuple(_value_key(v, _seen) for v in value))
+        return (type(value), tuple(value_key(v, _seen) for v in value))
     if isinstance(value, (set, frozenset)):
-        return (type(value), frozenset(_value_key(v, _seen) for v in value))
+        return (type(value), frozenset(value_key(v, _seen) for v in value))
     if isinstance(value, dict):
-        return (dict, tuple((_hashable(k), _value_key(v, _seen)) for k, v in value.items()))
+        return (dict, tuple((_hashable(k), value_key(v, _seen)) for k, v in value.items()))
     return _hashable(value)
 
 

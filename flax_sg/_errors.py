@@ -1,6 +1,10 @@
 """The library's errors: each says where, what was expected, what was got, and the way out."""
 
-__all__ = ['LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError']
+from flax.errors import FlaxError, ModifyScopeVariableError
+
+__all__ = [
+    'FrozenVariableError', 'LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError',
+]
 
 
 class PredicateError(ValueError, TypeError):
@@ -29,3 +33,13 @@ class LabelError(ValueError):
 
 class UsageError(ValueError, TypeError):
     """A transform was given something that it cannot take, or was used where it cannot work."""
+
+
+class FrozenVariableError(ModifyScopeVariableError):
+    """A variable was to be written in a block in which :func:`flax_sg.constant` holds it.
+
+    Nothing has been changed by the attempt. Creating a variable is not changing one.
+    """
+
+    def __init__(self, message: str):
+        FlaxError.__init__(self, message)

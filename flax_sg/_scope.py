@@ -10,6 +10,7 @@ transformed values back to the store.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,13 +19,14 @@ from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
 from flax_sg import _compat
-from flax_sg._active import Entry, claim_key, lifted, opened, read_from, state
+from flax_sg._active import Application, Entry, claim_key, lifted, opened, read_from, state
 from flax_sg._compat import Scope
-from flax_sg._info import Path
+from flax_sg._errors import FrozenVariableError
+from flax_sg._info import Path, walk
 
-__all__ = ['attach', 'attached_entries', 'effective', 'family_of', 'open_at', 'transformed']
+__all__ = ['attach', 'attached_entries', 'check_write', 'effective', 'family_of', 'open_at']
 
-_FLAG = 'flax_sg'
+_FLAG, _APPLICATION = 'flax_sg', 'flax_sg_application'
 _MISSING = object()
 
 # Set for good once a block inside a lifted body has asked for absolute paths.
@@ -99,16 +101,34 @@ def effective(scope: Scope, collection: str | None = None, *, own: bool = True
     return tuple(dict.fromkeys(e for e in (*pending, *inside) if e.covers(mark.family)))
 
 
-def transformed(entries: tuple[Entry, ...], path: Path, collection: str, value: Any) -> Any:
+@_compat.tap(Scope, '__init__')
+def _init(original, self, *args, **kwargs):
+    original(self, *args, **kwargs)
+    if self.parent is None and _APPLICATION not in self.flags:
+        self.flags = self.flags.copy({_APPLICATION: Application()})
+
+
+def _transformed(entries: tuple[Entry, ...], scope: Scope, path: Path, collection: str, value: Any
+                 ) -> Any:
     """Apply entries to a stored variable, or to the mapping of variables below a name."""
     if isinstance(value, Mapping):
-        items = {k: transformed(entries, (*path, k), collection, v) for k, v in value.items()}
+        items = {k: _transformed(entries, scope, (*path, k), collection, v)
+                 for k, v in value.items()}
         return FrozenDict(items) if isinstance(value, FrozenDict) else items
-    for entry in entries:
+    for i, entry in enumerate(entries):
         info = entry.info(path, collection, value)
         if entry.selects(info):
-            value = entry.transform.read(info, value)
+            other = functools.partial(_other, entries[:i], scope, path)
+            value = entry.read(scope.flags[_APPLICATION], info, value, other)
     return value
+
+
+def _other(entries: tuple[Entry, ...], scope: Scope, path: Path, collection: str) -> Any:
+    """Read the variable at the same path in another collection; KeyError if there is none."""
+    value = _compat.root_variables(scope)[collection]
+    for name in path:
+        value = value[name]
+    return _transformed(entries, scope, path, collection, value)
 
 
 def open_at(transform: Any, scope: Scope | None) -> contextlib.AbstractContextManager[None]:
@@ -161,6 +181,25 @@ def attached_entries(scope: Scope, transforms: tuple[Any, ...]) -> tuple[Entry, 
                  if e.attached and e.opener == path and e.transform in transforms)
 
 
+def check_write(scope: Scope, collection: str, name: str) -> None:
+    """Raise FrozenVariableError if an open transform forbids to change a variable."""
+    if state.publishing or not state.stack and _FLAG not in scope.flags:
+        return
+    entries = [e for e in effective(scope, collection) if e.transform.freezes]
+    if not entries or not scope.has_variable(collection, name):
+        return
+    tree, path = _compat.root_variables(scope)[collection], _compat.scope_path(scope)
+    for part in (*path, name):
+        tree = tree[part]
+    for info, value in walk(tree, collection, (*path, name)):
+        for entry in entries:
+            if entry.selects(entry.info(info.absolute_path, collection, value)):
+                raise FrozenVariableError(
+                    f'{entry.transform!r}: {name!r} of module \'/{"/".join(path)}\' (collection '
+                    f'{collection!r}) was to be written in this block, in which it is constant. '
+                    'Write it outside of the block, or narrow the predicate or collections=.')
+
+
 def _meet(scope: Scope, entries: tuple[Entry, ...]) -> None:
     for entry in entries:
         entry.meet(scope.root, _compat.root_variables(scope))
@@ -179,7 +218,7 @@ def _get_variable(original, self, col, name, default=None):
     if not entries:
         return value
     _meet(self, entries)
-    return transformed(entries, (*_compat.scope_path(self), name), col, value)
+    return _transformed(entries, self, (*_compat.scope_path(self), name), col, value)
 
 
 @_compat.tap(Scope, 'param')
@@ -203,7 +242,7 @@ def _variables(original, self):
             run.read = True
         entries = effective(self, col)
         _meet(self, entries)
-        out[col] = transformed(entries, path, col, tree) if entries else tree
+        out[col] = _transformed(entries, self, path, col, tree) if entries else tree
         changed |= bool(entries)
     return type(variables)(out) if changed else variables
 
@@ -215,9 +254,15 @@ def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_
             lift = _Lifted(scope_tree, out_filters)
             groups = lift.read(groups)
             with lift.keyed():
-                return fn(lift.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
+                out = fn(lift.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
+            state.publishing = True
+            return out
         run = original(body, in_filters, out_filters, rng_filters, name, enable_kwargs)
-        return run(scope_tree, *args, **kwargs)
+        before = state.publishing
+        try:
+            return run(scope_tree, *args, **kwargs)
+        finally:
+            state.publishing = before
     return packed
 
 
@@ -245,7 +290,7 @@ class _Lifted:
             if not entries:
                 return tree
             _meet(scope, entries)
-            return transformed(entries, _compat.scope_path(scope), collection, tree)
+            return _transformed(entries, scope, _compat.scope_path(scope), collection, tree)
         return tuple(
             tuple({col: read(scope, col, tree) for col, tree in group.items()}
                   for scope, group in zip(self.packed, groups_of_scopes, strict=True))
@@ -264,9 +309,10 @@ class _Lifted:
         done = tuple(dict.fromkeys((*mark.done, *open_now)))
         pending = tuple(dict.fromkeys((*mark.pending, *open_now)))
         plain = Mark(mark.family, self.applied, done, pending, trace=_compat.trace_state())
+        flags = {_FLAG: plain, _APPLICATION: Application()}
         scope: Scope | None = inner
         while scope is not None:
-            _set_mark(scope, plain)
+            scope.flags = scope.flags.copy(flags)
             scope = scope.parent
         if mark.own:
             # The same scope may be handed in twice, as a live module's and as its mirror's.

@@ -26,7 +26,7 @@ from flax_sg._cached import watch
 from flax_sg._callables import cell_contents
 from flax_sg._compat import Module, Scope, Variable
 from flax_sg._errors import UsageError
-from flax_sg._scope import effective
+from flax_sg._scope import check_write, effective
 
 LIVE = '_flax_sg_live'
 _START = '_flax_sg_start'
@@ -166,6 +166,7 @@ def _put_variable(original, self, col, name, value):
         if run.replayed is not None:
             run.written[_address(self, col, name)] = value
             return
+    check_write(self, col, name)
     original(self, col, name, value)
 
 

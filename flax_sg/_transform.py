@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen
 from flax.core.scope import DenyList, in_filter
 
@@ -21,7 +22,7 @@ from flax_sg._filters import Filter, Predicate, as_filter
 from flax_sg._info import VariableInfo, map_tree, walk
 from flax_sg._unmatched import check_matched
 
-__all__ = ['StopGradient', 'Transform', 'stop_gradient']
+__all__ = ['StopGradient', 'Transform', 'make', 'map_arrays', 'stop_gradient']
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -35,13 +36,17 @@ class Transform:
     filter: Filter
     collections: Hashable
     allow_unmatched: bool
+    name = 'transform'
+    freezes = False  # a write to a selected variable is an error
 
-    def read(self, info: VariableInfo, value: Any) -> Any:
+    def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         """Return what a read of a selected variable gives instead of its stored value.
 
         Args:
           info: the variable's names, shape and dtype.
           value: the stored value: an array, a box, or any pytree.
+          other: what the variable of the same path in another collection reads as here; raises
+            KeyError if there is none.
         """
         raise NotImplementedError
 
@@ -51,7 +56,15 @@ class Transform:
 
     def key(self) -> Hashable:
         """Return what the transform says now, as a value."""
-        return (type(self), self.filter.key(), self.collections, self.allow_unmatched)
+        return (type(self), self.filter.key(), self.collections, self.allow_unmatched, *self.more())
+
+    def more(self) -> tuple[Hashable, ...]:
+        """Return what else the transform says, as values."""
+        return ()
+
+    def shown(self) -> tuple[str, ...]:
+        """Return what else the transform says, for people."""
+        return ()
 
     def __call__(self, target: Any) -> Any:
         """Transform a Module class or instance, a method, or a tree of parameters."""
@@ -73,8 +86,11 @@ class Transform:
             infos = (info for info, _ in walk(tree))
             check_matched(self.filter.patterns(), infos, where=repr(self), of='the tree')
         selects = self.filter.selects
+        def other(collection: str) -> Any:
+            raise KeyError(collection)
+
         return map_tree(
-            lambda info, value: self.read(info, value) if selects(info) else value, tree)
+            lambda info, value: self.read(info, value, other) if selects(info) else value, tree)
 
     def __enter__(self) -> None:
         block = _linen.open_block(self)
@@ -96,15 +112,12 @@ class Transform:
         return hash(self.key())
 
     def __repr__(self) -> str:
-        shown = [_short(self.filter)]
+        shown = [_short(self.filter), *self.shown()]
         if self.collections != 'params':
             shown.append(f'collections={self.collections!r}')
         if self.allow_unmatched:
             shown.append('allow_unmatched=True')
-        return f'{self._name()}({", ".join(shown)})'
-
-    def _name(self) -> str:
-        return type(self).__name__
+        return f'{self.name}({", ".join(shown)})'
 
 
 def _short(filter: Filter) -> str:
@@ -128,15 +141,29 @@ def check_collections(collections: Any, name: str) -> Hashable:
         'or a flax.core.DenyList.')
 
 
+def make(kind: type[Transform], predicate: Predicate, collections: Any, allow_unmatched: bool,
+         *more: Any) -> Transform:
+    """Make a transform of what a user wrote, or raise PredicateError."""
+    return kind(as_filter(predicate, name=kind.name), check_collections(collections, kind.name),
+                bool(allow_unmatched), *more)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StopGradient(Transform):
     """The transform that :func:`stop_gradient` makes."""
 
-    def read(self, info: VariableInfo, value: Any) -> Any:
+    name = 'stop_gradient'
+
+    def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         return jax.tree.map(_stop, value)
 
-    def _name(self) -> str:
-        return 'stop_gradient'
+
+def map_arrays(fn: Callable[[Any], Any], value: Any) -> Any:
+    """Apply ``fn`` to each floating-point or complex array of a variable; boxes stay."""
+    def apply(leaf: Any) -> Any:
+        dtype = getattr(leaf, 'dtype', None)
+        return fn(leaf) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else leaf
+    return jax.tree.map(apply, value)
 
 
 def _stop(leaf: Any) -> Any:
@@ -192,6 +219,4 @@ def stop_gradient(predicate: Predicate = True, *, collections: Any = 'params',
 
     Source: google/flax issue 1857.
     """
-    name = 'stop_gradient'
-    return StopGradient(as_filter(predicate, name=name), check_collections(collections, name),
-                        bool(allow_unmatched))
+    return make(StopGradient, predicate, collections, allow_unmatched)

@@ -9,10 +9,16 @@ from typing import Any
 from flax import linen as _linen
 from flax.linen import *  # noqa: F403
 
+from flax_sg._constant import constant  # noqa: F401
 from flax_sg._filters import everything, nothing, path, regex, where  # noqa: F401
+from flax_sg._gradients import map_gradient, scale_gradient  # noqa: F401
 from flax_sg._transform import stop_gradient  # noqa: F401
+from flax_sg._values import map_values, replace_values  # noqa: F401
 
-_OURS = ('everything', 'nothing', 'path', 'regex', 'stop_gradient', 'where')
+_OURS = (
+    'constant', 'everything', 'map_gradient', 'map_values', 'nothing', 'path', 'regex',
+    'replace_values', 'scale_gradient', 'stop_gradient', 'where',
+)
 __all__ = sorted({*_OURS, *(name for name in dir(_linen) if not name.startswith('_'))})
 
 

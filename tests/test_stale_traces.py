@@ -191,8 +191,16 @@ def test_random_nests_of_blocks_around_cached_functions(seed, blocks, jit, share
     """Blocks share a key of JAX's caches until a trace depends on one; no order may show that."""
     rng = random.Random(seed)
     one, two = (plans(rng) for _ in range(2))
-    order = (one, two, one)
+    check_nest((one, two, one), blocks, jit)
 
+
+@pytest.mark.parametrize('blocks', ['inside', 'around'])
+def test_a_block_inside_a_traced_function_does_not_claim_for_it(blocks, shared_key):
+    """The last function's trace depends on the block around it, and not on the one it opens."""
+    check_nest(([('', [4, ('a', [4]), 4])],), blocks, jit=True)
+
+
+def check_nest(order, blocks, jit):
     def loss(variables, x):
         if blocks == 'inside':
             return Nest(order).apply(variables, x)

@@ -1,0 +1,193 @@
+"""Transforms of cotangents: scaled, or given to a function. `_transform.py` has the one that stops.
+
+Values do not change. Where nothing is differentiated nothing is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_sg._callables import callable_key, describe_callable, value_key
+from flax_sg._errors import UsageError
+from flax_sg._filters import Predicate
+from flax_sg._info import VariableInfo
+from flax_sg._transform import Transform, make, map_arrays
+
+__all__ = ['map_gradient', 'scale_gradient']
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ScaleGradient(Transform):
+    """The transform that :func:`scale_gradient` makes."""
+
+    factor: Any
+    name = 'scale_gradient'
+
+    def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
+        if isinstance(self.factor, float) and self.factor == 0:  # exactly zero, of infinity too
+            return map_arrays(jax.lax.stop_gradient, value)
+        return map_arrays(lambda leaf: _scaled(leaf, self.factor) if _traced(leaf) else leaf, value)
+
+    def more(self) -> tuple[Hashable, ...]:
+        return (value_key(self.factor),)
+
+    def shown(self) -> tuple[str, ...]:
+        return (repr(self.factor),)
+
+
+@jax.custom_jvp
+def _scaled(x: jax.Array, factor: Any) -> jax.Array:
+    return x
+
+
+@_scaled.defjvp
+def _scaled_jvp(primals: tuple, tangents: tuple) -> tuple:
+    x, factor = primals
+    # Not x: a derivative of this derivative passes here too.
+    return _scaled(x, factor), tangents[0] * jnp.asarray(factor, tangents[0].dtype)
+
+
+def _traced(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer)
+
+
+def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'params',
+                   allow_unmatched: bool = False) -> Transform:
+    """Multiply the cotangents of selected variables: in a block, module, method or tree.
+
+    Use it to slow down a part for one loss, or with a negative factor to reverse its gradient, as
+    domain-adversarial training does. At every order of derivative, in both modes. It has the five
+    uses of :func:`flax_sg.stop_gradient`.
+
+    >>> import jax
+    >>> from flax_sg import scale_gradient
+    >>> def loss(params):
+    ...     params = scale_gradient('encoder', -0.5)(params)
+    ...     return params['encoder']['w'] * params['head']['w']
+    >>> grads = jax.grad(loss)({'encoder': {'w': 2.0}, 'head': {'w': 3.0}})
+    >>> float(grads['encoder']['w']), float(grads['head']['w'])
+    (-1.5, 2.0)
+
+    Args:
+      predicate: what is scaled; see :func:`flax_sg.stop_gradient`.
+      factor: a real number, of shape (): a Python or numpy scalar, an array or a traced value. It
+        is itself a constant of first derivatives. A number 0 stops the gradient.
+      collections: a Flax collection filter, the collections in which it selects.
+      allow_unmatched: accept a glob or regex that selects nothing.
+
+    Returns:
+      A transform.
+
+    Raises:
+      PredicateError: the predicate or ``collections`` is none.
+      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UsageError: the factor is no real number.
+
+    Source: google/flax issue 1857; Ganin et al., arXiv 1505.07818.
+    """
+    shape = getattr(factor, 'shape', None)
+    kind = getattr(factor, 'dtype', None)
+    real = isinstance(factor, (int, float)) if shape is None else shape == () and (
+        jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer))
+    if not real or isinstance(factor, (int, float)) and math.isnan(factor):
+        raise UsageError(
+            f'scale_gradient: factor={factor!r}; expected a real number: a Python or numpy scalar, '
+            'or an array of shape (). For another factor for each variable, nest blocks.')
+    factor = float(factor) if shape is None else factor
+    return make(ScaleGradient, predicate, collections, allow_unmatched, factor)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MapGradient(Transform):
+    """The transform that :func:`map_gradient` makes."""
+
+    fn: Callable[[VariableInfo, jax.Array], jax.Array]
+    name = 'map_gradient'
+
+    def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
+        def pull(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+            return (self._call(info, cotangent),)
+
+        @jax.custom_vjp
+        def same(x: jax.Array) -> jax.Array:
+            return x
+
+        same.defvjp(lambda x: (same(x), None), pull)  # same: for a gradient of the gradient
+        return map_arrays(lambda leaf: same(leaf) if _traced(leaf) else leaf, value)
+
+    def _call(self, info: VariableInfo, cotangent: jax.Array) -> jax.Array:
+        out = self.fn(info, cotangent)
+        want, got = (_kind(x) for x in (cotangent, out))
+        if got != want:
+            raise UsageError(
+                f'{self!r}: the function returned {got} for the cotangent of '
+                f"'/{info.absolute_name}'; expected {want}, the variable's shape and dtype.")
+        return out
+
+    def more(self) -> tuple[Hashable, ...]:
+        return (callable_key(self.fn),)
+
+    def shown(self) -> tuple[str, ...]:
+        return (describe_callable(self.fn),)
+
+
+def _kind(x: Any) -> str:
+    if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
+        return f'an object of type {type(x).__name__}'
+    return f'{x.dtype}[{",".join(map(str, x.shape))}]'
+
+
+def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], jax.Array], *,
+                 collections: Any = 'params', allow_unmatched: bool = False) -> Transform:
+    """Replace the cotangents of selected variables by a function of them.
+
+    Use it to clip, normalise or add noise to what one loss sends to a part, or to put a stored
+    cotangent in its place. It has the five uses of :func:`flax_sg.stop_gradient`, in reverse mode
+    alone; JAX raises an error in forward mode. A gradient of the gradient goes through ``fn``.
+
+    ``fn`` gets the cotangent of the sum over a block's reads of the variable, as if the block read
+    it once, in each application of a model; what a lifted transform hands to its body is such a
+    read, outside its loop. Two things are read by themselves: a variable in a lifted body that may
+    write it (``mutable=['params']``), and one that a function traced in the block, such as the body
+    of a `jax.lax.scan`, reads of a module that it captured. Where ``fn`` is linear that does not
+    matter. ``fn`` is not called for a variable that the result does not depend on.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax_sg import map_gradient
+    >>> clip = map_gradient(True, lambda info, cotangent: jnp.clip(cotangent, -1, 1))
+    >>> float(jax.grad(lambda params: 5 * clip(params)['w'])({'w': jnp.ones(())})['w'])
+    1.0
+
+    Args:
+      predicate: whose cotangents; see :func:`flax_sg.stop_gradient`.
+      fn: ``fn(info, cotangent) -> cotangent``, both arrays of the variable's shape and dtype. It
+        may close over arrays, but not over what is being differentiated; over a traced array only
+        where the block is opened inside the function that is traced.
+      collections: a Flax collection filter, the collections in which it selects.
+      allow_unmatched: accept a glob or regex that selects nothing.
+
+    Returns:
+      A transform.
+
+    Raises:
+      PredicateError: the predicate or ``collections`` is none.
+      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UsageError: ``fn`` is not callable or, in the backward pass, returns another shape or dtype.
+
+    Source: google/flax issue 1857.
+    """
+    check_callable(fn, 'map_gradient', 'cotangent')
+    return make(MapGradient, predicate, collections, allow_unmatched, fn)
+
+
+def check_callable(fn: Any, name: str, argument: str) -> None:
+    """Raise UsageError if ``fn`` is no callable."""
+    if not callable(fn) or isinstance(fn, type):
+        raise UsageError(f'{name}: got an object of type {type(fn).__name__} for fn; expected a '
+                         f'callable fn(info, {argument}) that returns an array.')
