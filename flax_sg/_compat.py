@@ -25,7 +25,7 @@ from jax._src import core as _core
 __all__ = [
     'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root',
     'outside_traces', 'packed_scopes', 'rewound_counters', 'root_variables', 'run_setup',
-    'scope_path', 'setup_pending', 'snapshot_counters', 'tap', 'tap_pack', 'trace_state',
+    'scope_path', 'setup_pending', 'snapshot_counters', 'stored', 'tap', 'tap_pack', 'trace_state',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -69,6 +69,14 @@ def scope_path(scope: Scope) -> tuple[str, ...]:
         names.append(scope.name)
         scope = scope.parent
     return (*scope.path, *reversed(names))
+
+
+def stored(scope: Scope, collection: str, path: tuple[str, ...]) -> Any:
+    """Return what the scope's root stores at an absolute path; KeyError if there is nothing."""
+    value = root_variables(scope)[collection]
+    for name in path[len(scope.root.path):]:  # in a lifted body the root is a module's scope
+        value = value[name]
+    return value
 
 
 def packed_scopes(scopes: list[Scope]) -> tuple[Scope, ...]:

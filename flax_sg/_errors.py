@@ -1,6 +1,6 @@
 """The library's errors: each says where, what was expected, what was got, and the way out."""
 
-from flax.errors import FlaxError, ModifyScopeVariableError
+from flax.errors import ModifyScopeVariableError
 
 __all__ = [
     'FrozenVariableError', 'LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError',
@@ -42,4 +42,7 @@ class FrozenVariableError(ModifyScopeVariableError):
     """
 
     def __init__(self, message: str):
-        FlaxError.__init__(self, message)
+        Exception.__init__(self, message)  # Flax's own words are about immutable collections
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self),)

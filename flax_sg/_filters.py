@@ -115,6 +115,11 @@ class Filter:
     def __hash__(self) -> int:
         return hash(self.key())
 
+    def __bool__(self) -> bool:
+        raise PredicateError(
+            f'{self!r} was used as a bool, as by `not`, `and`, `or` and `if`. Combine filters with '
+            '~, & and |; call .mask(params) for bools.')
+
 
 def _flat(kind: type, item: Filter) -> tuple[Filter, ...]:
     return item.filters if isinstance(item, kind) else (item,)

@@ -6,6 +6,7 @@ Values do not change. Where nothing is differentiated nothing is done.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -111,15 +112,13 @@ class MapGradient(Transform):
     name = 'map_gradient'
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
-        def pull(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
-            return (self._call(info, cotangent),)
+        def read(leaf: jax.Array) -> jax.Array:
+            # Traced here, so that what it closes over can be handed on: the rule of a custom_vjp
+            # is called later, and may not close over what is being traced now.
+            jaxpr = jax.make_jaxpr(functools.partial(self._call, info))(leaf)
+            return _with_pullback(jaxpr.jaxpr, leaf, *jaxpr.consts)
 
-        @jax.custom_vjp
-        def same(x: jax.Array) -> jax.Array:
-            return x
-
-        same.defvjp(lambda x: (same(x), None), pull)  # same: for a gradient of the gradient
-        return map_arrays(lambda leaf: same(leaf) if _traced(leaf) else leaf, value)
+        return map_arrays(lambda leaf: read(leaf) if _traced(leaf) else leaf, value)
 
     def _call(self, info: VariableInfo, cotangent: jax.Array) -> jax.Array:
         out = self.fn(info, cotangent)
@@ -135,6 +134,23 @@ class MapGradient(Transform):
 
     def shown(self) -> tuple[str, ...]:
         return (describe_callable(self.fn),)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_pullback(jaxpr: Any, x: jax.Array, *consts: Any) -> jax.Array:
+    return x
+
+
+def _forward(jaxpr: Any, x: jax.Array, *consts: Any) -> tuple:
+    # Not x: a gradient of this gradient passes here too.
+    return _with_pullback(jaxpr, x, *consts), consts
+
+
+def _pull(jaxpr: Any, consts: tuple, cotangent: jax.Array) -> tuple:
+    return (*jax.core.eval_jaxpr(jaxpr, consts, cotangent), *(None for _ in consts))
+
+
+_with_pullback.defvjp(_forward, _pull)
 
 
 def _kind(x: Any) -> str:
@@ -156,7 +172,7 @@ def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], j
     read, outside its loop. Two things are read by themselves: a variable in a lifted body that may
     write it (``mutable=['params']``), and one that a function traced in the block, such as the body
     of a `jax.lax.scan`, reads of a module that it captured. Where ``fn`` is linear that does not
-    matter. ``fn`` is not called for a variable that the result does not depend on.
+    matter. It has no effect on a variable that the result does not depend on.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax_sg import map_gradient
@@ -166,9 +182,8 @@ def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], j
 
     Args:
       predicate: whose cotangents; see :func:`flax_sg.stop_gradient`.
-      fn: ``fn(info, cotangent) -> cotangent``, both arrays of the variable's shape and dtype. It
-        may close over arrays, but not over what is being differentiated; over a traced array only
-        where the block is opened inside the function that is traced.
+      fn: ``fn(info, cotangent) -> cotangent``, both arrays of the variable's shape and dtype. It is
+        traced, once for each read. It may close over arrays, traced ones too.
       collections: a Flax collection filter, the collections in which it selects.
       allow_unmatched: accept a glob or regex that selects nothing.
 
@@ -178,7 +193,7 @@ def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], j
     Raises:
       PredicateError: the predicate or ``collections`` is none.
       UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
-      UsageError: ``fn`` is not callable or, in the backward pass, returns another shape or dtype.
+      UsageError: ``fn`` is not callable or, at a read, returns another shape or dtype.
 
     Source: google/flax issue 1857.
     """

@@ -115,9 +115,10 @@ def _transformed(entries: tuple[Entry, ...], scope: Scope, path: Path, collectio
         items = {k: _transformed(entries, scope, (*path, k), collection, v)
                  for k, v in value.items()}
         return FrozenDict(items) if isinstance(value, FrozenDict) else items
+    initializing = scope.get_flag('initializing', False)
     for i, entry in enumerate(entries):
         info = entry.info(path, collection, value)
-        if entry.selects(info):
+        if entry.selects(info) and (entry.transform.at_init or not initializing):
             other = functools.partial(_other, entries[:i], scope, path)
             value = entry.read(scope.flags[_APPLICATION], info, value, other)
     return value
@@ -125,9 +126,7 @@ def _transformed(entries: tuple[Entry, ...], scope: Scope, path: Path, collectio
 
 def _other(entries: tuple[Entry, ...], scope: Scope, path: Path, collection: str) -> Any:
     """Read the variable at the same path in another collection; KeyError if there is none."""
-    value = _compat.root_variables(scope)[collection]
-    for name in path:
-        value = value[name]
+    value = _compat.stored(scope, collection, path)
     return _transformed(entries, scope, path, collection, value)
 
 
@@ -188,9 +187,8 @@ def check_write(scope: Scope, collection: str, name: str) -> None:
     entries = [e for e in effective(scope, collection) if e.transform.freezes]
     if not entries or not scope.has_variable(collection, name):
         return
-    tree, path = _compat.root_variables(scope)[collection], _compat.scope_path(scope)
-    for part in (*path, name):
-        tree = tree[part]
+    path = _compat.scope_path(scope)
+    tree = _compat.stored(scope, collection, (*path, name))
     for info, value in walk(tree, collection, (*path, name)):
         for entry in entries:
             if entry.selects(entry.info(info.absolute_path, collection, value)):

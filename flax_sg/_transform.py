@@ -38,6 +38,7 @@ class Transform:
     allow_unmatched: bool
     name = 'transform'
     freezes = False  # a write to a selected variable is an error
+    at_init = True  # it applies while variables are created
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         """Return what a read of a selected variable gives instead of its stored value.

@@ -86,6 +86,7 @@ class ReplaceValues(Transform):
 
     source: str | Mapping[str, Any]
     name = 'replace_values'
+    at_init = False  # when there may be nothing yet to read instead
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         found = self._find(info, other)
@@ -145,7 +146,8 @@ def replace_values(predicate: Predicate, source: str | Mapping[str, Any], *,
 
     Use it for target networks and for evaluating with averaged parameters. Gradients flow to the
     source and not to what it replaces; nest `stop_gradient` inside for a source that is held. It
-    has the five uses of :func:`flax_sg.stop_gradient`.
+    has the five uses of :func:`flax_sg.stop_gradient`. While a module is initialised nothing is
+    replaced, as there may be nothing yet to read instead.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax_sg import nn, replace_values

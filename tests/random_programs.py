@@ -1005,7 +1005,8 @@ class Generator:
             if called:
                 options += [(ref, name, how, kind) for name, kind in d.params.items()
                             for how in ('get_variable', 'variables')]
-            if not d.compact and (env.place != 'raw' or called):
+            # Flax would set a module up in the trace of a function, and its values would leak.
+            if not d.compact and (env.place != 'raw' or called and not use.names):
                 hidden = {p for _, p, direct in d.derived.values() if direct}
                 options += [(ref, name, 'attr', kind) for name, kind in d.params.items()
                             if name not in hidden]
@@ -1323,7 +1324,8 @@ def check(program: Program, modes: tuple[str, ...] = ('traced',), *, second: boo
         for masks in program.runs:
             fn = application(program, masked, masks)
             grads, (out, drawn) = run(around(program, masks, gradients(fn)))(*args)
-            tolerance = 1e-3 if mode == 'jit' else 0.0
+            # What setup derives may be computed again in a block, in a function that is compiled.
+            tolerance = 1e-3 if mode == 'jit' or mode == 'eager' and not exact else 0.0
             if not bent:
                 assert_same((out, drawn), (plain_out, noise), f'{mode} value', rtol=tolerance)
             if id(masks) in seen:

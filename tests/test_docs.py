@@ -33,11 +33,20 @@ def test_the_first_example_of_the_readme():
     assert all(leaf.any() for leaf in jax.tree.leaves(got))
 
 
-def test_the_guides_optimiser():
+def test_the_guides_target_network():
     names = {}
     exec(blocks('docs/guide.md', 'python')[0], names)
+    kernel = names['params']['kernel']  # the loss is the square of x @ kernel + bias, x all ones
+    np.testing.assert_allclose(names['grads']['kernel'], 2 * kernel.sum(0) * np.ones((3, 1)), 1e-5)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(names['held']))
+
+
+def test_the_guides_optimiser():
+    names = {}
+    exec(blocks('docs/guide.md', 'python')[1], names)
     params, optimiser = names['params'], names['optimiser']
-    updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, params), optimiser.init(params), params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimiser.update(ones, optimiser.init(params), params)
     assert updates['gln']['kernel'] != 0 and updates['code_value']['kernel'] == 0
 
 
@@ -48,7 +57,9 @@ def test_the_first_two_shell_commands_set_up_the_main_job_and_the_tests():
         assert command.startswith('python3 -m venv .venv && .venv/bin/pip install')
 
 
-@pytest.mark.parametrize('name', ['README.md', 'docs/guide.md', 'docs/how_it_works.md'])
+@pytest.mark.parametrize('name', [
+    'README.md', 'docs/guide.md', 'docs/how_it_works.md', 'docs/optimisers.md',
+])
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text()
     for target in re.findall(r'\]\((?!http)([^)#]+)\)', text):

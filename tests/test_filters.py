@@ -452,3 +452,12 @@ def test_public_names_are_sorted_and_there():
     for module in (sg, sg.nn, sg.data_structures):
         assert list(module.__all__) == sorted(module.__all__)
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize('use', [
+    lambda f: not f, lambda f: f and sg.path('b'), lambda f: f or f, bool,
+    lambda f: optax.selective_transform(optax.sgd(1.0), freeze_mask=f).init({'a': 1.0})])
+def test_a_filter_is_no_bool(use):
+    """``not path('a')`` would be False, and stop nothing, silently."""
+    with pytest.raises(sg.PredicateError, match=r"path\('a'\) was used as a bool.*~, & and \|"):
+        use(sg.path('a'))
