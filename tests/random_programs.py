@@ -506,10 +506,13 @@ def _yes(x: jax.Array) -> jax.Array:
     return jnp.sum(x) > -1e9
 
 
+# The stream of noise goes in too, or Flax fails where nn.jit in such a body has met it outside.
 _scan_b = {'variable_broadcast': 'params', 'variable_carry': 'batch_stats',
-           'split_rngs': {'params': False}}
-_scan_s = {'variable_axes': {'params': 0, 'batch_stats': 0}, 'split_rngs': {'params': True}}
-_vmap_b = {'variable_axes': {'params': None, 'batch_stats': 0}, 'split_rngs': {'params': False}}
+           'split_rngs': {'params': False, 'noise': False}}
+_scan_s = {'variable_axes': {'params': 0, 'batch_stats': 0},
+           'split_rngs': {'params': True, 'noise': False}}
+_vmap_b = {'variable_axes': {'params': None, 'batch_stats': 0},
+           'split_rngs': {'params': False, 'noise': False}}
 
 
 def _lifted_scan(mdl, body, x):
@@ -1260,14 +1263,11 @@ def _blocks(masks: list[Mask]) -> Iterator[None]:
 def application(program: Program, model: linen.Module, masks: list[Mask]) -> Callable:
     """Return ``f(params, stats, x) -> (loss, (out, noises))`` for one application of the module."""
     mutable = ['batch_stats', *['params'] * program.mutable_params]
-    noisy = any('noise' in c.effects for c in program.classes)
     inside = [] if program.around_grad else masks
 
     def apply(params, stats, x):
         noises.clear()
-        variables = {'params': params, 'batch_stats': stats}
-        # Flax fails where nn.jit in nn.scan meets a stream of random numbers that it does not split.
-        rngs = {'noise': KEYS['noise']} if noisy else {}
+        variables, rngs = {'params': params, 'batch_stats': stats}, {'noise': KEYS['noise']}
         with _blocks(inside):
             if program.bind:
                 bound = model.bind(variables, rngs=rngs, mutable=mutable)

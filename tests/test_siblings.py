@@ -286,6 +286,112 @@ def test_a_traced_factor_leaves_no_tracer_behind(no_leaks):
     assert jax.jit(grad)(2.0, AB) == 6
 
 
+def ratios(loss, plain, params, *args):
+    """Return what each gradient is over that of the plain program."""
+    got, want = jax.grad(loss)(params, *args), jax.grad(plain)(params, *args)
+    return jax.tree.map(lambda a, b: np.round(np.mean(a / b), 4), got, want)
+
+
+TRIPLE = sg.scale_gradient(True, 3.0)
+
+
+@pytest.mark.parametrize('predicate, d, scale', [(True, 3, 3), ('d', 3, 1), ('wn', 1, 3)])
+def test_a_derived_view_of_parameters_is_not_scaled_again(predicate, d, scale):
+    """nn.WeightNorm shows a derived kernel under the stored one's path."""
+    class Model(nn.Module):
+        mask: object
+
+        @nn.compact
+        def __call__(self, x):
+            norm = nn.WeightNorm(nn.Dense(2, name='d'), name='wn')
+            with self.mask:
+                return (norm(x) ** 2).sum()
+
+    plain = Model(sg.stop_gradient(sg.nothing))
+    params = plain.init(jax.random.key(0), X)
+    got = ratios(Model(sg.scale_gradient(predicate, 3.0)).apply, plain.apply, params, X)['params']
+    assert got == {'d': {'kernel': d, 'bias': d}, 'wn': {'d/kernel/scale': scale}}
+
+
+class Mirrors(nn.Module):
+    def setup(self):
+        self.d = nn.Dense(2)
+
+    def plain(self, x):
+        return self.d(x).sum()
+
+    def mirror(self, x):
+        return TRIPLE(self.d)(x).sum()
+
+    def mirror_of_mirror(self, x):
+        return TRIPLE(TRIPLE(self.d))(x).sum()
+
+    def mirror_in_block(self, x):
+        with TRIPLE:
+            return TRIPLE(self.d)(x).sum()
+
+    @TRIPLE
+    def method_of_mirror(self, x):
+        mirror = TRIPLE(self.d)
+        return mirror(x).sum() + 0 * mirror.variables['params']['kernel'].sum()
+
+    def class_of_class(self, x):
+        return TRIPLE(TRIPLE(nn.Dense))(2, parent=None).bind(self.d.variables)(x).sum()
+
+
+@pytest.mark.parametrize('method, times', [
+    ('mirror', 3), ('mirror_of_mirror', 9), ('mirror_in_block', 9), ('method_of_mirror', 9),
+    ('class_of_class', 9)])
+def test_each_transform_applies_once(method, times):
+    params = Mirrors().init(jax.random.key(0), X, method='plain')
+    apply = lambda name: functools.partial(Mirrors().apply, method=name)
+    got = ratios(apply(method), apply('plain'), params, X)
+    assert got == {'params': {'d': {'kernel': times, 'bias': times}}}
+
+
+BODY_LIFTS = {
+    'jit': nn.jit, 'remat': nn.remat,
+    'scan': lambda cls: nn.scan(
+        cls, variable_broadcast='params', split_rngs={'params': False}, length=2),
+    'split': lambda cls: nn.scan(
+        cls, variable_axes={'params': 0}, split_rngs={'params': True}, length=2),
+    'vmap': lambda cls: nn.vmap(cls, variable_axes={'params': None}, split_rngs={'params': False}),
+}
+
+
+@pytest.mark.parametrize('mutable', [False, ['params']])
+@pytest.mark.parametrize('lift', BODY_LIFTS)
+def test_traced_arguments_reach_into_lifted_bodies(lift, mutable):
+    """Once in each body, whether it may write the parameters or not."""
+    class Cell(nn.Module):
+        @nn.compact
+        def __call__(self, c, _=None):
+            c = c * self.param('w', nn.initializers.ones, ())
+            return (c, None) if lift in ('scan', 'split') else c
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, factor):
+            cell = BODY_LIFTS[lift](Cell)(name='cell')
+            with sg.scale_gradient('cell', factor):
+                with sg.map_gradient(True, lambda info, ct: ct * factor):
+                    return jnp.sum(jax.tree.leaves(cell(x))[0])
+
+    params = Model().init(jax.random.key(0), jnp.ones(3), 1.0)
+
+    def grad(params, factor):
+        def loss(params):
+            out = Model().apply(params, jnp.ones(3), factor, mutable=mutable)
+            return out[0] if mutable else out
+        return jax.grad(loss)(params)['params']['cell']['w']
+
+    one = grad(params, 1.0)
+    assert jnp.array_equal(grad(params, 2.0), 4 * one)
+    assert jnp.array_equal(jax.jit(grad)(params, 2.0), 4 * one)
+    many = jax.vmap(grad, (None, 0))(params, jnp.array([2.0, 3.0]))
+    assert jnp.array_equal(many, jnp.stack([4 * one, 9 * one]))
+
+
 def test_zero_stops_what_a_product_would_not():
     mask = sg.scale_gradient('a', 0)
     assert float(jax.grad(lambda p: jnp.log(mask(p)['a']))({'a': 0.0})['a']) == 0  # not 0 * inf
