@@ -107,11 +107,12 @@ USES = tuple(use for use in PASSES if use != 'none')
 
 
 class Masked:
-    """The program with a mask in one of its uses."""
+    """The program with a mask, which ``make`` makes of a predicate, in one of its uses."""
 
-    def __init__(self, encoder_cls: type[nn.Module], style: str, use: str, kernels: bool = False):
+    def __init__(self, encoder_cls: type[nn.Module], style: str, use: str, kernels: bool = False,
+                 make: Callable = sg.stop_gradient):
         inner, outer, _ = KERNELS[kernels]
-        self.transform = sg.stop_gradient(inner if use in ('class', 'instance') else outer)
+        self.transform = make(inner if use in ('class', 'instance') else outer)
         self.net, self.use = Net(encoder_cls, style, use, self.transform), use
 
     def around(self, place: str) -> contextlib.AbstractContextManager:

@@ -68,6 +68,32 @@ def test_step_is_the_one_written_by_hand(encoder_cls, style, use, kernels):
             assert leaf.addressable_shards[0].data.size == leaf.size // 8
 
 
+@jax.custom_vjp
+def doubled(v):
+    return v
+
+
+doubled.defvjp(lambda v: (v, None), lambda _, cotangent: (2 * cotangent,))
+
+SIBLINGS = {
+    'scale': (lambda p: sg.scale_gradient(p, 2), doubled),
+    'map_gradient': (lambda p: sg.map_gradient(p, lambda info, ct: 2 * ct), doubled),
+    'map_values': (lambda p: sg.map_values(p, lambda info, v: 1.5 * v), lambda v: 1.5 * v),
+    'constant': (sg.constant, jax.lax.stop_gradient),
+}
+
+
+@pytest.mark.parametrize('encoder_cls', [Layer, Stack])
+@pytest.mark.parametrize('sibling', SIBLINGS)
+def test_siblings_move_no_data_that_programs_by_hand_do_not(sibling, encoder_cls):
+    make, change = SIBLINGS[sibling]
+    case = case_of(encoder_cls, 'partitioned')
+    masked = case.step(Masked(encoder_cls, 'partitioned', 'block', make=make))
+    by_hand = case.step(ByHand(encoder_cls, 'partitioned', 'block', change=change))
+    assert programs.compare_steps(masked, by_hand)
+    assert programs.collective_counts(masked[0])['all-gather']
+
+
 def test_comparison_sees_a_resharded_parameter():
     """Gather stopped parameters on every device: the same bits, more collectives."""
     def gather(leaf):
