@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 from flax.core import FrozenDict, meta
-from flax.core.scope import in_filter
+from flax.core.scope import DenyList, in_filter
 
 from flax_sg import _compat
 from flax_sg._active import Application, Entry, claim_key, lifted, opened, read_from, state
@@ -249,7 +249,7 @@ def _variables(original, self):
 def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_kwargs=False):
     def packed(scope_tree, *args, **kwargs):
         def body(scope_fn, repack_fn, groups, rngs, *args, **kwargs):
-            lift = _Lifted(scope_tree, out_filters)
+            lift = _Lifted(scope_tree, in_filters, out_filters, name)
             groups = lift.read(groups)
             with lift.keyed():
                 out = fn(lift.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
@@ -267,16 +267,24 @@ def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_
 class _Lifted:
     """One call of a lifted transform: what it hands to its body, and in what state."""
 
-    def __init__(self, scope_tree: Any, out_filters: Any):
+    def __init__(self, scope_tree: Any, in_filters: Any, out_filters: Any, name: str | None):
         self.scopes, self.treedef = jax.tree.flatten(scope_tree)
         self.packed = _compat.packed_scopes(self.scopes)
         self.out_filters = out_filters
+        self.given = in_filters[0] if name in ('vjp', 'jvp') and self._in_block() else False
         self.stack = state.stack  # JAX traces the rules of a custom_vjp after the block has ended
         self.applied: frozenset[str] = frozenset()
 
+    def _in_block(self) -> bool:
+        """Say whether variables that exist, and may be read in the body, are in an open block."""
+        return any(effective(scope, own=False) and not scope.get_flag('initializing', False)
+                   for scope in self.packed)
+
     def _writable(self, scope: Scope, collection: str) -> bool:
-        return scope.is_mutable_collection(collection) and any(
-            in_filter(f, collection) for f in self.out_filters)
+        # A derivative in a block is one with respect to what the block hands in, and that cannot be
+        # handed back (test_an_explicit_derivative_in_a_block).
+        return not in_filter(self.given, collection) and scope.is_mutable_collection(
+            collection) and any(in_filter(f, collection) for f in self.out_filters)
 
     def read(self, groups: tuple) -> tuple:
         """Transform the values that the body cannot write."""
@@ -296,6 +304,9 @@ class _Lifted:
 
     def bind(self, scope_fn: Callable) -> Callable:
         """Make ``scope_fn`` mark the body's scopes with what was done and what is left to do."""
+        if self.given:
+            scope_fn = functools.partial(scope_fn, mutable_filter=DenyList(self.given))
+
         def bound(*args, **kwargs):
             inner = self.treedef.flatten_up_to(scope_fn(*args, **kwargs))
             return self.treedef.unflatten(map(self._bind, self.scopes, inner))

@@ -3,6 +3,8 @@
 The cell is c' = tanh(w ⊙ c + ⊥(w) + v ⊙ x), with one read of w outside a block and one inside.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -204,6 +206,49 @@ def test_custom_vjp():
 
     compare(apply(model(call)), two_copies, {'cell': PARAMS}, X, X, orders=('grad', 'vmap'),
             exact=False)
+
+
+class Squared(nn.Module):
+    """w² x, and a count of the calls."""
+
+    @nn.compact
+    def __call__(self, x):
+        count = self.variable('stats', 'count', lambda: jnp.zeros(()))
+        if self.is_mutable_collection('stats') and not self.is_initializing():
+            count.value += 1
+        return x * self.param('w', nn.initializers.ones, ()) ** 2
+
+
+@pytest.mark.parametrize('mutable', [['stats'], ['params', 'stats'], True])
+@pytest.mark.parametrize('mask, value, derivative', [
+    (sg.stop_gradient('c'), 4, 4), (sg.scale_gradient('c', 5.0), 4, 4),
+    (sg.map_values('c', lambda info, w: 3 * w), 36, 12), (sg.stop_gradient(sg.nothing), 4, 4)])
+@pytest.mark.parametrize('around', [False, True])
+def test_an_explicit_derivative_in_a_block(mask, value, derivative, mutable, around):
+    """It is with respect to what the block hands in, whether the body may write that or not."""
+    def call(self, x):
+        def run():
+            c = Squared(name='c')
+            y, pullback = nn.vjp(lambda c, x: c(x), c, x)
+            if self.is_initializing():
+                return y
+            tangent = {'params': {'w': jnp.ones(())}}
+            _, jvp = nn.jvp(lambda c, x: c(x), c, (x,), (jnp.zeros(()),), variable_tangents=tangent)
+            return y, pullback(jnp.ones(()))[0]['params']['w'], jvp
+        if around:
+            return run()
+        with mask:
+            return run()
+
+    one = model(call)
+    variables = one.init(jax.random.key(0), jnp.ones(()))
+    variables = jax.tree.map(lambda v: v * 2 if v == 1 else v, variables)  # w is 2
+    with mask if around else contextlib.nullcontext():
+        out, new = one.apply(variables, jnp.ones(()), mutable=mutable)
+    assert out == (value, derivative, derivative)
+    assert new['stats']['c']['count'] == 2
+    if mutable != ['stats']:
+        assert new['params'] == variables['params'] == {'c': {'w': 2}}
 
 
 def test_vjp_and_jvp_inside_a_body():
