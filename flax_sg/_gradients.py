@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_sg._callables import callable_key, describe_callable, value_key
+from flax_sg._callables import value_key
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
-from flax_sg._transform import Transform, make, map_arrays
+from flax_sg._mapped import Mapped, make_mapped
+from flax_sg._transform import Transform, make, map_traced
 
 __all__ = ['map_gradient', 'scale_gradient']
 
@@ -32,8 +33,8 @@ class ScaleGradient(Transform):
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         if isinstance(self.factor, float) and self.factor == 0:  # exactly zero, of infinity too
-            return map_arrays(jax.lax.stop_gradient, value)
-        return map_arrays(lambda leaf: _scaled(leaf, self.factor) if _traced(leaf) else leaf, value)
+            return map_traced(jax.lax.stop_gradient, value)
+        return map_traced(lambda leaf: _scaled(leaf, self.factor), value)
 
     def more(self) -> tuple[Hashable, ...]:
         return (value_key(self.factor),)
@@ -52,10 +53,6 @@ def _scaled_jvp(primals: tuple, tangents: tuple) -> tuple:
     x, factor = primals
     # Not x: a derivative of this derivative passes here too.
     return _scaled(x, factor), tangents[0] * jnp.asarray(factor, tangents[0].dtype)
-
-
-def _traced(leaf: Any) -> bool:
-    return isinstance(leaf, jax.core.Tracer)
 
 
 def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'params',
@@ -78,7 +75,8 @@ def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'par
     Args:
       predicate: what is scaled; see :func:`flax_sg.stop_gradient`.
       factor: a real number, of shape (): a Python or numpy scalar, an array or a traced value. It
-        is itself a constant of first derivatives. A number 0 stops the gradient.
+        is itself a constant of first derivatives. A number 0 stops the gradient; an array that
+        holds 0 multiplies by it.
       collections: a Flax collection filter, the collections in which it selects.
       allow_unmatched: accept a glob or regex that selects nothing.
 
@@ -92,23 +90,21 @@ def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'par
 
     Source: google/flax issue 1857; Ganin et al., arXiv 1505.07818.
     """
-    shape = getattr(factor, 'shape', None)
-    kind = getattr(factor, 'dtype', None)
-    real = isinstance(factor, (int, float)) if shape is None else shape == () and (
-        jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer))
-    if not real or isinstance(factor, (int, float)) and math.isnan(factor):
+    real = isinstance(factor, (int, float)) or getattr(factor, 'shape', None) == () and (
+        jnp.issubdtype(factor.dtype, jnp.floating) or jnp.issubdtype(factor.dtype, jnp.integer))
+    if real and not isinstance(factor, jax.Array):
+        factor = float(factor)
+    if not real or isinstance(factor, float) and math.isnan(factor):
         raise UsageError(
             f'scale_gradient: factor={factor!r}; expected a real number: a Python or numpy scalar, '
             'or an array of shape (). For another factor for each variable, nest blocks.')
-    factor = float(factor) if shape is None else factor
     return make(ScaleGradient, predicate, collections, allow_unmatched, factor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class MapGradient(Transform):
+class MapGradient(Mapped):
     """The transform that :func:`map_gradient` makes."""
 
-    fn: Callable[[VariableInfo, jax.Array], jax.Array]
     name = 'map_gradient'
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
@@ -118,7 +114,7 @@ class MapGradient(Transform):
             jaxpr = jax.make_jaxpr(functools.partial(self._call, info))(leaf)
             return _with_pullback(jaxpr.jaxpr, leaf, *jaxpr.consts)
 
-        return map_arrays(lambda leaf: read(leaf) if _traced(leaf) else leaf, value)
+        return map_traced(read, value)
 
     def _call(self, info: VariableInfo, cotangent: jax.Array) -> jax.Array:
         out = self.fn(info, cotangent)
@@ -128,12 +124,6 @@ class MapGradient(Transform):
                 f'{self!r}: the function returned {got} for the cotangent of '
                 f"'/{info.absolute_name}'; expected {want}, the variable's shape and dtype.")
         return out
-
-    def more(self) -> tuple[Hashable, ...]:
-        return (callable_key(self.fn),)
-
-    def shown(self) -> tuple[str, ...]:
-        return (describe_callable(self.fn),)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -197,12 +187,4 @@ def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], j
 
     Source: google/flax issue 1857.
     """
-    check_callable(fn, 'map_gradient', 'cotangent')
-    return make(MapGradient, predicate, collections, allow_unmatched, fn)
-
-
-def check_callable(fn: Any, name: str, argument: str) -> None:
-    """Raise UsageError if ``fn`` is no callable."""
-    if not callable(fn) or isinstance(fn, type):
-        raise UsageError(f'{name}: got an object of type {type(fn).__name__} for fn; expected a '
-                         f'callable fn(info, {argument}) that returns an array.')
+    return make_mapped(MapGradient, predicate, collections, allow_unmatched, fn, 'cotangent')

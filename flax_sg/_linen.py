@@ -32,7 +32,9 @@ __all__ = ['lift_class', 'lift_function', 'lift_instance', 'open_block']
 _OWN = '_flax_sg_transforms'
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
-_classes: weakref.WeakKeyDictionary[type, dict[tuple, type]] = weakref.WeakKeyDictionary()
+# A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
+_classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, type]] = (
+    weakref.WeakKeyDictionary())
 
 
 def open_block(transform: Transform) -> contextlib.AbstractContextManager[None]:
@@ -74,9 +76,10 @@ def _parts(cls: type[Module]) -> tuple[type[Module], tuple[Transform, ...]]:
 
 def _subclass(base: type[Module], transforms: tuple[Transform, ...]) -> type[Module]:
     """Make the lifted class; equal transforms of one class give one class, so caches stay warm."""
-    made = _classes.setdefault(base, {})
+    made = _classes.setdefault(base, weakref.WeakValueDictionary())
     key = tuple(t.key() for t in transforms)
-    if key not in made:
+    cls = made.get(key)
+    if cls is None:
         lifted = {name: _lift_member(member, transforms) for name, member in _members(base).items()}
         cls = type(base.__name__, (base,), {
             **{name: member for name, member in lifted.items() if member is not None},
@@ -87,7 +90,7 @@ def _subclass(base: type[Module], transforms: tuple[Transform, ...]) -> type[Mod
         inherited = getattr(inspect.getattr_static(base, 'scope'), 'transforms', ())
         cls.scope = _AttachedScope((*inherited, *transforms))
         made[key] = cls
-    return made[key]
+    return cls
 
 
 def _members(base: type[Module]) -> dict[str, Any]:

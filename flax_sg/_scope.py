@@ -271,7 +271,8 @@ class _Lifted:
         self.scopes, self.treedef = jax.tree.flatten(scope_tree)
         self.packed = _compat.packed_scopes(self.scopes)
         self.out_filters = out_filters
-        self.given = in_filters[0] if name in ('vjp', 'jvp') and self._in_block() else False
+        derives = name in ('vjp', 'jvp', 'custom_vjp')
+        self.given = in_filters[0] if derives and self._in_block() else False
         self.stack = state.stack  # JAX traces the rules of a custom_vjp after the block has ended
         self.applied: frozenset[str] = frozenset()
 

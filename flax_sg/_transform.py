@@ -22,7 +22,7 @@ from flax_sg._filters import Filter, Predicate, as_filter
 from flax_sg._info import VariableInfo, map_tree, walk
 from flax_sg._unmatched import check_matched
 
-__all__ = ['StopGradient', 'Transform', 'make', 'map_arrays', 'stop_gradient']
+__all__ = ['StopGradient', 'Transform', 'make', 'map_arrays', 'map_traced', 'stop_gradient']
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -87,11 +87,9 @@ class Transform:
             infos = (info for info, _ in walk(tree))
             check_matched(self.filter.patterns(), infos, where=repr(self), of='the tree')
         selects = self.filter.selects
-        def other(collection: str) -> Any:
-            raise KeyError(collection)
-
         return map_tree(
-            lambda info, value: self.read(info, value, other) if selects(info) else value, tree)
+            lambda info, value: self.read(info, value, {}.__getitem__) if selects(info) else value,
+            tree)
 
     def __enter__(self) -> None:
         block = _linen.open_block(self)
@@ -156,7 +154,7 @@ class StopGradient(Transform):
     name = 'stop_gradient'
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
-        return jax.tree.map(_stop, value)
+        return map_traced(jax.lax.stop_gradient, value)
 
 
 def map_arrays(fn: Callable[[Any], Any], value: Any) -> Any:
@@ -167,9 +165,9 @@ def map_arrays(fn: Callable[[Any], Any], value: Any) -> Any:
     return jax.tree.map(apply, value)
 
 
-def _stop(leaf: Any) -> Any:
-    # What is no tracer is a constant already, and not all of it (strings, None, keys) is an array.
-    return jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.core.Tracer) else leaf
+def map_traced(fn: Callable[[Any], Any], value: Any) -> Any:
+    """Do so for the arrays that may be differentiated: what is no tracer is a constant already."""
+    return map_arrays(lambda leaf: fn(leaf) if isinstance(leaf, jax.core.Tracer) else leaf, value)
 
 
 def stop_gradient(predicate: Predicate = True, *, collections: Any = 'params',

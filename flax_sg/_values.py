@@ -9,21 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_sg._callables import callable_key, describe_callable, value_key
+from flax_sg._callables import value_key
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
-from flax_sg._gradients import check_callable
 from flax_sg._info import VariableInfo
+from flax_sg._mapped import Mapped, make_mapped
 from flax_sg._transform import Transform, make, map_arrays
 
 __all__ = ['map_values', 'replace_values']
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class MapValues(Transform):
+class MapValues(Mapped):
     """The transform that :func:`map_values` makes."""
 
-    fn: Callable[[VariableInfo, jax.Array], jax.Array]
     name = 'map_values'
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
@@ -34,12 +33,6 @@ class MapValues(Transform):
                 f"{self!r}: the function returned {got} for '/{info.absolute_name}'; expected one "
                 'array. A function that has nothing to change returns its argument.')
         return out
-
-    def more(self) -> tuple[Hashable, ...]:
-        return (callable_key(self.fn),)
-
-    def shown(self) -> tuple[str, ...]:
-        return (describe_callable(self.fn),)
 
 
 def map_values(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], jax.Array], *,
@@ -76,8 +69,7 @@ def map_values(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], jax
 
     Source: google/flax issue 1857; Haiku's ``hk.custom_getter``.
     """
-    check_callable(fn, 'map_values', 'value')
-    return make(MapValues, predicate, collections, allow_unmatched, fn)
+    return make_mapped(MapValues, predicate, collections, allow_unmatched, fn, 'value')
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -118,14 +118,15 @@ class Combine:
         return {'&': all(found), '|': any(found), '~': not found[0]}[self.symbol]
 
 
-# Each transform: its name in the library, its arguments, and by hand what it makes of a value. What
-# stops takes the second copy of the parameters instead.
+# Each transform: its name in the library (and whose of two value maps, which do not commute), its
+# arguments, and by hand what it makes of a value. What stops takes the second copy instead.
 KINDS: dict[str, tuple[str, Callable | None]] = {
     'stop_gradient': ('', None),
     'constant': ('', None),
     'scale_gradient': (', -0.5', lambda v: _rescaled(v, -0.5)),
     'map_gradient': (', double', lambda v: _rescaled(v, 2.0)),
-    'map_values': (', bend', lambda v: _bend(None, v)),
+    'map_values, bend': (', bend', lambda v: _bend(None, v)),
+    'map_values, shift': (', shift', lambda v: _shift(None, v)),
 }
 
 
@@ -135,6 +136,10 @@ def _rescaled(v: jax.Array, factor: float) -> jax.Array:
 
 def _bend(info: Any, v: jax.Array) -> jax.Array:
     return lax.add(lax.mul(v, np.full(v.shape, 1.5, np.float32)), lax.sin(v))
+
+
+def _shift(info: Any, v: jax.Array) -> jax.Array:
+    return lax.sub(v, np.full(v.shape, 0.25, np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +153,8 @@ class Mask:
     def source(self) -> str:
         more = '' if self.collections == 'params' else f', collections={self.collections!r}'
         arguments = KINDS[self.kind][0]
-        return f'sg.{self.kind}({self.predicate()}{arguments}{more}, allow_unmatched=True)'
+        name = self.kind.partition(',')[0]
+        return f'sg.{name}({self.predicate()}{arguments}{more}, allow_unmatched=True)'
 
     def predicate(self) -> str:
         """Write the filter; one that stands alone as a plain Python value."""
@@ -532,6 +538,7 @@ NAMES: dict[str, Any] = {
     'vec_init': lambda key: lax.add(_draw(key, (WIDTH,)), np.full(WIDTH, 0.5, np.float32)),
     'mat_init': lambda key: 2 * _draw(key, (WIDTH, WIDTH)) - 1,
     'ones': lambda: jnp.ones(WIDTH), 'double': lambda info, cotangent: 2 * cotangent, 'bend': _bend,
+    'shift': _shift,
     'remat': linen.remat, 'jit': linen.jit,
     'scan_b': lambda c: linen.scan(c, length=2, **_scan_b),
     'scan_s': lambda c: linen.scan(c, length=2, **_scan_s),
