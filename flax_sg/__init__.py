@@ -17,12 +17,14 @@ from flax_sg._info import VariableInfo
 from flax_sg._labels import labels
 from flax_sg._transform import Transform, stop_gradient
 from flax_sg._values import map_values, replace_values
+from flax_sg._views import gradient_views
 
 __version__ = '0.1.0'
 
 __all__ = [
     'Filter', 'FrozenVariableError', 'LabelError', 'PredicateError', 'Transform',
     'UnmatchedPathError', 'UsageError', 'VariableInfo', 'constant', 'data_structures',
-    'everything', 'from_haiku', 'from_nnx', 'labels', 'map_gradient', 'map_values', 'nn',
-    'nothing', 'path', 'regex', 'replace_values', 'scale_gradient', 'stop_gradient', 'where',
+    'everything', 'from_haiku', 'from_nnx', 'gradient_views', 'labels', 'map_gradient',
+    'map_values', 'nn', 'nothing', 'path', 'regex', 'replace_values', 'scale_gradient',
+    'stop_gradient', 'where',
 ]

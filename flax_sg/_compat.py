@@ -20,12 +20,14 @@ from flax.core import lift, tracers
 from flax.core.scope import Scope, Variable
 from flax.linen import Module
 from flax.linen import module as _module
+from flax.linen import transforms as _transforms
 from jax._src import core as _core
 
 __all__ = [
     'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root',
-    'outside_traces', 'packed_scopes', 'rewound_counters', 'root_variables', 'run_setup',
-    'scope_path', 'setup_pending', 'snapshot_counters', 'stored', 'tap', 'tap_pack', 'trace_state',
+    'lifted_call', 'outside_traces', 'packed_scopes', 'rewound_counters', 'root_variables',
+    'run_setup', 'scope_path', 'setup_pending', 'snapshot_counters', 'stored', 'tap',
+    'tap_pack', 'trace_state',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -82,6 +84,23 @@ def stored(scope: Scope, collection: str, path: tuple[str, ...]) -> Any:
 def packed_scopes(scopes: list[Scope]) -> tuple[Scope, ...]:
     """Return the scopes whose variables `lift.pack` hands on: those not below another one."""
     return lift._dedup_scopes(scopes)[0]
+
+
+def lifted_call(body: Callable, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> Any:
+    """Call ``fn(module, *args, **kwargs)`` as the body of a transform that Flax lifts.
+
+    ``body`` gets a function of no argument, which may be called in a trace of JAX and returns what
+    ``fn`` does and the variables that it may have written; ``body`` returns both.
+    """
+    def transform(core: Callable, scopes: Any, *args: Any, **kwargs: Any) -> Any:
+        def inner(scope_fn: Callable, repack_fn: Callable, groups: Any, rngs: Any) -> Any:
+            def call() -> tuple[Any, Any]:
+                inside = scope_fn(groups, rngs)
+                out = core(inside, *args, **kwargs)
+                return out, repack_fn(inside)
+            return body(call)
+        return lift.pack(inner, (True,), (True,), (True,), name='gradient_views')(scopes)
+    return _transforms.lift_direct_transform(transform, (fn,), module, *args, **kwargs)
 
 
 def setup_pending(module: Module) -> bool:

@@ -27,7 +27,7 @@ from flax_sg._setup import LIVE
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
-__all__ = ['lift_class', 'lift_function', 'lift_instance', 'open_block']
+__all__ = ['fields_of', 'lift_class', 'lift_function', 'lift_instance', 'open_block']
 
 _OWN = '_flax_sg_transforms'
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
@@ -176,16 +176,17 @@ def lift_instance(transform: Transform, module: Module) -> Module:
     """Return a mirror of a module: the same fields, parameters and random streams, transformed."""
     cls = lift_class(transform, type(module))
     if module.scope is None:
-        return cls(parent=None, **_fields(module))
-    mirror = cls(parent=module.scope.rewound(), **_fields(module))
-    for name, value in _fields(mirror).items():
+        return cls(parent=None, **fields_of(module))
+    mirror = cls(parent=module.scope.rewound(), **fields_of(module))
+    for name, value in fields_of(mirror).items():
         object.__setattr__(mirror, name, _rebound(value, module.scope, mirror.scope))
     object.__setattr__(mirror, 'parent', module.parent)
     object.__setattr__(mirror, LIVE, module)
     return mirror
 
 
-def _fields(module: Module) -> dict[str, Any]:
+def fields_of(module: Module) -> dict[str, Any]:
+    """Return what the module was made with, but for its parent."""
     return {f.name: getattr(module, f.name) for f in dataclasses.fields(module)
             if f.init and f.name != 'parent'}
 
@@ -204,7 +205,7 @@ def _rebound(value: Any, old: Scope, new: Scope) -> Any:
         scope = new
         for name in path[len(start):]:
             scope = scope.push(name, reuse=True)
-        fields = {k: _rebound(v, old, new) for k, v in _fields(leaf).items()}
+        fields = {k: _rebound(v, old, new) for k, v in fields_of(leaf).items()}
         return type(leaf)(parent=scope, **fields)
 
     return jax.tree.map(rebind, value)

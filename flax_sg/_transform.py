@@ -111,15 +111,15 @@ class Transform:
         return hash(self.key())
 
     def __repr__(self) -> str:
-        shown = [_short(self.filter), *self.shown()]
+        parts = [shown(self.filter), *self.shown()]
         if self.collections != 'params':
-            shown.append(f'collections={self.collections!r}')
+            parts.append(f'collections={self.collections!r}')
         if self.allow_unmatched:
-            shown.append('allow_unmatched=True')
-        return f'{self.name}({", ".join(shown)})'
+            parts.append('allow_unmatched=True')
+        return f'{self.name}({", ".join(parts)})'
 
 
-def _short(filter: Filter) -> str:
+def shown(filter: Filter) -> str:
     """Show a filter as the user most likely wrote it."""
     if isinstance(filter, _filters._Glob):
         return repr(filter.pattern)

@@ -14,10 +14,11 @@ from flax_sg._filters import everything, nothing, path, regex, where  # noqa: F4
 from flax_sg._gradients import map_gradient, scale_gradient  # noqa: F401
 from flax_sg._transform import stop_gradient  # noqa: F401
 from flax_sg._values import map_values, replace_values  # noqa: F401
+from flax_sg._views import gradient_views  # noqa: F401
 
 _OURS = (
-    'constant', 'everything', 'map_gradient', 'map_values', 'nothing', 'path', 'regex',
-    'replace_values', 'scale_gradient', 'stop_gradient', 'where',
+    'constant', 'everything', 'gradient_views', 'map_gradient', 'map_values', 'nothing', 'path',
+    'regex', 'replace_values', 'scale_gradient', 'stop_gradient', 'where',
 )
 __all__ = sorted({*_OURS, *(name for name in dir(_linen) if not name.startswith('_'))})
 

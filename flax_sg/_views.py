@@ -1,0 +1,201 @@
+"""gradient_views: one forward pass, and one output for each of several losses.
+
+The target runs once, in a block whose transform marks what each entry differentiates; `_lanes` does
+the rest. A module is lifted as any transform of Flax lifts it, so that state is updated, random
+numbers are drawn and values are sown once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+
+from flax_sg import _compat
+from flax_sg._compat import Module
+from flax_sg._errors import UsageError
+from flax_sg._filters import Filter, Predicate, as_filter, everything
+from flax_sg._info import VariableInfo
+from flax_sg._lanes import in_lanes, mark
+from flax_sg._linen import fields_of
+from flax_sg._scope import open_at
+from flax_sg._transform import Transform, check_collections, map_traced, shown
+
+__all__ = ['GradientViews', 'gradient_views']
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Marked(Transform):
+    """Marks what each entry of some views differentiates, while their target is traced."""
+
+    views: GradientViews
+    level: int
+    name = 'gradient_views'
+
+    def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
+        lanes = tuple(filter.selects(info) for filter in self.views.filters.values())
+        if not any(lanes):
+            return map_traced(jax.lax.stop_gradient, value)
+        return map_traced(lambda leaf: mark(leaf, lanes, self.level), value)
+
+    def more(self) -> tuple[Hashable, ...]:
+        return (self.level, *(filter.key() for filter in self.views.filters.values()))
+
+    def __repr__(self) -> str:
+        return repr(self.views)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class GradientViews:
+    """What :func:`gradient_views` makes: call it on a target."""
+
+    filters: Mapping[str, Filter]
+    collections: Hashable
+    allow_unmatched: bool
+
+    def __call__(self, target: Any) -> Any:
+        """Return the target with a dict of outputs, one for each entry, in place of its output."""
+        if inspect.isclass(target) and issubclass(target, Module):
+            return self._of_class(target)
+        if isinstance(target, Module):
+            if target.scope is None:
+                return self._of_class(type(target))(parent=None, **fields_of(target))
+            return functools.partial(self._of_function(type(target).__call__), target)
+        if inspect.ismethod(target) and isinstance(target.__self__, Module):
+            if target.__self__.scope is None:
+                raise UsageError(
+                    f'{self!r}: {target.__name__!r} is a method of a module that is not bound. '
+                    'Pass method= to apply: model.apply(variables, x, '
+                    f'method=views({type(target.__self__).__name__}.__call__)).')
+            return functools.partial(self._of_function(target.__func__), target.__self__)
+        if callable(target) and not inspect.isclass(target):
+            return self._of_function(target)
+        raise UsageError(
+            f'{self!r} was given an object of type {type(target).__name__}; expected a '
+            'flax.linen.Module class or instance, a method, or a function that takes a module or '
+            'a nested dict of parameters first.')
+
+    def _of_class(self, cls: type[Module]) -> type[Module]:
+        return type(cls.__name__, (cls,), {
+            '__call__': self._of_function(cls.__call__), '__init__': cls.__init__,
+            '__module__': cls.__module__, '__qualname__': cls.__qualname__, '__doc__': cls.__doc__})
+
+    def _of_function(self, fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def viewed(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            first = args[0] if args else None
+            if isinstance(first, Module) and first.scope is not None:
+                return self._of_call(fn, *args, **kwargs)
+            if isinstance(first, Mapping):
+                return self._of_tree(fn, *args, **kwargs)
+            got = f'an object of type {type(first).__name__}' if args else 'no argument'
+            got = 'a module that is not bound' if isinstance(first, Module) else got
+            raise UsageError(
+                f'{self!r} is around {getattr(fn, "__name__", fn)!r}, whose first argument should '
+                f'be a bound flax.linen Module or a nested dict of parameters; got {got}.')
+        return viewed
+
+    def _marked(self, level: int) -> Marked:
+        union = functools.reduce(lambda a, b: a | b, self.filters.values(), everything)
+        return Marked(union, self.collections, self.allow_unmatched, self, level)
+
+    def _entries(self, outs: list[Any]) -> dict[str, Any]:
+        return dict(zip(self.filters, outs, strict=True))
+
+    def _of_tree(self, fn: Callable, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        run = lambda level: (fn(self._marked(level)(params), *args, **kwargs), None)
+        return self._entries(in_lanes(run, len(self.filters))[0])
+
+    def _of_call(self, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if module.is_initializing():
+            return dict.fromkeys(self.filters, fn(module, *args, **kwargs))
+        level = None
+
+        @functools.wraps(fn)
+        def in_block(module: Module, *args: Any, **kwargs: Any) -> Any:
+            with open_at(self._marked(level), module.scope):
+                return fn(module, *args, **kwargs)
+
+        def body(call: Callable) -> tuple[dict[str, Any], Any]:
+            def run(now: int) -> tuple[Any, Any]:
+                nonlocal level
+                level = now
+                return call()
+
+            outs, written = in_lanes(run, len(self.filters))
+            return self._entries(outs), written
+
+        return _compat.lifted_call(body, in_block, module, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        entries = ', '.join(f'{name!r}: {shown(filter)}' for name, filter in self.filters.items())
+        return f'gradient_views({{{entries}}})'
+
+
+def gradient_views(predicates: Mapping[str, Predicate], *, collections: Any = 'params',
+                   allow_unmatched: bool = False) -> GradientViews:
+    """Run a part of a model once, and get one output for each of several losses.
+
+    Use it when several losses look at the same expensive computation and each may train its own
+    parameters. All entries have the same value. The gradient of an entry reaches the parameters
+    that its predicate selects, and whatever else the target depends on: its arguments and what it
+    closes over. Entry k is ``with stop_gradient(~predicate_k): target(...)``, at every order of
+    derivative and in both modes; but the target runs once, its residuals are stored once, and each
+    entry adds one pullback. State is updated, random numbers are drawn and values are sown once.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax_sg import gradient_views, nn
+    >>> views = gradient_views({'encoder': 'encoder', 'head': 'head'})
+    >>> class Net(nn.Module):
+    ...     def setup(self):
+    ...         self.encoder, self.head = nn.Dense(4), nn.Dense(1)
+    ...     def run(self, x):
+    ...         return self.head(self.encoder(x))
+    ...     def __call__(self, x):
+    ...         out = views(self.run)(x)
+    ...         return (out['encoder'] ** 2).sum() + abs(out['head']).sum()
+    >>> model, x = Net(), jnp.ones((1, 3))
+    >>> params = model.init(jax.random.key(0), x)
+    >>> grads = jax.grad(model.apply)(params, x)
+
+    A target is a bound module or a method of one; a function that takes a bound module first; a
+    method, to decorate; a Module class, whose ``__call__`` then returns the entries; or a function
+    of a nested dict of parameters:
+
+    >>> out = gradient_views({'a': 'a', 'b': 'b'})(lambda p: p['a'] * p['b'])
+    >>> jax.grad(lambda p: out(p)['a'] ** 2 + out(p)['b'])({'a': 2.0, 'b': 3.0})
+    {'a': Array(36., dtype=float32, weak_type=True), 'b': Array(2., dtype=float32, weak_type=True)}
+
+    Args:
+      predicates: what each entry differentiates, by the entry's name; see
+        :func:`flax_sg.stop_gradient` for predicates. Paths are relative to the target's module.
+        Predicates may overlap. A parameter that none selects gets no gradient.
+      collections: a Flax collection filter, the collections in which they select. Variables of
+        other collections are differentiated in every entry.
+      allow_unmatched: accept a glob or regex that selects nothing.
+
+    Returns:
+      A callable of a target. The target's result becomes a dict with an output for each name. What
+      the target writes, sown values too, does not depend on any entry: it is a constant as far as
+      the parameters go. Return what a loss needs.
+
+    Raises:
+      PredicateError: a predicate or ``collections`` is none.
+      UnmatchedPathError: when a glob or regex selects no variable of the target.
+      UsageError: there are no predicates; it is called on something else; or the target takes a
+        derivative of its own with respect to a variable that it reads inside of it.
+
+    Source: google/flax issue 1857, jax issue 3666.
+    """
+    if not isinstance(predicates, Mapping) or not predicates:
+        got = 'an empty one' if isinstance(predicates, Mapping) else type(predicates).__name__
+        raise UsageError(
+            'gradient_views: expected a dict of predicates, such as '
+            f"{{'gln': 'gln', 'code': 'code_*'}}; got {got}.")
+    filters = {name: as_filter(p, name='gradient_views') for name, p in predicates.items()}
+    return GradientViews(
+        filters, check_collections(collections, 'gradient_views'), bool(allow_unmatched))
