@@ -37,9 +37,11 @@ class _Open(threading.local):
 
 _open = _Open()
 
-# A value that is differentiated in some lanes alone. `lanes` has a bool for each of them, until a
-# lane's linear map is taken: then it is a bool. `level` counts the computations around this one.
+# A value that is differentiated in some lanes alone, and the tangent of such a value. `lanes` has a
+# bool for each lane; in what is a single lane's it is that lane's bool. `level` counts the functions
+# around this one whose lanes are being traced.
 _mark_p = Primitive('flax_sg_lane')
+_tangent_p = Primitive('flax_sg_lane_tangent')
 _NONE = -1  # the lane in which nothing marked is differentiated
 
 
@@ -48,35 +50,40 @@ def mark(x: jax.Array, lanes: tuple[bool, ...], level: int) -> jax.Array:
     return _mark_p.bind(x, lanes=lanes, level=level)
 
 
-_mark_p.def_abstract_eval(lambda x, **_: x)
-batching.defvectorized(_mark_p)
+def _identity(x: jax.Array, **_: Any) -> jax.Array:
+    return x
 
 
-def _mark_jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:
+def _tangent(t: jax.Array, *, lanes: Any, level: int) -> jax.Array:
+    return jnp.zeros_like(t) if lanes is False else t
+
+
+def _mark_jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int) -> tuple:
     (x,), (t,) = primals, tangents
-    if params['level'] < _open.levels:
+    if level < _open.levels:
         raise UsageError(
             'gradient_views: its target differentiates, as with jax.grad, with respect to a '
             'variable that it reads inside the derivative; the result would differ between the '
             'views. Read the variable first, and differentiate a function of its value.')
-    out = _mark_p.bind(x, **params)
-    return out, t if type(t) is ad.Zero else _mark_p.bind(t, **params)
+    out = _mark_p.bind(x, lanes=lanes, level=level)
+    if type(t) is ad.Zero:
+        return out, t
+    if lanes is False:
+        return out, ad.Zero(jax.typeof(t))
+    return out, _tangent_p.bind(t, lanes=lanes, level=level)
 
 
-def _mark_transpose(cotangent: Any, x: Any, *, lanes: Any, level: int) -> list:
-    if type(cotangent) is ad.Zero or lanes is False:
-        return [ad.Zero(x.aval)]
-    return [_mark_p.bind(cotangent, lanes=lanes, level=level)]
-
-
-def _marked(x: jax.Array, *, lanes: Any, level: int) -> jax.Array:
-    return jnp.zeros_like(x) if lanes is False else x
+def _tangent_transpose(cotangent: jax.Array, *, lanes: Any, level: int) -> list:
+    return [None if lanes is False else _tangent_p.bind(cotangent, lanes=lanes, level=level)]
 
 
 ad.primitive_jvps[_mark_p] = _mark_jvp
-ad.primitive_transposes[_mark_p] = _mark_transpose
-_mark_p.def_impl(_marked)
-mlir.register_lowering(_mark_p, mlir.lower_fun(_marked, multiple_results=False))
+ad.deflinear(_tangent_p, _tangent_transpose)
+for primitive, run in ((_mark_p, _identity), (_tangent_p, _tangent)):
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(_identity)
+    batching.defvectorized(primitive)
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
 
 
 def in_lanes(fun: Callable[[int], tuple[Any, Any]], lanes: int) -> tuple[list[Any], Any]:
@@ -176,13 +183,13 @@ def _no_tangent(x: Any) -> np.ndarray:
 
 
 def _of_lane(jaxpr: Jaxpr, level: int, lane: int) -> Jaxpr:
-    """Say in a linear map which marks of a level are zero, those in loops and branches too."""
+    """Say in a linear map which marks of a level count, those in loops and branches too."""
     eqns = [_equation_of_lane(eqn, level, lane) for eqn in jaxpr.eqns]
     return jaxpr if eqns == jaxpr.eqns else jaxpr.replace(eqns=eqns)
 
 
 def _equation_of_lane(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:
-    if eqn.primitive is _mark_p:
+    if eqn.primitive in (_mark_p, _tangent_p):
         if eqn.params['level'] != level:
             return eqn
         lanes = eqn.params['lanes']

@@ -1267,7 +1267,8 @@ def _blocks(masks: list[Mask]) -> Iterator[None]:
         yield
 
 
-def application(program: Program, model: linen.Module, masks: list[Mask]) -> Callable:
+def application(program: Program, model: linen.Module, masks: list[Mask],
+                views: Callable = lambda target: target) -> Callable:
     """Return ``f(params, stats, x) -> (loss, (out, noises))`` for one application of the module."""
     mutable = ['batch_stats', *['params'] * program.mutable_params]
     inside = [] if program.around_grad else masks
@@ -1278,15 +1279,17 @@ def application(program: Program, model: linen.Module, masks: list[Mask]) -> Cal
         with _blocks(inside):
             if program.bind:
                 bound = model.bind(variables, rngs=rngs, mutable=mutable)
-                y = bound(x)
+                y = views(bound)(x)
             else:
-                y, variables = model.apply(variables, x, rngs=rngs, mutable=mutable)
+                y, variables = model.apply(
+                    variables, x, rngs=rngs, mutable=mutable, method=views(type(model).__call__))
         if program.bind:
             variables = bound.variables
         out = {'y': y, 'stats': variables.get('batch_stats', {})}
         if program.mutable_params:
             out['params'] = variables['params']
-        return scalar(lambda: out)(), (out, list(noises))
+        seen = [] if isinstance(y, dict) else list(noises)  # those of views are of another trace
+        return scalar(lambda: out)(), (out, seen)
 
     return apply
 
@@ -1353,6 +1356,44 @@ def check(program: Program, modes: tuple[str, ...] = ('traced',), *, second: boo
             if second and forward:
                 check_second_order(fn, two_copies, args, around(program, masks, lambda f: f()))
     return differs
+
+
+def check_views(program: Program, filters: dict[str, Mask], *, second: bool = False) -> bool:
+    """Compare gradient views of the program's root with their meaning, as `check` does.
+
+    Entry k is the program in one more block, which stops what its predicate does not select. What
+    the program writes is that of a block which stops all parameters.
+    """
+    model, plain = build(program, plain=False), build(program, plain=True)
+    source, masks = report(program), program.runs[0]
+    forward = 'map_gradient' not in source
+    variables = traced(lambda x: plain.init(KEYS, x))(X)
+    args = (variables.get('params', {}), variables.get('batch_stats', {}), X)
+    _, (_, noise) = traced(application(program, plain, []))(*args)
+    entries = ', '.join(f'{k!r}: {m.predicate()}' for k, m in filters.items())
+    collections = next(iter(filters.values())).collections
+    views = eval(f'sg.gradient_views({{{entries}}}, collections={collections!r}, '
+                 'allow_unmatched=True)', dict(NAMES))
+    with _blocks(masks):
+        assert set(views(model).init(KEYS, X)) == set(variables)
+    fn = application(program, model, masks, views)
+    stop = lambda f: [*masks, Mask(Combine('~', (f.filter,)), f.collections)]  # noqa: E731
+
+    def two_copies(params, stats, x, bar):
+        args = (params, bar, stats, x, noise)
+        out = {k: meaning(program, stop(f), *args)['y'] for k, f in filters.items()}
+        rest = meaning(program, [*masks, Mask(Bool(True), collections)], *args)
+        out = {**rest, 'y': out}
+        return scalar(lambda: out)(), (out, ())
+
+    inside = around(program, masks, lambda f: f())
+    grads, (out, _) = inside(lambda: traced(gradients(fn))(*args))
+    wanted, (meant, _) = traced(gradients(two_copies))(*args, args[0])
+    assert_same(out, meant, 'value', rtol=1e-3)
+    assert_same(grads, wanted, 'gradient', rtol=1e-3)
+    if second and forward:
+        check_second_order(fn, two_copies, args, inside)
+    return any(bool((g == 0).all()) for g in jax.tree.leaves(grads[0]))
 
 
 def check_second_order(fn: Callable, two_copies: Callable, args: tuple, inside: Callable) -> None:
@@ -1424,11 +1465,11 @@ def kind_of(error: BaseException) -> str:
     return re.sub(r"\[.*|'.*", '', text) if isinstance(error, AssertionError) else text[:60]
 
 
-def same_failure(error: BaseException, **how: Any) -> Callable[[Program], bool]:
+def same_failure(error: BaseException, run: Callable = check, **how: Any) -> Callable[[Program], bool]:
     """Return a predicate: does a program fail as this error did?"""
     def fails(program: Program) -> bool:
         try:
-            check(program, **how)
+            run(program, **how)
         except Exception as other:
             return kind_of(other) == kind_of(error)
         return False
@@ -1455,25 +1496,37 @@ def draw(seed: int) -> tuple[Program, dict[str, Any]]:
     return program, {'modes': tuple(modes), 'second': rng.random() < 0.06}
 
 
+def draw_views(seed: int) -> tuple[Program, dict[str, Any]]:
+    """Return the program of a seed, and the views of it to check."""
+    generator = Generator(random.Random(seed))
+    program = generator.program()
+    collections = generator.rng.choice(['params', 'params', 'params', True])
+    names = 'uvw'[:generator.rng.randint(1, 3)]
+    filters = {name: generator.selection(program.root, collections) for name in names}
+    return program, {'filters': filters, 'second': generator.chance(0.1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--count', type=int, default=1000)
     parser.add_argument('--seed', type=int, default=0, help='of the first program')
+    parser.add_argument('--views', action='store_true', help='gradient views of the programs')
     parser.add_argument('--stop', action='store_true', help='stop at the first failure, shrunk')
     options = parser.parse_args()
     start, counts = time.time(), Counter()
     for i in range(options.count):
         seed = options.seed + i
-        program, how = draw(seed)
+        program, how = (draw_views if options.views else draw)(seed)
+        run = check_views if options.views else check
         try:
-            counts['stopped a gradient'] += check(program, **how)
+            counts['stopped a gradient'] += run(program, **how)
             counts['ok'] += 1
         except Exception as error:
             counts['failed'] += 1
             print(f'seed {seed}: {type(error).__name__}: {str(error)[:200]}', flush=True)
             if options.stop:
                 traceback.print_exc()
-                print(report(shrink(program, same_failure(error, **how))))
+                print(report(shrink(program, same_failure(error, run, **how))), how)
                 break
         if i % 50 == 49:
             print(f'{i + 1}/{options.count} {dict(counts)} {time.time() - start:.0f} s', flush=True)
