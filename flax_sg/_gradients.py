@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from flax_sg._callables import value_key
 from flax_sg._errors import UsageError
@@ -43,16 +45,49 @@ class ScaleGradient(Transform):
         return (repr(self.factor),)
 
 
-@jax.custom_jvp
+# A primitive, not jax.custom_jvp: jax 0.10 forgets such a rule where it splits the body of a scan,
+# so that a second derivative lost the factor. The factor is a parameter if it is a float, otherwise
+# an operand, of shape () or of x's rank.
+_scaled_p = Primitive('flax_sg_scale_gradient')
+
+
 def _scaled(x: jax.Array, factor: Any) -> jax.Array:
+    if isinstance(factor, float):
+        return _scaled_p.bind(x, factor=factor)
+    return _scaled_p.bind(x, factor, factor=None)
+
+
+def _scaled_jvp(primals: tuple, tangents: tuple, *, factor: float | None) -> tuple:
+    out = _scaled_p.bind(*primals, factor=factor)  # not x: a derivative of this one passes here too
+    t = tangents[0]
+    if type(t) is ad.Zero:
+        return out, t
+    return out, t * jnp.asarray(primals[1] if factor is None else factor, t.dtype)
+
+
+def _scaled_batched(args: tuple, dims: tuple, *, factor: float | None) -> tuple:
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    x = args[0] if dims[0] is not None else jnp.broadcast_to(args[0], (size, *args[0].shape))
+    x = jnp.moveaxis(x, dims[0] or 0, 0)
+    if factor is None:
+        f = args[1] if dims[1] is None else jnp.moveaxis(args[1], dims[1], 0)
+        if dims[1] is not None and f.ndim == 1:
+            f = f.reshape(size, *(1,) * (x.ndim - 1))
+        elif dims[1] is None and f.ndim:
+            f = f[None]
+        return _scaled_p.bind(x, f, factor=None), 0
+    return _scaled_p.bind(x, factor=factor), 0
+
+
+def _same(x: jax.Array, *_: Any, **__: Any) -> jax.Array:
     return x
 
 
-@_scaled.defjvp
-def _scaled_jvp(primals: tuple, tangents: tuple) -> tuple:
-    x, factor = primals
-    # Not x: a derivative of this derivative passes here too.
-    return _scaled(x, factor), tangents[0] * jnp.asarray(factor, tangents[0].dtype)
+_scaled_p.def_impl(_same)
+_scaled_p.def_abstract_eval(_same)
+ad.primitive_jvps[_scaled_p] = _scaled_jvp
+batching.primitive_batchers[_scaled_p] = _scaled_batched
+mlir.register_lowering(_scaled_p, mlir.lower_fun(_same, multiple_results=False))
 
 
 def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'params',

@@ -1,89 +1,36 @@
 """One computation, several derivatives. It knows JAX, and neither Flax nor predicates.
 
-A function is run once and its outputs come out several times, one for each *lane*. Values in it are
-marked with the lanes in which they are differentiated; in all others they are constants. All lanes
-share the primal computation and its residuals, at every order of derivative and in both modes.
+A function is run once and its output comes out several times, once for each *lane*, in which some
+of the marks in it count (`_marks`). All lanes share the primal computation and its residuals, at
+every order of derivative and in both modes.
 
-The rule of the derivative linearises the function once and applies the linear map once for each
-lane, in which marks of other lanes are zero. A gradient of that gradient has to see each lane's
-residuals as functions of that lane's inputs: so the residuals come out of a computation with lanes
-too, that of the function and its residuals.
+The rule of the derivative linearises the function once, and applies the linear map of each lane. A
+gradient of that gradient has to see each lane's residuals as functions of that lane's inputs: so
+the residuals come out of a computation with lanes too, that of the function and its residuals.
+
+It is a primitive and not a `jax.custom_jvp`, whose rule jax 0.10 forgets where it splits the body
+of a scan: a second derivative of views in such a body came out wrong, silently.
 """
 
 from __future__ import annotations
 
-import operator
-import threading
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
-from flax_sg._errors import UsageError
+from flax_sg._marks import NO_LANE, define, of_lane, tracing
 
-__all__ = ['in_lanes', 'mark']
+__all__ = ['in_lanes']
 
-
-class _Open(threading.local):
-    """How many functions this thread is tracing for their lanes, one inside another."""
-
-    levels = 0
-
-
-_open = _Open()
-
-# A value that is differentiated in some lanes alone, and the tangent of such a value. `lanes` has a
-# bool for each lane; in what is a single lane's it is that lane's bool. `level` counts the functions
-# around this one whose lanes are being traced.
-_mark_p = Primitive('flax_sg_lane')
-_tangent_p = Primitive('flax_sg_lane_tangent')
-_NONE = -1  # the lane in which nothing marked is differentiated
-
-
-def mark(x: jax.Array, lanes: tuple[bool, ...], level: int) -> jax.Array:
-    """Return x, which is a constant of differentiation in the lanes that are False."""
-    return _mark_p.bind(x, lanes=lanes, level=level)
-
-
-def _identity(x: jax.Array, **_: Any) -> jax.Array:
-    return x
-
-
-def _tangent(t: jax.Array, *, lanes: Any, level: int) -> jax.Array:
-    return jnp.zeros_like(t) if lanes is False else t
-
-
-def _mark_jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int) -> tuple:
-    (x,), (t,) = primals, tangents
-    if level < _open.levels:
-        raise UsageError(
-            'gradient_views: its target differentiates, as with jax.grad, with respect to a '
-            'variable that it reads inside the derivative; the result would differ between the '
-            'views. Read the variable first, and differentiate a function of its value.')
-    out = _mark_p.bind(x, lanes=lanes, level=level)
-    if type(t) is ad.Zero:
-        return out, t
-    if lanes is False:
-        return out, ad.Zero(jax.typeof(t))
-    return out, _tangent_p.bind(t, lanes=lanes, level=level)
-
-
-def _tangent_transpose(cotangent: jax.Array, *, lanes: Any, level: int) -> list:
-    return [None if lanes is False else _tangent_p.bind(cotangent, lanes=lanes, level=level)]
-
-
-ad.primitive_jvps[_mark_p] = _mark_jvp
-ad.deflinear(_tangent_p, _tangent_transpose)
-for primitive, run in ((_mark_p, _identity), (_tangent_p, _tangent)):
-    primitive.def_impl(run)
-    primitive.def_abstract_eval(_identity)
-    batching.defvectorized(primitive)
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+# Operands: the inputs of `jaxpr`, whose first `count` results are the output, and the others what
+# else it made. Results: the output for each of the lanes, and what else it made.
+_lanes_p = Primitive('flax_sg_lanes')
+_lanes_p.multiple_results = True
 
 
 def in_lanes(fun: Callable[[int], tuple[Any, Any]], lanes: int) -> tuple[list[Any], Any]:
@@ -97,115 +44,157 @@ def in_lanes(fun: Callable[[int], tuple[Any, Any]], lanes: int) -> tuple[list[An
     Returns:
       The output for each lane; and what else was made, in which all marked values are constants.
     """
-    level = _open.levels
-    _open.levels = level + 1
+    level = tracing.levels
+    tracing.levels = level + 1
     try:
         closed, shape = jax.make_jaxpr(lambda: fun(level), return_shape=True)()
     finally:
-        _open.levels = level
+        tracing.levels = level
     treedef, count = jax.tree.structure(shape), len(jax.tree.leaves(shape[0]))
     # What was only handed on stays what it is: a variable that was not written is not a constant.
     inputs = dict(zip(map(id, closed.jaxpr.constvars), closed.consts, strict=True))
-    handed = [inputs.get(id(var)) for var in closed.jaxpr.outvars[count:]]
+    handed = [None] * count + [inputs.get(id(var)) for var in closed.jaxpr.outvars[count:]]
 
-    def again(*inputs: Any) -> tuple[list, list]:
+    def of_inputs(*inputs: Any) -> list:
         made = jax.core.eval_jaxpr(closed.jaxpr, inputs)
-        return made[:count], [x for x, old in zip(made[count:], handed, strict=True) if old is None]
+        return [x for x, old in zip(made, handed, strict=True) if old is None]
 
-    outs, aside = _lanes_of(again, lanes, level, closed.consts)
+    jaxpr = jax.make_jaxpr(of_inputs)(*closed.consts)
+    made = _lanes_p.bind(*closed.consts, jaxpr=jaxpr, count=count, lanes=lanes, level=level)
+    outs, aside = _parts(made, count, lanes)
     rest = iter(aside)
-    aside = [next(rest) if old is None else old for old in handed]
+    aside = [next(rest) if old is None else old for old in handed[count:]]
     trees = [treedef.unflatten([*out, *aside]) for out in outs]
     return [out for out, _ in trees], trees[0][1]
 
 
-def _lanes_of(fun: Callable[..., tuple[Any, Any]], lanes: int, level: int, inputs: Sequence[Any]
-              ) -> tuple[list[Any], Any]:
-    @jax.custom_jvp
-    def run(*inputs: Any) -> tuple[list[Any], Any]:
-        out, aside = fun(*inputs)
-        return [out] * lanes, aside
-
-    def rule(primals: tuple, tangents: tuple) -> tuple:
-        moved = [i for i, t in enumerate(tangents) if type(t) is not SymbolicZero]
-        tangents = tuple(tangents[i] for i in moved)
-        forward, pushes = _linearized(fun, primals, moved)
-
-        def pushed(made: Any, residuals: list, push: Jaxpr, lane: int) -> Any:
-            moving = iter(jax.core.eval_jaxpr(_of_lane(push, level, lane), residuals, *tangents))
-            return jax.tree.map(lambda x: next(moving) if _inexact(x) else _no_tangent(x), made)
-
-        outs, (aside, residuals) = _lanes_of(forward, lanes, level, primals)
-        return (([out for out, _ in outs], aside),
-                ([pushed(*out, pushes[0], lane) for lane, out in enumerate(outs)],
-                 pushed(aside, residuals, pushes[1], _NONE)))
-
-    run.defjvp(rule, symbolic_zeros=True)
-    return run(*inputs)
+def _parts(made: list, count: int, lanes: int) -> tuple[list[list], list]:
+    """Split results of the primitive: the output of each lane, and what else was made."""
+    return [made[i * count:(i + 1) * count] for i in range(lanes)], made[lanes * count:]
 
 
-def _linearized(fun: Callable, primals: tuple, moved: list[int]) -> tuple[Callable, list[Jaxpr]]:
+def _run(*inputs: Any, jaxpr: ClosedJaxpr, count: int, lanes: int, level: int) -> list:
+    made = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *inputs)
+    return made[:count] * lanes + made[count:]
+
+
+def _abstract(*_: Any, jaxpr: ClosedJaxpr, count: int, lanes: int, level: int) -> tuple:
+    avals = list(jaxpr.out_avals)
+    return avals[:count] * lanes + avals[count:], jaxpr.effects
+
+
+def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lanes: int, level: int
+         ) -> tuple[list, list]:
+    moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+    tangents = tuple(tangents[i] for i in moved)
+    forward, push, push_aside, kept = _linearized(jaxpr, count, primals, moved)
+    made = _lanes_p.bind(*primals, jaxpr=forward, count=count + kept, lanes=lanes, level=level)
+    outs, aside = _parts(made, count + kept, lanes)
+    residuals, outs = [out[count:] for out in outs], [out[:count] for out in outs]
+    rest = len(jaxpr.out_avals) - count
+    aside, residuals_aside = aside[:rest], aside[rest:]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_is_computed)
+    def pushed(residuals: list, residuals_aside: list, tangents: tuple) -> list:
+        def in_lane(linear: ClosedJaxpr, lane: int, residuals: Iterable) -> list:
+            jaxpr = of_lane(linear.jaxpr, level, lane)
+            return jax.core.eval_jaxpr(jaxpr, linear.consts, *residuals, *tangents)
+
+        found = [in_lane(push, lane, map(_seen_as, residuals[0], own))
+                 for lane, own in enumerate(residuals)]
+        return [t for ts in (*found, in_lane(push_aside, NO_LANE, residuals_aside)) for t in ts]
+
+    made = [*(x for out in outs for x in out), *aside]
+    moving = iter(pushed(residuals, residuals_aside, tangents))
+    return made, [next(moving) if _inexact(x) else ad.Zero(jax.typeof(x).to_tangent_aval())
+                  for x in made]
+
+
+def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
+                ) -> tuple[ClosedJaxpr, ClosedJaxpr, ClosedJaxpr, int]:
     """Linearise a function in some of its inputs.
 
     Returns:
-      The function, whose output and whatever else it makes come with their residuals; and two
-      linear maps, from tangents of the moved inputs to those of the inexact arrays in each of the
-      two, whose constants are the residuals.
+      The function, with residuals after the output, and others after what else it made; two linear
+      maps, from the residuals and tangents of the moved inputs to the tangents of the inexact
+      arrays in each of the two; and the number of residuals of the first.
     """
-    pushes: list[Jaxpr] = []
+    pushes: list[ClosedJaxpr] = []
+    kept = 0
 
-    def forward(*primals: Any) -> tuple[Any, Any]:
-        def of_moved(*moving: Any) -> tuple[tuple, tuple]:
+    def forward(*primals: Any) -> list:
+        def of_moved(*moving: Any) -> tuple[tuple[list, list], list]:
             inputs = list(primals)
             for i, x in zip(moved, moving, strict=True):
                 inputs[i] = x
-            made = fun(*inputs)
-            return tuple([x for x in jax.tree.leaves(part) if _inexact(x)] for part in made), made
+            made = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *inputs)
+            parts = made[:count], made[count:]
+            return tuple(list(filter(_inexact, part)) for part in parts), made
 
+        nonlocal kept
         points = [primals[i] for i in moved]
-        _, push, made = jax.linearize(of_moved, *points, has_aux=True)
+        _, linear, made = jax.linearize(of_moved, *points, has_aux=True)
+        residuals = []
         for i in range(2):
-            pushes.append(jax.make_jaxpr(lambda *t, i=i: push(*t)[i])(*points))
-        return tuple((part, push.consts) for part, push in zip(made, pushes, strict=True))
+            push = jax.make_jaxpr(lambda *ts, i=i: linear(*ts)[i])(*points)
+            # Once more, with the residuals as arguments: tracers must not get out of here.
+            pushes.append(jax.make_jaxpr(lambda rs, *ts, push=push: jax.core.eval_jaxpr(
+                push.jaxpr, rs, *ts))(push.consts, *points))
+            residuals.append(push.consts)
+        kept = len(residuals[0])
+        return [*made[:count], *residuals[0], *made[count:], *residuals[1]]
 
-    closed, shape = jax.make_jaxpr(forward, return_shape=True)(*primals)
-    treedef = jax.tree.structure(shape)
-    return lambda *primals: treedef.unflatten(
-        jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *primals)), [p.jaxpr for p in pushes]
+    return jax.make_jaxpr(forward)(*primals), *pushes, kept
 
 
 def _inexact(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _no_tangent(x: Any) -> np.ndarray:
-    return np.zeros(x.shape, jax.dtypes.float0)
+# All lanes have the same residuals, in value. A scan around them would stack each lane's own: JAX
+# tells them apart, as their derivatives differ. So the linear maps see the first lane's values, and
+# of the others nothing but their derivatives; that is done in a checkpoint, so that what the scan
+# stacks is what goes in there, of which all but the first lane's is not used.
+_seen_as_p = Primitive('flax_sg_seen_as')
 
 
-def _of_lane(jaxpr: Jaxpr, level: int, lane: int) -> Jaxpr:
-    """Say in a linear map which marks of a level count, those in loops and branches too."""
-    eqns = [_equation_of_lane(eqn, level, lane) for eqn in jaxpr.eqns]
-    return jaxpr if eqns == jaxpr.eqns else jaxpr.replace(eqns=eqns)
+def _seen_as(value: jax.Array, own: jax.Array) -> jax.Array:
+    """Return a value, with the derivative of an equal one."""
+    return _seen_as_p.bind(value, own) if _inexact(value) else value
 
 
-def _equation_of_lane(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:
-    if eqn.primitive in (_mark_p, _tangent_p):
-        if eqn.params['level'] != level:
-            return eqn
-        lanes = eqn.params['lanes']
-        return eqn.replace(params={'level': level, 'lanes': lane != _NONE and lanes[lane]})
-    params = {k: _parameter_of_lane(v, level, lane) for k, v in eqn.params.items()}
-    same = all(params[k] is v for k, v in eqn.params.items())
-    return eqn if same else eqn.replace(params=params)
+def _is_computed(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    return primitive is not _seen_as_p
 
 
-def _parameter_of_lane(value: Any, level: int, lane: int) -> Any:
-    if isinstance(value, Jaxpr):
-        return _of_lane(value, level, lane)
-    if isinstance(value, ClosedJaxpr):
-        jaxpr = _of_lane(value.jaxpr, level, lane)
-        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
-    if type(value) in (tuple, list):  # the branches of a cond
-        parts = type(value)(_parameter_of_lane(v, level, lane) for v in value)
-        return value if all(map(operator.is_, parts, value)) else parts
-    return value
+define(_seen_as_p, lambda value, own: value)
+ad.primitive_jvps[_seen_as_p] = lambda primals, tangents: (_seen_as_p.bind(*primals), tangents[1])
+
+
+def _batched(axis: Any, inputs: list, dims: list, *, jaxpr: ClosedJaxpr, count: int, lanes: int,
+             level: int) -> tuple[list, list]:
+    varies = _varying(jaxpr.jaxpr, [d is not None for d in dims])
+    axes, batched = [0 if v else None for v in varies], jaxpr
+    if any(varies):
+        run = functools.partial(jax.core.eval_jaxpr, jaxpr.jaxpr, jaxpr.consts)
+        batched = jax.make_jaxpr(jax.vmap(
+            run, tuple(dims), axes, axis_name=axis.name, axis_size=axis.size,
+            spmd_axis_name=axis.spmd_name))(*inputs)
+    made = _lanes_p.bind(*inputs, jaxpr=batched, count=count, lanes=lanes, level=level)
+    return made, axes[:count] * lanes + axes[count:]
+
+
+def _varying(jaxpr: Jaxpr, inputs: list[bool]) -> list[bool]:
+    """Say which results may vary over a batch: what depends on such inputs, or names an axis."""
+    found = {id(v) for v, varies in zip(jaxpr.invars, inputs, strict=True) if varies}
+    for eqn in jaxpr.eqns:
+        if eqn.effects or any(id(v) in found for v in eqn.invars):
+            found.update(map(id, eqn.outvars))
+    return [id(v) in found for v in jaxpr.outvars]
+
+
+_lanes_p.def_impl(_run)
+_lanes_p.def_effectful_abstract_eval(_abstract)
+ad.primitive_jvps[_lanes_p] = _jvp
+batching.fancy_primitive_batchers[_lanes_p] = _batched
+mlir.register_lowering(_lanes_p, mlir.lower_fun(_run, multiple_results=True))

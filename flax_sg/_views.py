@@ -20,8 +20,9 @@ from flax_sg._compat import Module
 from flax_sg._errors import UsageError
 from flax_sg._filters import Filter, Predicate, as_filter, everything
 from flax_sg._info import VariableInfo
-from flax_sg._lanes import in_lanes, mark
+from flax_sg._lanes import in_lanes
 from flax_sg._linen import fields_of
+from flax_sg._marks import mark
 from flax_sg._scope import open_at
 from flax_sg._transform import Transform, check_collections, map_traced, shown
 
@@ -37,23 +38,23 @@ class Marked(Transform):
     name = 'gradient_views'
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
-        lanes = tuple(filter.selects(info) for filter in self.views.filters.values())
+        lanes = tuple(filter.selects(info) for _, filter in self.views.entries)
         if not any(lanes):
             return map_traced(jax.lax.stop_gradient, value)
         return map_traced(lambda leaf: mark(leaf, lanes, self.level), value)
 
     def more(self) -> tuple[Hashable, ...]:
-        return (self.level, *(filter.key() for filter in self.views.filters.values()))
+        return (self.level, *(filter.key() for _, filter in self.views.entries))
 
     def __repr__(self) -> str:
         return repr(self.views)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GradientViews:
     """What :func:`gradient_views` makes: call it on a target."""
 
-    filters: Mapping[str, Filter]
+    entries: tuple[tuple[str, Filter], ...]
     collections: Hashable
     allow_unmatched: bool
 
@@ -100,19 +101,19 @@ class GradientViews:
         return viewed
 
     def _marked(self, level: int) -> Marked:
-        union = functools.reduce(lambda a, b: a | b, self.filters.values(), everything)
+        union = functools.reduce(lambda a, b: a | b, (f for _, f in self.entries), everything)
         return Marked(union, self.collections, self.allow_unmatched, self, level)
 
-    def _entries(self, outs: list[Any]) -> dict[str, Any]:
-        return dict(zip(self.filters, outs, strict=True))
+    def _named(self, outs: list[Any]) -> dict[str, Any]:
+        return {name: out for (name, _), out in zip(self.entries, outs, strict=True)}
 
     def _of_tree(self, fn: Callable, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         run = lambda level: (fn(self._marked(level)(params), *args, **kwargs), None)
-        return self._entries(in_lanes(run, len(self.filters))[0])
+        return self._named(in_lanes(run, len(self.entries))[0])
 
     def _of_call(self, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if module.is_initializing():
-            return dict.fromkeys(self.filters, fn(module, *args, **kwargs))
+            return self._named([fn(module, *args, **kwargs)] * len(self.entries))
         level = None
 
         @functools.wraps(fn)
@@ -126,13 +127,13 @@ class GradientViews:
                 level = now
                 return call()
 
-            outs, written = in_lanes(run, len(self.filters))
-            return self._entries(outs), written
+            outs, written = in_lanes(run, len(self.entries))
+            return self._named(outs), written
 
         return _compat.lifted_call(body, in_block, module, *args, **kwargs)
 
     def __repr__(self) -> str:
-        entries = ', '.join(f'{name!r}: {shown(filter)}' for name, filter in self.filters.items())
+        entries = ', '.join(f'{name!r}: {shown(filter)}' for name, filter in self.entries)
         return f'gradient_views({{{entries}}})'
 
 
@@ -196,6 +197,6 @@ def gradient_views(predicates: Mapping[str, Predicate], *, collections: Any = 'p
         raise UsageError(
             'gradient_views: expected a dict of predicates, such as '
             f"{{'gln': 'gln', 'code': 'code_*'}}; got {got}.")
-    filters = {name: as_filter(p, name='gradient_views') for name, p in predicates.items()}
+    entries = tuple((name, as_filter(p, name='gradient_views')) for name, p in predicates.items())
     return GradientViews(
-        filters, check_collections(collections, 'gradient_views'), bool(allow_unmatched))
+        entries, check_collections(collections, 'gradient_views'), bool(allow_unmatched))

@@ -492,6 +492,22 @@ def test_a_stored_cotangent_in_place_of_a_variables_own(wrap, times):
         assert run(AB, stored) == {'a': 10 * times, 'b': 20 * times}
 
 
+@pytest.mark.parametrize('mask', [sg.scale_gradient(True, 3.0), sg.scale_gradient(
+    True, jnp.float32(3)), sg.map_gradient(True, lambda info, ct: 3 * ct)])
+def test_a_second_derivative_through_the_body_of_a_scan(mask):
+    """jax 0.10 loses the rule of a custom_jvp there."""
+    def loss(read):
+        def run(p):
+            def body(c, w):
+                return jnp.tanh(c * read(w) + read(w) ** 2), None
+            return jax.lax.scan(body, 1.0, p)[0]
+        return run
+
+    got, want = (jax.jacrev(jax.grad(loss(read)))(jnp.array([0.5, 0.7, 0.9])) for read in (
+        lambda w: mask({'w': w})['w'], lambda w: rescaled(w, 3.0)))
+    assert_same(got, want, 'second', rtol=1e-5)
+
+
 @pytest.mark.parametrize('typed', [True, False])
 def test_noise_added_to_a_cotangent(typed):
     """The function closes over a traced key, of either kind."""

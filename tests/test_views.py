@@ -5,19 +5,27 @@ The meaning, by hand: entry k is the target with what its predicate does not sel
 """
 
 import functools
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax.core import freeze
+from hypothesis import given, settings
 from oracle import assert_same, scalar
 from random_programs import check_views, draw_views, report, same_failure, shrink, traced
+from test_random_programs import deterministic, seeds
 
 import flax_sg as sg
-from flax_sg import nn
+from flax_sg import _active, _marks, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'benchmarks'))
+
+import measure  # noqa: E402
+import views as programs  # noqa: E402
 
 X = jnp.array([[0.3, -0.7, 0.2], [1.1, 0.4, -0.5]])
 
@@ -113,8 +121,6 @@ ORDERS = {
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_each_order_of_derivative(name, order):
-    if (name, order) == ('branch', 'grad of vmap'):
-        return  # test_what_jax_cannot_do
     fn = FUNCTIONS[name]
     of = lambda f: traced(ORDERS[order](squared(f)))
     got, want = (of(f)(AB, jnp.float32(0.5)) for f in (sg.gradient_views(ENTRIES)(fn), by_hand(fn)))
@@ -159,14 +165,51 @@ def test_rules_for_reverse_mode_alone(wrap):
     assert abs(got[0]['a']) <= 0.1 * 3 * 2 and got[0]['a'] != 0
 
 
-def test_what_jax_cannot_do():
-    """A batched `cond` becomes a select, with a stop_gradient in it that JAX cannot transpose."""
-    loss = lambda p, x: sg.gradient_views({'a': 'a'})(branch)(p, x)['a']
-    with pytest.raises(NotImplementedError, match='Transpose rule .* not implemented'):
-        jax.grad(lambda p: jax.vmap(loss, (None, 0))(p, jnp.array([1.0, -1.0])).sum())(AB)
-    one = lambda p, x: jax.grad(loss)(p, x)['a']  # the other way round is right
-    assert_same(jax.vmap(one, (None, 0))(AB, jnp.array([1.0, -1.0])),
-                jnp.array([0.3 ** 2, 2 * 0.7 * 0.3], jnp.float32), 'vmap of grad', rtol=1e-5)
+def test_collectives_and_effects_in_the_target():
+    def fn(p, x):
+        jax.debug.callback(seen.append, x)
+        mean = jax.lax.pmean(p['a'] * x, 'i')
+        return p['b'] * mean ** 2 * (1.0 + jax.lax.axis_index('i'))
+
+    def grad(fn):
+        def loss(p, xs):
+            out = jax.vmap(fn, (None, 0), axis_name='i')(p, xs)
+            return sum((k + 1) * (v ** 2).sum() for k, v in enumerate(out.values()))
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    seen, xs = [], jnp.array([0.5, 1.0, 2.0])
+    got = grad(sg.gradient_views({'a': 'a', 'b': 'b'})(fn))(AB, xs)
+    jax.effects_barrier()
+    assert sorted(map(float, seen)) == [0.5, 1, 2]  # once, whatever the number of views
+    assert_same(got, grad(by_hand(fn, {'a': 'a', 'b': 'b'}))(AB, xs), 'grad', rtol=1e-5)
+
+
+def test_on_eight_devices():
+    mesh = jax.make_mesh((8,), ('i',), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec('i')
+    views = sg.gradient_views({'a': 'a', 'b': 'b'})
+
+    def loss(mapped):
+        def run(p, x):
+            out = mapped(lambda p, x: {k: jax.lax.psum(v, 'i') for k, v in views(target)(
+                p, x).items()})(p, x)
+            return (out['a'] ** 2 + 3 * out['b'] ** 3).sum()
+        return run
+
+    def target(p, x):
+        return jnp.tanh(p['a'] * x) * p['b']
+
+    shard = lambda f: jax.shard_map(
+        f, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), spec),
+        out_specs=jax.sharding.PartitionSpec())
+    x = jnp.linspace(-1, 1, 8)
+    got = jax.jit(jax.grad(loss(shard), (0, 1)))(AB, jax.device_put(
+        x, jax.sharding.NamedSharding(mesh, spec)))
+    batch = lambda f: lambda p, x: jax.tree.map(
+        lambda v: v[:1], jax.vmap(f, (None, 0), axis_name='i')(p, x))
+    want = jax.jit(jax.grad(loss(batch), (0, 1)))(AB, x)
+    assert_same(got, want, 'sharded', rtol=1e-5)
+    assert got[1].sharding.spec == spec
 
 
 # What is differentiated besides -------------------------------------------------------------------
@@ -356,3 +399,425 @@ def test_each_target(use, mutable):
 @pytest.mark.parametrize('use', USES)
 def test_init_is_that_of_the_plain_model(use):
     assert_same(Whole(use).init(RNGS, X), WHOLE, 'init')
+
+
+def test_both_orders_of_decorators():
+    class Net(nn.Module):
+        @VIEWS_AB
+        @nn.compact
+        def __call__(self, x):
+            return self.param('a', nn.initializers.ones, ()) * x
+
+        @nn.compact
+        @VIEWS_AB
+        def other(self, x):
+            return self.param('a', nn.initializers.ones, ()) * x * nn.Dense(1)(x[None])[0]
+
+    for method, names in (('__call__', {'a'}), ('other', {'a', 'Dense_0'})):
+        variables = Net().init(jax.random.key(0), jnp.float32(2), method=method)
+        assert set(variables['params']) == names
+        out = Net().apply(variables, jnp.float32(2), method=method)
+        assert out['a'] == out['b']
+
+
+VIEWS_AB = sg.gradient_views({'a': 'a', 'b': ['b', '**/b']}, allow_unmatched=True)
+
+
+class Two(nn.Module):
+    """a² b² x, with a read after a block too."""
+
+    @nn.compact
+    def __call__(self, x):
+        a = self.param('a', nn.initializers.ones, ())
+        with sg.stop_gradient('b'):
+            held = self.param('b', nn.initializers.ones, ())
+        return a * a * self.get_variable('params', 'b') * held * x
+
+
+def grads_of(fn, params=None):
+    params = params or {'a': jnp.float32(2), 'b': jnp.float32(3)}
+    return jax.tree.map(float, jax.grad(lambda p: fn({'params': p}))(params))
+
+
+def test_blocks_inside_and_around():
+    apply = functools.partial(Two().apply, method=VIEWS_AB(Two.__call__))
+    assert grads_of(lambda v: apply(v, 1.0)['a']) == {'a': 36, 'b': 0}
+    assert grads_of(lambda v: apply(v, 1.0)['b']) == {'a': 0, 'b': 12}  # one of two reads
+    with sg.stop_gradient('a'):
+        assert grads_of(lambda v: apply(v, 1.0)['a']) == {'a': 0, 'b': 0}
+        assert grads_of(lambda v: apply(v, 1.0)['b']) == {'a': 0, 'b': 12}
+    with sg.scale_gradient('a', -2.0):
+        assert grads_of(lambda v: apply(v, 1.0)['a']) == {'a': -72, 'b': 0}
+    with sg.map_values('b', lambda info, v: v + 1):
+        assert grads_of(lambda v: apply(v, 1.0)['a']) == {'a': 64, 'b': 0}
+    with sg.constant('a'):
+        assert apply({'params': {'a': 2.0, 'b': 3.0}}, 1.0) == {'a': 36, 'b': 36}
+
+
+@pytest.mark.parametrize('mutable', [False, ['params']])
+@pytest.mark.parametrize('where', ['scan', 'split', 'remat', 'jit', 'vmap'])
+def test_views_in_the_body_of_a_lifted_transform(where, mutable):
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, c, _=None):
+            out = VIEWS_AB(Two(name='two'))(c)
+            c = jnp.tanh(out['a'] + 2 * out['b'] ** 2 + c)
+            return (c, None) if 'scan' in where or where == 'split' else c
+
+    lifts = {
+        'scan': functools.partial(nn.scan, variable_broadcast='params',
+                                  split_rngs={'params': False}, length=3),
+        'split': functools.partial(nn.scan, variable_axes={'params': 0},
+                                   split_rngs={'params': True}, length=3),
+        'remat': nn.remat, 'jit': nn.jit,
+        'vmap': functools.partial(nn.vmap, variable_axes={'params': None},
+                                  split_rngs={'params': False})}
+    x = jnp.array([0.1, 0.2]) if where == 'vmap' else jnp.float32(0.3)
+    model = lifts[where](Body)()
+    variables = jax.tree.map(lambda p: p * 0.7, model.init(jax.random.key(0), x))
+
+    def ours(variables, x):
+        out = model.apply(variables, x, mutable=mutable)
+        return jnp.sum(jax.tree.leaves(out[0] if mutable else out)[0])
+
+    def hand(variables, x):
+        two, stop = variables['params']['two'], jax.lax.stop_gradient
+        for i in range(3 if where in ('scan', 'split') else 1):
+            a, b = (two[n][i] if where == 'split' else two[n] for n in 'ab')
+            x = jnp.tanh(a ** 2 * stop(b ** 2) * x + 2 * (stop(a ** 2 * b) * b * x) ** 2 + x)
+        return jnp.sum(x)
+
+    for order in (GRAD, lambda f: jax.hessian(f, (0, 1))):
+        got, want = (jax.jit(order(f))(variables, x) for f in (ours, hand))
+        assert_same(got, want, where, rtol=1e-4)
+
+
+def test_views_inside_views():
+    inner = sg.gradient_views({'a': 'a', 'b': 'b'})(lambda p: p['a'] ** 2 * p['b'])
+
+    def outer(p):
+        out = inner(p)
+        return {'mixed': out['a'] * out['b'] ** 2, 'plain': p['a'] * p['b']}
+
+    views = sg.gradient_views({'x': 'a', 'y': True, 'z': 'b'})(outer)
+
+    def by_hand(p, live):
+        stop = jax.lax.stop_gradient
+        p = {k: v if k in live else stop(v) for k, v in p.items()}
+        one, two = p['a'] ** 2 * stop(p['b']), stop(p['a']) ** 2 * p['b']
+        return {'mixed': one * two ** 2, 'plain': p['a'] * p['b']}
+
+    want = lambda p: {'x': by_hand(p, 'a'), 'y': by_hand(p, 'ab'), 'z': by_hand(p, 'b')}
+    for order in (jax.grad, jax.hessian, lambda f: jax.grad(total(jax.grad(total(jax.grad(f)))))):
+        got, meant = (order(squared(f))(AB) for f in (views, want))
+        assert_same(got, meant, 'nested', rtol=1e-4)
+
+
+def test_modules_inside_modules_with_views():
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return sum(VIEWS_AB(Two(name='two'))(x).values())
+
+    model = Inner()
+    views = sg.gradient_views({'both': True, 'a': '**/a'})
+    apply = functools.partial(model.apply, method=views(Inner.__call__))
+    params = {'two': {'a': jnp.float32(2), 'b': jnp.float32(3)}}
+    for name, want in {'both': {'a': 36, 'b': 12}, 'a': {'a': 36, 'b': 0}}.items():
+        got = jax.grad(lambda p, name=name: apply({'params': p}, 1.0)[name])(params)['two']
+        assert jax.tree.map(float, got) == want
+
+
+def test_a_module_captured_by_the_target_is_covered():
+    class Net(nn.Module):
+        def setup(self):
+            self.two, self.other = Two(), nn.Dense(1)
+
+        def __call__(self, x):
+            if self.is_initializing():
+                return self.two(x) + self.other(x[None])
+            live = self.two.get_variable('params', 'a')  # read before
+            views = sg.gradient_views({'a': '../two/a', 'none': sg.nothing})
+            out = views(lambda other: live * self.two.get_variable('params', 'a')
+                        * self.two.get_variable('params', 'b'))(self.other)
+            return out['a'] + 10 * out['none']
+
+    params = {'two': {'a': 2.0, 'b': 3.0}, 'other': {'kernel': jnp.ones((1, 1)),
+                                                     'bias': jnp.ones(1)}}
+    got = jax.grad(lambda p: Net().apply({'params': p}, jnp.float32(1)))(params)['two']
+    assert jax.tree.map(float, got) == {'a': 6 + 66, 'b': 0}
+
+
+def test_collections():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scale = self.variable('consts', 'scale', jnp.ones, ())
+            return self.param('w', nn.initializers.ones, ()) * scale.value * x
+
+    variables = {'params': {'w': 2.0}, 'consts': {'scale': 3.0}}
+    for collections, want in (('params', 2), (['params', 'consts'], 0)):
+        views = sg.gradient_views({'w': 'w'}, collections=collections)
+        grads = jax.grad(lambda v, f=views: Net().apply(
+            v, 1.0, method=f(Net.__call__))['w'])(variables)
+        assert (grads['params']['w'], grads['consts']['scale']) == (3, want)
+
+
+@settings(deterministic, max_examples=30)
+@given(seeds)
+def test_random_programs(seed):
+    program, how = draw_views(seed)
+    try:
+        check_views(program, **how)
+    except Exception as error:
+        smaller = shrink(program, same_failure(error, check_views, **how))
+        error.add_note(f'seed {seed}, {how}, shrunk:\n{report(smaller)}')
+        raise
+
+
+# State, caches, exceptions, threads ---------------------------------------------------------------
+
+
+def test_what_is_written_is_constant_in_the_parameters_and_live_in_inputs():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w, v = (self.param(n, nn.initializers.ones, ()) for n in 'wv')
+            self.sow('losses', 'out', w * v * x)
+            self.put_variable('state', 'last', w * x ** 2)
+            return w * v * x
+
+    def run(params, x, what):
+        views = sg.gradient_views({'w': 'w'})
+        out, new = Net().apply({'params': params, 'state': {'last': 0.0}}, x,
+                               mutable=['losses', 'state', 'params'], method=views(Net.__call__))
+        new['losses'] = new['losses']['out'][0]
+        return {'out': out['w'], 'last': new['state']['last'], 'sown': new['losses'],
+                'kept': new['params']['v']}[what]
+
+    params = {'w': 2.0, 'v': 3.0}
+    grads = {what: jax.grad(run, (0, 1))(params, 5.0, what)
+             for what in ('out', 'last', 'sown', 'kept')}
+    assert grads == {
+        'out': ({'w': 15, 'v': 0}, 6), 'last': ({'w': 0, 'v': 0}, 20),
+        'sown': ({'w': 0, 'v': 0}, 6), 'kept': ({'w': 0, 'v': 1}, 0)}
+
+
+def test_no_stale_traces_and_no_retracing():
+    traces = []
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Compiled(name='t')(x)
+
+    class Traced(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traces.append(x)
+            return self.param('a', nn.initializers.ones, ()) ** 2 * self.param(
+                'b', nn.initializers.ones, ()) * x
+
+    Compiled = nn.jit(Traced)
+    bound = Net().bind({'params': {'t': {'a': jnp.float32(2), 'b': jnp.float32(3)}}})
+
+    def grads(mask):
+        def loss(p):
+            model = Net().bind({'params': p})
+            return mask(lambda m, x: m(x))(model, 1.0)
+        return grads_of(lambda v: loss(v['params']), bound.variables['params'])['t']
+
+    plain = lambda fn: fn
+    of = {'a': lambda: lambda fn: lambda *x: sg.gradient_views({'a': 't/a', 'b': 't/b'})(fn)(
+              *x)['a'],
+          'b': lambda: lambda fn: lambda *x: sg.gradient_views({'b': 't/b'})(fn)(*x)['b'],
+          'plain': lambda: plain}
+    want = {'a': {'a': 12, 'b': 0}, 'b': {'a': 0, 'b': 4}, 'plain': {'a': 12, 'b': 4}}
+    counts = []
+    for order in (['plain', 'a', 'b'], ['b', 'a', 'plain'], ['a', 'plain', 'b']):
+        for name in order:
+            assert grads(of[name]()) == want[name], (name, order)
+        counts.append(len(traces))
+    assert counts[0] == counts[1] == counts[2] <= 3
+
+
+def test_an_exception_leaves_nothing_behind():
+    def fails(p):
+        raise KeyError('mine')
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.param('a', nn.initializers.ones, ())
+            raise KeyError('mine')
+
+    for _ in range(2):
+        with pytest.raises(KeyError, match='mine'):
+            VIEWS_AB(fails)({'a': 1.0})
+        with pytest.raises(KeyError, match='mine'):
+            Net().apply({'params': {'a': 1.0}}, 1.0, method=VIEWS_AB(Net.__call__))
+        assert _marks.tracing.levels == 0 and _active.state.stack == ()
+    assert grads_of(lambda v: Two().apply(v, 1.0)) == {'a': 36, 'b': 12}
+
+
+def test_threads(no_leaks):
+    start, found = threading.Barrier(4), {}
+
+    def work(i):
+        views = sg.gradient_views({'a': 'a', 'b': 'b'})(lambda p: p['a'] * p['b'] ** 2)
+        start.wait()
+        for _ in range(5):
+            found.setdefault(i, []).append(
+                jax.grad(lambda p: views(p)['ab'[i % 2]])({'a': 2.0, 'b': 3.0})['ab'[i % 2]])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[i] == [[9, 12][i % 2]] * 5 for i in range(4))
+
+
+def test_no_tracer_is_left_behind(no_leaks):
+    apply = functools.partial(Two().apply, method=VIEWS_AB(Two.__call__))
+    loss = lambda p, x: sum(apply({'params': p}, x).values())
+    jax.make_jaxpr(jax.grad(jax.grad(loss, 1), 1))({'a': 2.0, 'b': 3.0}, 1.0)
+
+
+def test_an_optimiser_step_moves_each_part_by_its_own_loss():
+    params, views = {'a': 2.0, 'b': 3.0}, sg.gradient_views({'a': 'a', 'b': 'b'})
+
+    def loss(p):
+        out = views(lambda p: p['a'] * p['b'])(p)
+        return out['a'] ** 2 - out['b']
+
+    updates, _ = optax.sgd(0.1).update(jax.grad(loss)(params), optax.sgd(0.1).init(params))
+    moved = jax.tree.map(float, optax.apply_updates(params, updates))
+    assert moved == pytest.approx({'a': 2 - 0.1 * 36, 'b': 3 + 0.1 * 2})
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+UNBOUND = Two()
+
+
+@pytest.mark.parametrize('make, error, text', [
+    (lambda: sg.gradient_views({}), sg.UsageError,
+     r"expected a dict of predicates, such as \{'gln': .*; got an empty one"),
+    (lambda: sg.gradient_views('gln'), sg.UsageError, 'expected a dict .*; got str'),
+    (lambda: sg.gradient_views({'a': 3}), sg.PredicateError, 'gradient_views.* expected a string'),
+    (lambda: sg.gradient_views({'a': 'a'}, collections=3), sg.PredicateError, 'collections=3'),
+    (lambda: VIEWS(3), sg.UsageError, 'object of type int; expected a flax.linen.Module class or'),
+    (lambda: VIEWS(UNBOUND.apply), sg.UsageError,
+     r"'apply' is a method of a module that is not bound. Pass method= to apply: model.apply\("
+     r'variables, x, method=views\(Two.__call__\)\)'),
+    (lambda: VIEWS(lambda x: x)(3), sg.UsageError, 'nested dict of parameters; got an object of '),
+    (lambda: VIEWS(lambda: 0)(), sg.UsageError, 'got no argument'),
+    (lambda: VIEWS(lambda m: 0)(UNBOUND), sg.UsageError, 'got a module that is not bound'),
+    (lambda: sg.gradient_views({'a': 'a', 'c': 'cc'})(len)(AB), sg.UnmatchedPathError,
+     r"gradient_views\(\{'a': 'a', 'c': 'cc'\}\): no variable of the tree matches 'cc'"),
+    (lambda: UNBOUND.apply({'params': AB}, 1.0, method=sg.gradient_views({'a': 'a', 'c': 'cc'})(
+        Two.__call__)), sg.UnmatchedPathError, "no variable of '/' matches 'cc'"),
+])
+def test_errors(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+    assert not _active.state.stack
+
+
+def test_a_derivative_inside_the_target():
+    """It may be with respect to inputs, or to what was read; not through the reads themselves."""
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param('a', nn.initializers.ones, ())
+            force = jax.grad(lambda x: w ** 2 * x ** 3)(x)
+            return force + jax.grad(lambda w: w ** 3)(w)
+
+    apply = functools.partial(Net().apply, method=VIEWS_AB(Net.__call__))
+    assert grads_of(lambda v: apply(v, 1.0)['a'], {'a': 2.0}) == {'a': 3 * 2 * 2 + 6 * 2}
+    assert grads_of(lambda v: apply(v, 1.0)['b'], {'a': 2.0}) == {'a': 0}
+
+    def target(p, x):
+        return jax.grad(lambda q: VIEWS_AB(lambda p: p['a'] ** 3 * x)({'a': q})['a'])(p['a'])
+
+    views = sg.gradient_views({'a': 'a'})(target)  # views differentiated inside views
+    assert jax.grad(lambda p: views(p, 1.0)['a'])({'a': 2.0})['a'] == 12
+
+    class Bad(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.param('a', nn.initializers.ones, ())
+            return jax.grad(lambda p: Two().apply({'params': p}, x))(
+                {'a': 2.0, 'b': 3.0})['a']
+
+    method = VIEWS_AB(Bad.__call__)
+    assert Bad().apply({'params': {'a': 1.0}}, 1.0, method=method)['a'] == 36  # another root
+
+
+def test_equal_views_compare_and_print():
+    assert sg.gradient_views({'a': 'a', 'b': ['x', True]}) == sg.gradient_views(
+        {'a': 'a', 'b': ['x', True]}) != sg.gradient_views({'a': 'a', 'b': 'x'})
+    assert repr(sg.gradient_views({'a': ~sg.path('g')})) == "gradient_views({'a': ~path('g')})"
+
+
+# Cost ---------------------------------------------------------------------------------------------
+
+
+def count_scans(jaxpr):
+    """Count the scans in a jaxpr, those of its inner ones included."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += eqn.primitive.name == 'scan'
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(
+                v, 'eqns') or hasattr(v, 'jaxpr')):
+            inner = getattr(value, 'jaxpr', value)
+            found += count_scans(inner) if hasattr(inner, 'eqns') else 0
+    return found
+
+
+@pytest.mark.parametrize('entries', [1, 2, 3, 4, 5, 6, 7, 8])
+def test_one_forward_loop_and_a_pullback_for_each_entry(entries):
+    """The compiled step has the figures of one vjp and its pullbacks, and the same bits."""
+    shape = programs.Shape(entries, length=8, batch=8, width=16)
+    ours, hand = (programs.step_of(way, shape, quick=True) for way in ('views', 'by hand'))
+    assert measure.cost_of(ours) == measure.cost_of(hand)
+    assert measure.cost_of(ours).loops == 1 + entries
+    args = programs.data_of(shape)
+    assert_same(ours(*args), hand(*args), 'step')
+    if entries == 3:
+        masked = measure.cost_of(programs.step_of('masked calls', shape, quick=True))
+        assert masked.loops > 1 + entries and masked.flops > measure.cost_of(ours).flops
+        assert masked.temp_bytes > measure.cost_of(ours).temp_bytes
+
+
+def test_the_target_is_in_the_jaxpr_once():
+    shape = programs.Shape(5, length=4, batch=2, width=3)
+    args, views = programs.data_of(shape), sg.gradient_views(
+        {programs.part(k): programs.part(k) for k in range(5)})
+    net = programs.Net(shape)
+    forward = lambda p, *xs: net.apply({'params': p}, *xs, method=views(programs.Net.__call__))
+    assert count_scans(jax.make_jaxpr(forward)(*args).jaxpr) == 1
+    assert count_scans(jax.make_jaxpr(programs.views(shape))(*args).jaxpr) == 1 + 5
+
+
+def test_a_scan_around_the_views_stores_residuals_once():
+    params = {name: jnp.eye(16) / 2 for name in 'abcd'}
+    x = jnp.ones((8, 16))
+
+    def target(p, x):
+        for _ in range(5):
+            for w in p.values():
+                x = jnp.tanh(x @ w)
+        return x
+
+    def temporary(names):
+        views = sg.gradient_views({name: name for name in names})(target)
+
+        def loss(p, x):
+            step = lambda c, _: (sum(views(p, c).values()) / len(names), None)
+            return jax.lax.scan(step, x, None, length=32)[0].sum()
+        compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
+        return measure.cost_of(compiled).temp_bytes
+
+    assert temporary('abcd') < 1.6 * temporary('a')  # 4 times as much if each stored its own
