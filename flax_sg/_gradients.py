@@ -62,7 +62,9 @@ def _scaled_jvp(primals: tuple, tangents: tuple, *, factor: float | None) -> tup
     t = tangents[0]
     if type(t) is ad.Zero:
         return out, t
-    return out, t * jnp.asarray(primals[1] if factor is None else factor, t.dtype)
+    if factor is None:
+        return out, t * jnp.asarray(primals[1], t.dtype)
+    return out, jax.lax.mul(t, jax.lax.full_like(t, factor))  # less to trace than jnp's product
 
 
 def _scaled_batched(args: tuple, dims: tuple, *, factor: float | None) -> tuple:

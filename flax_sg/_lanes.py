@@ -15,7 +15,7 @@ of a scan: a second derivative of views in such a body came out wrong, silently.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,18 +96,21 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lan
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=_is_computed)
     def pushed(residuals: list, residuals_aside: list, tangents: tuple) -> list:
-        def in_lane(linear: ClosedJaxpr, lane: int, residuals: Iterable) -> list:
-            jaxpr = of_lane(linear.jaxpr, level, lane)
-            return jax.core.eval_jaxpr(jaxpr, linear.consts, *residuals, *tangents)
-
-        found = [in_lane(push, lane, map(_seen_as, residuals[0], own))
-                 for lane, own in enumerate(residuals)]
-        return [t for ts in (*found, in_lane(push_aside, NO_LANE, residuals_aside)) for t in ts]
+        shared = [map(_seen_as, residuals[0], own) for own in residuals]
+        found = _pushed(push, level, {i: [*own, *tangents] for i, own in enumerate(shared)})
+        found += _pushed(push_aside, level, {NO_LANE: [*residuals_aside, *tangents]})
+        return [t for ts in found for t in ts]
 
     made = [*(x for out in outs for x in out), *aside]
     moving = iter(pushed(residuals, residuals_aside, tangents))
     return made, [next(moving) if _inexact(x) else ad.Zero(jax.typeof(x).to_tangent_aval())
                   for x in made]
+
+
+def _pushed(push: ClosedJaxpr, level: int, operands: dict[int, list]) -> list[list]:
+    """Apply a linear map to the residuals and tangents of each lane."""
+    return [jax.core.eval_jaxpr(of_lane(push.jaxpr, level, lane), push.consts, *values)
+            for lane, values in operands.items()]
 
 
 def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_sg import nn
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -41,9 +43,20 @@ def test_the_guides_target_network():
     assert not any(leaf.any() for leaf in jax.tree.leaves(names['held']))
 
 
-def test_the_guides_optimiser():
+def test_the_guides_views():
     names = {}
     exec(blocks('docs/guide.md', 'python')[1], names)
+    model, params, x = (names[k] for k in ('model', 'params', 'x'))
+    out = nn.gradient_views({'all': True})(lambda p: names['Sampler']().apply({'params': p}, x))
+    both = jax.grad(lambda p: (out(p)['all'] ** 2).mean())(params['params']['sampler'])
+    got = names['grads']['params']['sampler']
+    np.testing.assert_allclose(got['gln']['kernel'], both['gln']['kernel'], 1e-5)
+    assert (got['code_value']['kernel'] != both['code_value']['kernel']).any()
+
+
+def test_the_guides_optimiser():
+    names = {}
+    exec(blocks('docs/guide.md', 'python')[2], names)
     params, optimiser = names['params'], names['optimiser']
     ones = jax.tree.map(jnp.ones_like, params)
     updates, _ = optimiser.update(ones, optimiser.init(params), params)
