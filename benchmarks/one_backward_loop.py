@@ -88,8 +88,8 @@ def main() -> None:
             same = jax.tree.map(lambda a, b: abs(a - b).max() <= 1e-4 * abs(a).max(),
                                 each(*args), together(*args))
             assert all(jax.tree.leaves(same)), same
-            times = take_turns({'each': functools.partial(seconds(each), args),
-                                'together': functools.partial(seconds(together), args)}, repeats + 1)
+            run = lambda step: functools.partial(seconds(step), args)  # noqa: B023
+            times = take_turns({'each': run(each), 'together': run(together)}, repeats + 1)
             rows.append([width, batch, length, entries, f'{costs[0].loops} / {costs[1].loops}',
                          f'{costs[1].flops / costs[0].flops:.2f}',
                          f'{costs[1].temp_bytes / costs[0].temp_bytes:.2f}',

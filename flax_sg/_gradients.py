@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
 from flax_sg._callables import value_key
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
+from flax_sg._jaxprs import closed_over, evaluate
 from flax_sg._mapped import Mapped, make_mapped
 from flax_sg._transform import Transform, make, map_traced
 
@@ -146,10 +147,8 @@ class MapGradient(Mapped):
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         def read(leaf: jax.Array) -> jax.Array:
-            # Traced here, so that what it closes over can be handed on: the rule of a custom_vjp
-            # is called later, and may not close over what is being traced now.
-            jaxpr = jax.make_jaxpr(functools.partial(self._call, info))(leaf)
-            return _with_pullback(jaxpr.jaxpr, leaf, *jaxpr.consts)
+            pull, consts = closed_over(functools.partial(self._call, info), leaf)
+            return _mapped_p.bind(leaf, *consts, pull=pull, name=info.absolute_name)
 
         return map_traced(read, value)
 
@@ -163,21 +162,54 @@ class MapGradient(Mapped):
         return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_pullback(jaxpr: Any, x: jax.Array, *consts: Any) -> jax.Array:
-    return x
+# The value, and a linear map of its tangent that can be transposed and nothing else. Operands are
+# the value or tangent and what the function closes over.
+_mapped_p = Primitive('flax_sg_map_gradient')
+_pull_p = Primitive('flax_sg_map_gradient_tangent')
 
 
-def _forward(jaxpr: Any, x: jax.Array, *consts: Any) -> tuple:
-    # Not x: a gradient of this gradient passes here too.
-    return _with_pullback(jaxpr, x, *consts), consts
+def _mapped_jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:
+    out = _mapped_p.bind(*primals, **params)  # not x: as for _scaled_p
+    if type(tangents[0]) is ad.Zero:
+        return out, tangents[0]
+    return out, _pull_p.bind(tangents[0], *primals[1:], **params)
 
 
-def _pull(jaxpr: Any, consts: tuple, cotangent: jax.Array) -> tuple:
-    return (*jax.core.eval_jaxpr(jaxpr, consts, cotangent), *(None for _ in consts))
+def _pulled(cotangent: Any, t: Any, *consts: Any, pull: ClosedJaxpr, **_: Any) -> list:
+    if type(cotangent) is not ad.Zero:
+        cotangent, = evaluate(pull, *consts, cotangent)
+    return [cotangent, *(None for _ in consts)]
 
 
-_with_pullback.defvjp(_forward, _pull)
+def _no_forward_mode(*_: Any, name: str, **__: Any) -> Any:
+    raise UsageError(
+        f"map_gradient of '/{name}': it says what becomes of a cotangent, and cannot be used in "
+        'forward-mode differentiation, as with jax.jvp, jax.jacfwd and jax.hessian. Use reverse '
+        'mode, or scale_gradient.')
+
+
+def _mapped_batched(primitive: Primitive, axis: Any, args: tuple, dims: tuple, *,
+                    pull: ClosedJaxpr, **params: Any) -> tuple:
+    if all(d is None for d in dims):
+        return primitive.bind(*args, pull=pull, **params), None
+    x = args[0] if dims[0] is not None else jnp.broadcast_to(args[0], (axis.size, *args[0].shape))
+    x = jnp.moveaxis(x, dims[0] or 0, 0)
+    run = jax.vmap(functools.partial(evaluate, pull), (*dims[1:], 0), axis_name=axis.name,
+                   axis_size=axis.size, spmd_axis_name=axis.spmd_name)
+    batched = jax.make_jaxpr(run)(*args[1:], x)
+    return primitive.bind(x, *args[1:], pull=batched, **params), 0
+
+
+_mapped_p.def_impl(_same)
+_pull_p.def_impl(_no_forward_mode)
+ad.primitive_jvps[_mapped_p] = _mapped_jvp
+ad.primitive_jvps[_pull_p] = _no_forward_mode
+ad.primitive_transposes[_pull_p] = _pulled
+mlir.register_lowering(_mapped_p, mlir.lower_fun(_same, multiple_results=False))
+mlir.register_lowering(_pull_p, _no_forward_mode)
+for primitive in (_mapped_p, _pull_p):
+    primitive.def_abstract_eval(_same)
+    batching.fancy_primitive_batchers[primitive] = functools.partial(_mapped_batched, primitive)
 
 
 def _kind(x: Any) -> str:
@@ -192,7 +224,7 @@ def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], j
 
     Use it to clip, normalise or add noise to what one loss sends to a part, or to put a stored
     cotangent in its place. It has the five uses of :func:`flax_sg.stop_gradient`, in reverse mode
-    alone; JAX raises an error in forward mode. A gradient of the gradient goes through ``fn``.
+    alone; forward mode is an error. A gradient of the gradient goes through ``fn``.
 
     ``fn`` gets the cotangent of the sum over a block's reads of the variable, as if the block read
     it once, in each application of a model; what a lifted transform hands to its body is such a
@@ -220,7 +252,8 @@ def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], j
     Raises:
       PredicateError: the predicate or ``collections`` is none.
       UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
-      UsageError: ``fn`` is not callable or, at a read, returns another shape or dtype.
+      UsageError: ``fn`` is not callable; at a read, it returns another shape or dtype; or it is met
+        by forward-mode differentiation.
 
     Source: google/flax issue 1857.
     """

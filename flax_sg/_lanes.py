@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
-from flax_sg._marks import NO_LANE, define, of_lane, tracing
+from flax_sg._jaxprs import closed_over, define, evaluate
+from flax_sg._marks import NO_LANE, of_lane, tracing
 
 __all__ = ['in_lanes']
 
@@ -74,7 +75,7 @@ def _parts(made: list, count: int, lanes: int) -> tuple[list[list], list]:
 
 
 def _run(*inputs: Any, jaxpr: ClosedJaxpr, count: int, lanes: int, level: int) -> list:
-    made = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *inputs)
+    made = evaluate(jaxpr, *inputs)
     return made[:count] * lanes + made[count:]
 
 
@@ -130,7 +131,7 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
             inputs = list(primals)
             for i, x in zip(moved, moving, strict=True):
                 inputs[i] = x
-            made = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *inputs)
+            made = evaluate(jaxpr, *inputs)
             parts = made[:count], made[count:]
             return tuple(list(filter(_inexact, part)) for part in parts), made
 
@@ -139,11 +140,9 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
         _, linear, made = jax.linearize(of_moved, *points, has_aux=True)
         residuals = []
         for i in range(2):
-            push = jax.make_jaxpr(lambda *ts, i=i: linear(*ts)[i])(*points)
-            # Once more, with the residuals as arguments: tracers must not get out of here.
-            pushes.append(jax.make_jaxpr(lambda rs, *ts, push=push: jax.core.eval_jaxpr(
-                push.jaxpr, rs, *ts))(push.consts, *points))
-            residuals.append(push.consts)
+            push, found = closed_over(lambda *ts, i=i: linear(*ts)[i], *points)
+            pushes.append(push)
+            residuals.append(found)
         kept = len(residuals[0])
         return [*made[:count], *residuals[0], *made[count:], *residuals[1]]
 
@@ -179,10 +178,9 @@ def _batched(axis: Any, inputs: list, dims: list, *, jaxpr: ClosedJaxpr, count: 
     varies = _varying(jaxpr.jaxpr, [d is not None for d in dims])
     axes, batched = [0 if v else None for v in varies], jaxpr
     if any(varies):
-        run = functools.partial(jax.core.eval_jaxpr, jaxpr.jaxpr, jaxpr.consts)
         batched = jax.make_jaxpr(jax.vmap(
-            run, tuple(dims), axes, axis_name=axis.name, axis_size=axis.size,
-            spmd_axis_name=axis.spmd_name))(*inputs)
+            functools.partial(evaluate, jaxpr), tuple(dims), axes, axis_name=axis.name,
+            axis_size=axis.size, spmd_axis_name=axis.spmd_name))(*inputs)
     made = _lanes_p.bind(*inputs, jaxpr=batched, count=count, lanes=lanes, level=level)
     return made, axes[:count] * lanes + axes[count:]
 

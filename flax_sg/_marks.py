@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
 from flax_sg._errors import UsageError
+from flax_sg._jaxprs import define
 
-__all__ = ['NO_LANE', 'define', 'mark', 'of_lane', 'tracing']
+__all__ = ['NO_LANE', 'mark', 'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
 
@@ -39,14 +40,6 @@ class _Tracing(threading.local):
 
 
 tracing = _Tracing()
-
-
-def define(primitive: Primitive, run: Any) -> None:
-    """Give a primitive of one output, which is like its first operand, what JAX asks for."""
-    primitive.def_impl(run)
-    primitive.def_abstract_eval(lambda x, *_, **__: x)
-    batching.defvectorized(primitive)
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
 
 
 def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int) -> tuple:

@@ -542,8 +542,11 @@ def test_a_gradient_of_the_gradient_goes_through_the_function():
 
 def test_map_gradient_is_for_reverse_mode():
     mask = sg.map_gradient(True, lambda info, ct: ct)
-    with pytest.raises(TypeError, match='forward-mode'):
-        jax.jvp(lambda p: mask(p)['a'], (AB,), (AB,))
+    for run in (lambda f: f, jax.jit):
+        with pytest.raises(sg.UsageError, match="map_gradient of '/a': .* forward-mode"):
+            run(lambda p: jax.jvp(lambda p: mask(p)['a'] ** 2, (p,), (p,)))(AB)
+    with pytest.raises(sg.UsageError, match='Use reverse mode, or scale_gradient'):
+        jax.hessian(lambda p: mask(p)['a'] ** 2)(AB)
 
 
 def test_values_are_mapped_where_they_are_used():
@@ -882,6 +885,12 @@ def test_no_tracer_is_left_behind(no_leaks):
                  sg.replace_values('a', TREE)):
         with mask:  # longer than the trace
             jax.make_jaxpr(jax.grad(lambda p: Reads().apply({'params': p})))(AB)
+
+    def step(p, factor):
+        with sg.map_gradient('a', lambda i, ct: ct * factor):
+            return jax.grad(lambda p: Reads().apply({'params': p}))(p)
+
+    assert jax.jit(step)(AB, 2.0) == {'a': 6, 'b': 3}
 
 
 # Cost ---------------------------------------------------------------------------------------------
