@@ -10,7 +10,12 @@ The data are scikit-learn's digits. A retina turns pixels into an observation; t
 code of a few units in two passes, a quick guess and a refinement; a reader draws the digit from
 the code message, and its cotangents reach the retina through the element, which they leave alone.
 
-    python two_pass_encoding.py [--steps N] [--seed N] [--output FILE] [--quick]
+    python two_pass_encoding.py [--steps N] [--seed N] [--output FILE] [--quick] [--shared]
+
+Only one loss trains through the sampler there, so that its block can hold the only run. With
+--shared all losses look at the same run, and the code's trains through it as well, see
+`SharedElement`: with a block for each loss the sampler would run for each, and
+`nn.gradient_views` runs it once. The loops of the compiled steps are printed.
 
 It prints the losses while it trains, a table of which loss moves which parameters, and the accuracy
 of a linear probe on the codes of held-out digits, before and after training. Labels are used by the
@@ -141,16 +146,84 @@ class EncodingElement(nn.Module):
         return Inference(quick.message, code, losses)
 
 
+class SecondPass(NamedTuple):
+    """A guess, the code that the sampler makes of it, and what the explanation makes of each."""
+
+    guess: Code
+    code: Code
+    guess_explained: jax.Array
+    code_explained: jax.Array
+
+
+class SharedElement(EncodingElement):
+    """The element with losses that all look at the same second pass, the sampler's run included.
+
+    The losses of gln and the explanation are what they were. The code's has one more term: what the
+    sampler makes of the guess, from which it starts, should be explained well too.
+    """
+
+    def second_pass(self, given: jax.Array, noise: jax.Array) -> SecondPass:
+        guess = self.quick_code(given)
+        code = iterated_sampler(self.gln(given), guess, noise)
+        return SecondPass(guess, code, self.explanation(guess.message),
+                          self.explanation(code.message))
+
+    def second_passes(self, given: jax.Array, noise: jax.Array) -> dict[str, SecondPass]:
+        """Return the second pass as each loss sees it: to each only its own part is trainable."""
+        return nn.gradient_views(TRAINS)(self.second_pass)(given, noise)
+
+    def infer(self, observation: jax.Array, rng: jax.Array) -> Inference:
+        with nn.stop_gradient():
+            message = self.quick_code(observation).message
+
+        given = jax.lax.stop_gradient(observation)
+        seen = self.second_passes(given, self.noise(given, rng))
+
+        gln = seen['gln']
+        gln_loss = gln_objective(gln.code_explained, given, gln.code)
+
+        code = seen['code']
+        code_loss = code_mismatch(code.guess, jax.lax.stop_gradient(code.code))
+        code_loss += squared_error(code.guess_explained, given)
+        code_loss += squared_error(code.code_explained, given)
+
+        explanation = seen['explanation']
+        explanation_loss = squared_error(explanation.code_explained, given)
+        explanation_loss += squared_error(explanation.guess_explained, given)
+
+        losses = {'gln': gln_loss, 'code': code_loss, 'explanation': explanation_loss}
+        return Inference(message, jax.lax.stop_gradient(gln.code), losses)
+
+
+class SharedElementByBlocks(SharedElement):
+    """The same with a block for each loss, for comparison: each runs the sampler."""
+
+    def second_passes(self, given: jax.Array, noise: jax.Array) -> dict[str, SecondPass]:
+        seen = {}
+        for name, trained in TRAINS.items():
+            with nn.stop_gradient(~trained):
+                seen[name] = self.second_pass(given, noise)
+        return seen
+
+
+LOOPS = {  # elements whose compiled steps --shared compares
+    EncodingElement: 'one loss trains through the sampler, in the block of its only run',
+    SharedElement: 'two losses do, all look at the same run: gradient_views',
+    SharedElementByBlocks: 'the same with a block and a run for each loss',
+}
+
+
 class World(nn.Module):
     """The element between its neighbours: a retina, which makes the observation, and a reader."""
 
     observation_features: int = 32
     units: int = 8
     iterations: int = 80
+    element: type[EncodingElement] = EncodingElement
 
     def setup(self) -> None:
         self.retina = Retina(self.observation_features)
-        self.encoding = EncodingElement(self.observation_features, self.units, self.iterations)
+        self.encoding = self.element(self.observation_features, self.units, self.iterations)
         self.reader = Perceptron(64)
 
     def __call__(self, pixels: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
@@ -332,6 +405,14 @@ def gradients(world: World, params: Params, pixels: jax.Array, rng: jax.Array) -
     return jax.jacrev(lambda params: world.apply({'params': params}, pixels, rng))(params)
 
 
+def count_loops(world: World, params: Params, pixels: jax.Array, rng: jax.Array) -> int:
+    """Count the loops, forward and backward, of the compiled gradient of the sum of all losses."""
+    def total(params: Params) -> jax.Array:
+        return sum(world.apply({'params': params}, pixels, rng).values())
+
+    return jax.jit(jax.grad(total)).lower(params).compile().as_text().count(' while(')
+
+
 def gradient_norms(grads: dict[str, Params]) -> dict[str, dict[str, float]]:
     """Return, for each part of the model, the norm of each loss's gradient."""
     def row(part_of: Callable[[Params], Params]) -> dict[str, float]:
@@ -401,6 +482,7 @@ class Result(NamedTuple):
     course: dict[str, np.ndarray]
     norms: dict[str, dict[str, float]]
     accuracy: dict[str, dict[str, float]]
+    loops: dict[type[EncodingElement], int]
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
@@ -409,6 +491,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--output', default='two_pass_encoding.png', help='the picture')
     parser.add_argument('--quick', action='store_true', help='a tiny run, to see that it works')
+    parser.add_argument('--shared', action='store_true', help='all losses look at the same scan')
     args = parser.parse_args(argv)
     steps = (30 if args.quick else 3000) if args.steps is None else args.steps
     if steps < 1:
@@ -416,15 +499,25 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
     digits, held_out, mean = load_data()
     world = World(iterations=8) if args.quick else World()
+    if args.shared:
+        world = world.clone(element=SharedElement)
     params = init(world, jax.random.key(args.seed))
     accuracy = {'untrained': probe_codes(world, params, digits, held_out)}
 
     params, course = train(world, params, digits, steps=steps, seed=args.seed)
     accuracy['trained'] = probe_codes(world, params, digits, held_out)
 
-    norms = gradient_norms(gradients(world, params, digits.pixels[:128], jax.random.key(0)))
+    example = digits.pixels[:128], jax.random.key(0)
+    norms = gradient_norms(gradients(world, params, *example))
     print('\nWhich loss moves what: norms of gradients, 0 is exactly zero')
     print_table(norms, 5)
+
+    loops = {}
+    if args.shared:
+        print('\nLoops of the compiled step, one of which draws the noise')
+        for element, what in LOOPS.items():
+            loops[element] = count_loops(world.clone(element=element), params, *example)
+            print(f'{loops[element]:4}  {what}')
 
     print(f'\nAccuracy of a linear probe on the {world.units} numbers of a code, held-out digits')
     print_table(accuracy, 3)
@@ -437,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     _, _, drawings = infer_codes(world, params, shown, jax.random.key(1))
     save_picture(args.output, course, shown + mean, drawings + mean)
     print(f'\nLoss curves and drawings: {args.output}')
-    return Result(course, norms, accuracy)
+    return Result(course, norms, accuracy, loops)
 
 
 if __name__ == '__main__':

@@ -180,9 +180,9 @@ def gradient_views(predicates: Mapping[str, Predicate], *, collections: Any = 'p
       allow_unmatched: accept a glob or regex that selects nothing.
 
     Returns:
-      A callable of a target. The target's result becomes a dict with an output for each name. What
-      the target writes, sown values too, does not depend on any entry: it is a constant as far as
-      the parameters go. Return what a loss needs.
+      A callable of a target. The target's result becomes a dict with an output for each name. The
+      target is traced, as by `jax.jit`. What it writes, sown values too, belongs to no entry, and
+      is a constant as far as the selected collections go: return what a loss needs.
 
     Raises:
       PredicateError: a predicate or ``collections`` is none.

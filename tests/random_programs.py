@@ -1396,6 +1396,7 @@ def check_views(program: Program, filters: dict[str, Mask], *, second: bool = Fa
     assert_same(grads, wanted, 'gradient', rtol=1e-3)
     if second and forward:
         check_second_order(fn, two_copies, args, inside)
+        check_other_orders(fn, two_copies, args, inside)
     return any(bool((g == 0).all()) for g in jax.tree.leaves(grads[0]))
 
 
@@ -1409,6 +1410,27 @@ def check_second_order(fn: Callable, two_copies: Callable, args: tuple, inside: 
     for name, order in (('jvp', first), ('jvp of grad', again)):
         got = inside(lambda order=order: traced(order(fn))(*args))
         assert_same(got, traced(order(meant))(*args), name, rtol=1e-3)
+
+
+def check_other_orders(fn: Callable, two_copies: Callable, args: tuple, inside: Callable) -> None:
+    """Compare reverse over reverse, reverse over forward, and a third derivative."""
+    step = tangents_of(args)
+    meant = lambda *xs: two_copies(*xs, args[0])  # noqa: E731
+
+    def along(f: Callable) -> Callable:  # the derivative of a function in a fixed direction
+        return lambda *xs: jax.jvp(f, xs, step)[1]
+
+    def slope(f: Callable) -> Callable:  # the same in reverse mode
+        return lambda *xs: sum(jax.tree.leaves(jax.tree.map(
+            lambda g, s: (g * s).sum(), jax.grad(f, (0, 1, 2))(*xs), step)))
+
+    orders = {'grad of grad': lambda f: jax.grad(slope(f), (0, 1, 2)),
+              'grad of jvp': lambda f: jax.grad(along(f), (0, 1, 2)),
+              'third': lambda f: jax.grad(slope(along(f)), (0, 1, 2))}
+    for name, order in orders.items():
+        got, want = (lambda f=f, order=order: traced(order(lambda *xs: f(*xs)[0]))(*args)
+                     for f in (fn, meant))
+        assert_same(inside(got), want(), name, rtol=1e-3)
 
 
 # Shrinking ---------------------------------------------------------------------------------------

@@ -207,3 +207,103 @@ def test_the_optimiser_has_the_groups_of_the_copies(example, by_hand, setting):
         lambda *variable: ('gln', 'code', 'explanation')[by_hand.part_of(*variable)],
         params['encoding'])
     assert labels == groups
+
+
+# --- The variant in which all losses look at the same run of the sampler --------------------------
+
+
+@pytest.fixture(scope='module')
+def found(modules, setting):
+    """The gradient of each loss, and the losses, by the name of the element."""
+    world, params, *rest = setting
+
+    def run(element):
+        def losses(params):
+            values = world.clone(element=element).apply({'params': params}, *rest)
+            return values, values
+        return jax.device_get(jax.jit(jax.jacrev(losses, has_aux=True))(params))
+
+    return {element.__name__: run(element) for element in modules[0].LOOPS}
+
+
+@pytest.fixture(scope='module')
+def grads_of(found):
+    return {name: grads for name, (grads, _) in found.items()}
+
+
+def assert_close(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        scale = abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * scale,
+                                   err_msg=jax.tree_util.keystr(path))
+
+
+def test_views_of_one_run_and_a_run_in_each_block_give_the_same_gradients(grads_of):
+    assert_close(grads_of['SharedElement'], grads_of['SharedElementByBlocks'])
+
+
+@pytest.mark.parametrize('loss', ['reader', 'gln', 'explanation'])
+def test_losses_whose_meaning_is_the_same_have_the_same_gradients(grads_of, loss):
+    assert_close(grads_of['SharedElement'][loss], grads_of['EncodingElement'][loss])
+
+
+def test_code_loss_has_the_gradient_of_one_more_term(example, by_hand, setting, grads_of):
+    world, params, pixels, rng = setting
+    element = example.EncodingElement(world.observation_features, world.units, world.iterations)
+    observation = world.apply({'params': params}, pixels, method=lambda w, x: w.retina(x))
+    noise = element.noise(observation, rng)
+
+    @jax.jit
+    @jax.grad
+    def by_copies(weights):
+        _, _, weights_c, _ = by_hand.stop_gradient_on_some_weights(weights)
+
+        def term(e):
+            code = example.iterated_sampler(e.gln(observation), e.quick_code(observation), noise)
+            return example.squared_error(e.explanation(code.message), observation)
+        return element.apply({'params': weights_c}, method=term)
+
+    term = jax.device_get(by_copies(params['encoding']))
+    before = grads_of['EncodingElement']['code']
+    want = jax.tree.map(np.add, before['encoding'], term)
+    assert_close(grads_of['SharedElement']['code'], {**before, 'encoding': want})
+    for part in ('code_value', 'code_presence'):  # and it is a term that one would miss
+        norms = [by_hand.optax.tree.norm(tree[part]) for tree in (term, want)]
+        assert norms[0] > 0.002 * norms[1] > 0
+
+
+@pytest.mark.parametrize('element', ['SharedElement', 'SharedElementByBlocks'])
+def test_each_loss_of_the_variant_moves_its_own_part(example, grads_of, element):
+    assert moved(example.gradient_norms(grads_of[element])) == MOVES
+
+
+def test_values_of_the_variant_are_those_of_the_blocks(found):
+    own, views, blocks = (values for _, values in found.values())
+    for name in MOVES:
+        np.testing.assert_allclose(views[name], blocks[name], rtol=1e-5)
+        if name == 'code':
+            assert views[name] > own[name] + 0.1
+        else:
+            np.testing.assert_allclose(views[name], own[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize('element, runs', [
+    ('EncodingElement', 1), ('SharedElement', 1), ('SharedElementByBlocks', 3)])
+def test_runs_of_the_sampler(example, setting, element, runs):
+    world, params, *rest = setting
+    world = world.clone(element=getattr(example, element))
+    assert loops(lambda params: world.apply({'params': params}, *rest), params) == runs
+
+
+def test_shared_run_from_end_to_end(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(example, 'probe', lambda *_: 0.5)  # the other tests look at codes
+    result = example.main(['--quick', '--shared', '--output', str(tmp_path / 'picture.png')])
+    assert moved(result.norms) == MOVES
+    assert (tmp_path / 'picture.png').exists()
+    own, views, blocks = result.loops.values()
+    assert views == own + 1  # another loss trains through the sampler: one more pass back
+    assert blocks > views
+    out = capsys.readouterr().out
+    for element, what in example.LOOPS.items():
+        assert f'{result.loops[element]:4}  {what}\n' in out

@@ -151,11 +151,21 @@ def test_forward_mode_where_there_is_no_reverse():
     assert_same(got, want, 'jacfwd', rtol=1e-4)
 
 
+@jax.custom_vjp
+def clipped(v):
+    return v
+
+
+clipped.defvjp(lambda v: (v, v), lambda v, ct: (jnp.clip(ct, -0.1, 0.1) + 0 * v,))
+
+
 @pytest.mark.parametrize('wrap', [lambda f: f, jax.jit, jax.checkpoint, lambda f: lambda p, x: (
     jax.lax.scan(lambda c, _: (c + f(p, x), None), 0.0, None, length=2)[0])],
     ids=['plain', 'jit', 'remat', 'scan'])
-def test_rules_for_reverse_mode_alone(wrap):
-    clip = sg.map_gradient(True, lambda info, ct: jnp.clip(ct, -0.1, 0.1))
+@pytest.mark.parametrize('clip', [
+    lambda p: jax.tree.map(clipped, p),
+    sg.map_gradient(True, lambda info, ct: jnp.clip(ct, -0.1, 0.1))], ids=['custom_vjp', 'mapped'])
+def test_rules_for_reverse_mode_alone(wrap, clip):
 
     def fn(p, x):
         return wrap(lambda p, x: p['b'] * clip(p)['a'] ** 2 * x)(p, x)
