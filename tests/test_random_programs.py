@@ -33,19 +33,19 @@ def check_seed(seed, **how):
 
 
 @pytest.mark.parametrize('part', range(6))
-@settings(deterministic, max_examples=40)
+@settings(deterministic, max_examples=20)
 @given(seeds)
 def test_random_programs(part, seed):
     check_seed(6 * seed + part)
 
 
-@settings(deterministic, max_examples=5)
+@settings(deterministic, max_examples=3)
 @given(seeds)
 def test_random_programs_eager_and_compiled(seed):
     check_seed(seed, modes=('eager', 'jit'))
 
 
-@settings(deterministic, max_examples=20)
+@settings(deterministic, max_examples=12)
 @given(seeds)
 def test_random_programs_at_second_order(seed):
     check_seed(seed, modes=('traced',), second=True)

@@ -712,11 +712,11 @@ def test_reads_inside_are_stopped_and_reads_outside_are_live(form, host):
     if host == 'ClosureHost' and form in ('Dropout', 'RandomSetup'):
         return  # drawing keys in a cached trace repeats them, with and without blocks
     check(SMALL[form], HOSTS[host], 'MLM')
-    if host in ('SetupHost', 'FirstUseHost', 'bind'):
+    if host in ('SetupHost', 'FirstUseHost'):
         check(SMALL[form], HOSTS[host], 'LM')
 
 
-@pytest.mark.parametrize('host', ['SetupHost', 'FirstUseHost', 'MirrorHost', 'apply'])
+@pytest.mark.parametrize('host', ['SetupHost', 'MirrorHost', 'apply'])
 @pytest.mark.parametrize('form', LARGE)
 def test_reads_of_lifted_and_large_modules(form, host):
     check(LARGE[form], HOSTS[host], 'MLM', jit=True)

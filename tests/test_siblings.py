@@ -200,8 +200,9 @@ def check(kind, use, which, run=traced):
             assert_same(run(order(f))(PARAMS, X), run(order(plain))(PARAMS, X), kind, rtol=1e-3)
 
 
-@pytest.mark.parametrize('use', USES)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, use', [
+    *((kind, use) for kind in ('scale', 'clip', 'bend', 'replace') for use in USES),
+    *((kind, use) for kind in ('reverse', 'zero', 'constant') for use in ('block', 'tree'))])
 def test_each_use(kind, use):
     check(kind, use, 'some')
 
@@ -214,7 +215,7 @@ def test_each_kind_of_predicate(kind, which):
 
 
 @pytest.mark.parametrize('kind, run', [
-    ('scale', jax.jit), ('clip', jax.jit), ('replace', jax.jit), ('clip', lambda f: f)])
+    ('scale', jax.jit), ('replace', jax.jit), ('clip', lambda f: f)])
 def test_as_jax_runs_it(kind, run):
     check(kind, 'block', 'some', run)
 
@@ -737,7 +738,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize('jit', [False, True])
-@pytest.mark.parametrize('seed', range(12))
+@pytest.mark.parametrize('seed', range(8))
 def test_random_nests_against_functions_by_hand(seed, jit):
     rng = np.random.default_rng(seed)
     names = list(rng.choice(list(STEPS), size=rng.integers(2, 5)))

@@ -184,7 +184,7 @@ def shared_key(request):
     _active.state.shared.owners.clear()
 
 
-@pytest.mark.parametrize('seed, jit', [*((seed, True) for seed in range(4)), (1, False)])
+@pytest.mark.parametrize('seed, jit', [(0, True), (1, True), (1, False)])
 @pytest.mark.parametrize('blocks', ['inside', 'around'])
 def test_random_nests_of_blocks_around_cached_functions(seed, blocks, jit, shared_key):
     """Blocks share a key of JAX's caches until a trace depends on one; no order may show that."""

@@ -385,8 +385,7 @@ def by_runs(mutable):
     return run
 
 
-MUTABLE = {'state': ['batch_stats'], 'sown': ['batch_stats', 'intermediates'],
-           'params': ['batch_stats', 'params'], 'all': ['batch_stats', 'params', 'intermediates']}
+MUTABLE = {'sown': ['batch_stats', 'intermediates'], 'params': ['batch_stats', 'params']}
 
 
 @pytest.mark.parametrize('mutable', MUTABLE)
@@ -573,7 +572,7 @@ def test_collections():
         assert (grads['params']['w'], grads['consts']['scale']) == (3, want)
 
 
-@settings(deterministic, max_examples=30)
+@settings(deterministic, max_examples=14)
 @given(seeds)
 def test_random_programs(seed):
     program, how = draw_views(seed)
