@@ -52,7 +52,7 @@ def in_lanes(fun: Callable[[int], tuple[Any, Any]], lanes: int) -> tuple[list[An
     finally:
         tracing.levels = level
     treedef, count = jax.tree.structure(shape), len(jax.tree.leaves(shape[0]))
-    # What was only handed on stays what it is: a variable that was not written is not a constant.
+    # What was only handed on stays what it is: nn.scan wants broadcast variables back unchanged.
     inputs = dict(zip(map(id, closed.jaxpr.constvars), closed.consts, strict=True))
     handed = [None] * count + [inputs.get(id(var)) for var in closed.jaxpr.outvars[count:]]
 

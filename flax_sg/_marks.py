@@ -50,11 +50,7 @@ def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int) -> tuple:
             'variable that it reads inside the derivative; the result would differ between the '
             'views. Read the variable first, and differentiate a function of its value.')
     out = _mark_p.bind(x, lanes=lanes, level=level)
-    if type(t) is ad.Zero:
-        return out, t
-    if lanes is False:
-        return out, ad.Zero(jax.typeof(t))
-    return out, _tangent_p.bind(t, lanes=lanes, level=level)
+    return out, t if type(t) is ad.Zero else _tangent_p.bind(t, lanes=lanes, level=level)
 
 
 def _tangent(t: jax.Array, *, lanes: Any, level: int) -> jax.Array:

@@ -280,6 +280,12 @@ def test_a_traced_factor_under_jit_vmap_and_scan():
     assert jax.jit(grad)(2.0) == 6
     assert jax.vmap(grad)(jnp.arange(3.0)).tolist() == [0, 3, 6]
     assert jax.lax.scan(lambda c, f: (c, grad(f)), 0, jnp.arange(3.0))[1].tolist() == [0, 3, 6]
+    vector = lambda w, f: jax.grad(
+        lambda w: (sg.scale_gradient(True, f)({'w': w})['w'] ** 2).sum())(w)
+    for axes in ((None, 0), (1, 0), (1, None)):  # of weights (3, 2), and of factors
+        w, f = jnp.ones((3, 2) if axes[0] else 3), jnp.arange(2.0) if axes[1] == 0 else 2.0
+        want = 2 * jnp.ones((2, 3)) * jnp.reshape(jnp.asarray(f), (-1, 1))
+        assert jnp.array_equal(jax.vmap(vector, axes)(w, f), want)
 
 
 def test_a_traced_factor_leaves_no_tracer_behind(no_leaks):

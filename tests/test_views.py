@@ -179,13 +179,18 @@ def test_collectives_and_effects_in_the_target():
     def fn(p, x):
         jax.debug.callback(seen.append, x)
         mean = jax.lax.pmean(p['a'] * x, 'i')
-        return p['b'] * mean ** 2 * (1.0 + jax.lax.axis_index('i'))
+        place = 1.0 + jax.lax.axis_index('i')
+        return p['b'] * mean ** 2 * place + p['a'] * jnp.sin(place)
 
     def grad(fn):
         def loss(p, xs):
             out = jax.vmap(fn, (None, 0), axis_name='i')(p, xs)
             return sum((k + 1) * (v ** 2).sum() for k, v in enumerate(out.values()))
         return jax.jit(jax.grad(loss, (0, 1)))
+
+    by_place = jax.vmap(sg.gradient_views({'a': 'a'})(
+        lambda p: p['a'] * jax.lax.axis_index('i')), None, axis_name='i', axis_size=3)(AB)
+    assert_same(by_place['a'], AB['a'] * jnp.arange(3.0), 'value')
 
     seen, xs = [], jnp.array([0.5, 1.0, 2.0])
     got = grad(sg.gradient_views({'a': 'a', 'b': 'b'})(fn))(AB, xs)
@@ -555,6 +560,32 @@ def test_a_module_captured_by_the_target_is_covered():
                                                      'bias': jnp.ones(1)}}
     got = jax.grad(lambda p: Net().apply({'params': p}, jnp.float32(1)))(params)['two']
     assert jax.tree.map(float, got) == {'a': 6 + 66, 'b': 0}
+
+
+@pytest.mark.parametrize('wrap', [jax.checkpoint, jax.jit, lambda f: f])
+def test_a_captured_module_read_in_a_function_that_is_run_again(wrap):
+    """What is recomputed in the linear map of one entry is a constant of that entry too."""
+    class Net(nn.Module):
+        def setup(self):
+            self.two, self.other = Two(), nn.Dense(1)
+
+        def __call__(self, x):
+            if self.is_initializing():
+                return {'a': self.two(x) + self.other(x[None]).sum()}
+            read = lambda name: self.two.get_variable('params', name)
+            views = sg.gradient_views({'a': '../two/a', 'b': '../two/b'})
+            return views(lambda other: wrap(lambda x: jnp.sin(read('a') * x) * read('b') ** 2)(x))(
+                self.other)
+
+    def hand(p, x):
+        held = lambda name: {k: v if k == name else jax.lax.stop_gradient(v) for k, v in p.items()}
+        return {name: jnp.sin(held(name)['a'] * x) * held(name)['b'] ** 2 for name in 'ab'}
+
+    dense = {'kernel': jnp.ones((1, 1)), 'bias': jnp.ones(1)}
+    ours = lambda p, x: Net().apply({'params': {'two': p, 'other': dense}}, x)
+    for name in ('grad', 'hessian', 'reverse over reverse', 'third'):
+        got, want = (jax.jit(ORDERS[name](squared(f)))(AB, 0.5) for f in (ours, hand))
+        assert_same(got, want, name, rtol=1e-4)
 
 
 def test_collections():
