@@ -286,6 +286,9 @@ def test_a_traced_factor_under_jit_vmap_and_scan():
         w, f = jnp.ones((3, 2) if axes[0] else 3), jnp.arange(2.0) if axes[1] == 0 else 2.0
         want = 2 * jnp.ones((2, 3)) * jnp.reshape(jnp.asarray(f), (-1, 1))
         assert jnp.array_equal(jax.vmap(vector, axes)(w, f), want)
+    outside = jax.grad(lambda w: jax.vmap(lambda f: (
+        sg.scale_gradient(True, f)({'w': w})['w'] ** 2).sum())(jnp.arange(3.0)).sum())
+    assert outside(jnp.ones(4)).tolist() == [6] * 4
 
 
 def test_a_traced_factor_leaves_no_tracer_behind(no_leaks):
