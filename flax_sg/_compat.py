@@ -1,9 +1,9 @@
 """The only importer of private names of flax and jax.
 
-Flax has no public hook for reads of variables. Haiku has one, the custom getter; here are the four
-points of Flax at which one has to stand, each with its version and reason. A *tap* wraps one
-function of Flax for good, at import. While no block is open it does what Flax does; it keeps no
-state, and nothing is patched or restored when a block opens or closes.
+Flax has no public hook for reads of variables. Haiku has one, the custom getter; here are the
+points of Flax at which one has to stand, each with its reason. A *tap* wraps one function of Flax
+for good, at import. While no block is open it does what Flax does; it keeps no state, and nothing
+is patched or restored when a block opens or closes.
 
 Checked with flax 0.12.8 and 0.12.12, jax 0.10.2 and 0.12.0.1.
 """

@@ -22,7 +22,10 @@ from flax_sg._glob import compile_glob, literal_start
 from flax_sg._info import Path, VariableInfo, map_tree, walk
 from flax_sg._unmatched import check_matched
 
-__all__ = ['Filter', 'Predicate', 'as_filter', 'everything', 'nothing', 'path', 'regex', 'where']
+__all__ = [
+    'Filter', 'Predicate', 'as_filter', 'everything', 'nothing', 'path', 'regex', 'where',
+    'written',
+]
 
 
 Predicate = Union[
@@ -404,3 +407,8 @@ def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
 
 def _kind(value: Any) -> str:
     return f'an object of type {type(value).__name__}'
+
+
+def written(filter: Filter) -> str:
+    """Show a filter as the user most likely wrote it."""
+    return repr(filter.pattern) if isinstance(filter, _Glob) else repr(filter)

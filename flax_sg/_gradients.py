@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from flax_sg._callables import value_key
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
-from flax_sg._jaxprs import closed_over, evaluate
+from flax_sg._jaxprs import at_front, closed_over, define, evaluate
 from flax_sg._mapped import Mapped, make_mapped
 from flax_sg._transform import Transform, make, map_traced
 
@@ -48,14 +48,14 @@ class ScaleGradient(Transform):
 
 # A primitive, not jax.custom_jvp: jax 0.10 forgets such a rule where it splits the body of a scan,
 # so that a second derivative lost the factor. The factor is a parameter if it is a float, otherwise
-# an operand, of shape () or of x's rank.
-_scaled_p = Primitive('flax_sg_scale_gradient')
+# an operand.
+_scaled_p = define('flax_sg_scale_gradient')
 
 
 def _scaled(x: jax.Array, factor: Any) -> jax.Array:
     if isinstance(factor, float):
         return _scaled_p.bind(x, factor=factor)
-    return _scaled_p.bind(x, factor, factor=None)
+    return _scaled_p.bind(x, jnp.broadcast_to(jnp.asarray(factor, x.dtype), x.shape), factor=None)
 
 
 def _scaled_jvp(primals: tuple, tangents: tuple, *, factor: float | None) -> tuple:
@@ -63,34 +63,10 @@ def _scaled_jvp(primals: tuple, tangents: tuple, *, factor: float | None) -> tup
     t = tangents[0]
     if type(t) is ad.Zero:
         return out, t
-    if factor is None:
-        return out, t * jnp.asarray(primals[1], t.dtype)
-    return out, jax.lax.mul(t, jax.lax.full_like(t, factor))  # less to trace than jnp's product
+    return out, jax.lax.mul(t, jax.lax.full_like(t, factor) if factor is not None else primals[1])
 
 
-def _scaled_batched(args: tuple, dims: tuple, *, factor: float | None) -> tuple:
-    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    x = args[0] if dims[0] is not None else jnp.broadcast_to(args[0], (size, *args[0].shape))
-    x = jnp.moveaxis(x, dims[0] or 0, 0)
-    if factor is None:
-        f = args[1] if dims[1] is None else jnp.moveaxis(args[1], dims[1], 0)
-        if dims[1] is not None and f.ndim == 1:
-            f = f.reshape(size, *(1,) * (x.ndim - 1))
-        elif dims[1] is None and f.ndim:
-            f = f[None]
-        return _scaled_p.bind(x, f, factor=None), 0
-    return _scaled_p.bind(x, factor=factor), 0
-
-
-def _same(x: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    return x
-
-
-_scaled_p.def_impl(_same)
-_scaled_p.def_abstract_eval(_same)
 ad.primitive_jvps[_scaled_p] = _scaled_jvp
-batching.primitive_batchers[_scaled_p] = _scaled_batched
-mlir.register_lowering(_scaled_p, mlir.lower_fun(_same, multiple_results=False))
 
 
 def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'params',
@@ -162,12 +138,6 @@ class MapGradient(Mapped):
         return out
 
 
-# The value, and a linear map of its tangent that can be transposed and nothing else. Operands are
-# the value or tangent and what the function closes over.
-_mapped_p = Primitive('flax_sg_map_gradient')
-_pull_p = Primitive('flax_sg_map_gradient_tangent')
-
-
 def _mapped_jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:
     out = _mapped_p.bind(*primals, **params)  # not x: as for _scaled_p
     if type(tangents[0]) is ad.Zero:
@@ -192,23 +162,20 @@ def _mapped_batched(primitive: Primitive, axis: Any, args: tuple, dims: tuple, *
                     pull: ClosedJaxpr, **params: Any) -> tuple:
     if all(d is None for d in dims):
         return primitive.bind(*args, pull=pull, **params), None
-    x = args[0] if dims[0] is not None else jnp.broadcast_to(args[0], (axis.size, *args[0].shape))
-    x = jnp.moveaxis(x, dims[0] or 0, 0)
-    run = jax.vmap(functools.partial(evaluate, pull), (*dims[1:], 0), axis_name=axis.name,
-                   axis_size=axis.size, spmd_axis_name=axis.spmd_name)
-    batched = jax.make_jaxpr(run)(*args[1:], x)
-    return primitive.bind(x, *args[1:], pull=batched, **params), 0
+    x, *consts = at_front(axis, args, dims)
+    run = jax.vmap(functools.partial(evaluate, pull), axis_name=axis.name, axis_size=axis.size,
+                   spmd_axis_name=axis.spmd_name)
+    return primitive.bind(x, *consts, pull=jax.make_jaxpr(run)(*consts, x), **params), 0
 
 
-_mapped_p.def_impl(_same)
-_pull_p.def_impl(_no_forward_mode)
+# The value, and a linear map of its tangent that can be transposed and nothing else. Operands are
+# the value or tangent and what the function closes over.
+_mapped_p = define('flax_sg_map_gradient')
+_pull_p = define('flax_sg_map_gradient_tangent', _no_forward_mode)
 ad.primitive_jvps[_mapped_p] = _mapped_jvp
 ad.primitive_jvps[_pull_p] = _no_forward_mode
 ad.primitive_transposes[_pull_p] = _pulled
-mlir.register_lowering(_mapped_p, mlir.lower_fun(_same, multiple_results=False))
-mlir.register_lowering(_pull_p, _no_forward_mode)
 for primitive in (_mapped_p, _pull_p):
-    primitive.def_abstract_eval(_same)
     batching.fancy_primitive_batchers[primitive] = functools.partial(_mapped_batched, primitive)
 
 

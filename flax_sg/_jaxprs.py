@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,12 @@ import jax
 from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import batching, mlir
 
-__all__ = ['closed_over', 'define', 'evaluate']
+__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first']
+
+
+def first(x: Any, *_: Any, **__: Any) -> Any:
+    """Return the first of some operands."""
+    return x
 
 
 def evaluate(jaxpr: ClosedJaxpr, *args: Any) -> list:
@@ -32,9 +38,25 @@ def closed_over(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, list]:
         closed.consts, *args), closed.consts
 
 
-def define(primitive: Primitive, run: Callable) -> None:
-    """Say what a primitive does whose one output is like its first operand."""
+def define(name: str, run: Callable = first) -> Primitive:
+    """Make a primitive that works element by element on operands of one shape.
+
+    Its one output is of the shape and dtype of the first operand; ``run`` says what it does.
+    """
+    primitive = Primitive(name)
     primitive.def_impl(run)
-    primitive.def_abstract_eval(lambda x, *_, **__: x)
-    batching.defvectorized(primitive)
+    primitive.def_abstract_eval(first)
+    batching.fancy_primitive_batchers[primitive] = functools.partial(_batched, primitive)
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    return primitive
+
+
+def _batched(primitive: Primitive, axis: Any, args: tuple, dims: tuple, **params: Any) -> tuple:
+    if all(dim is None for dim in dims):
+        return primitive.bind(*args, **params), None
+    return primitive.bind(*at_front(axis, args, dims), **params), 0
+
+
+def at_front(axis: Any, args: tuple, dims: tuple) -> list:
+    """Return the operands of a batched primitive with the batch in front, one that has none too."""
+    return [batching.bdim_at_front(x, dim, axis.size) for x, dim in zip(args, dims, strict=True)]

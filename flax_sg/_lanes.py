@@ -34,21 +34,21 @@ _lanes_p = Primitive('flax_sg_lanes')
 _lanes_p.multiple_results = True
 
 
-def in_lanes(fun: Callable[[int], tuple[Any, Any]], lanes: int) -> tuple[list[Any], Any]:
+def in_lanes(fun: Callable[[], tuple[Any, Any]], lanes: int) -> tuple[list[Any], Any]:
     """Run a function once, and return its output once for each lane.
 
     Args:
-      fun: gets the level for its marks, and returns the output and what else it made, two trees of
-        arrays. It is traced, once. What it closes over is differentiated as usual.
+      fun: returns the output and what else it made, two trees of arrays. It is traced, once. What
+        it closes over is differentiated as usual.
       lanes: how many there are.
 
     Returns:
       The output for each lane; and what else was made, in which all marked values are constants.
     """
     level = tracing.levels
-    tracing.levels = level + 1
+    tracing.levels += 1
     try:
-        closed, shape = jax.make_jaxpr(lambda: fun(level), return_shape=True)()
+        closed, shape = jax.make_jaxpr(fun, return_shape=True)()
     finally:
         tracing.levels = level
     treedef, count = jax.tree.structure(shape), len(jax.tree.leaves(shape[0]))
@@ -157,7 +157,7 @@ def _inexact(x: Any) -> bool:
 # tells them apart, as their derivatives differ. So the linear maps see the first lane's values, and
 # of the others nothing but their derivatives; that is done in a checkpoint, so that what the scan
 # stacks is what goes in there, of which all but the first lane's is not used.
-_seen_as_p = Primitive('flax_sg_seen_as')
+_seen_as_p = define('flax_sg_seen_as')
 
 
 def _seen_as(value: jax.Array, own: jax.Array) -> jax.Array:
@@ -169,7 +169,6 @@ def _is_computed(primitive: Primitive, *_: Any, **__: Any) -> bool:
     return primitive is not _seen_as_p
 
 
-define(_seen_as_p, lambda value, own: value)
 ad.primitive_jvps[_seen_as_p] = lambda primals, tangents: (_seen_as_p.bind(*primals), tangents[1])
 
 

@@ -12,20 +12,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import ad
 
 from flax_sg._errors import UsageError
 from flax_sg._jaxprs import define
 
-__all__ = ['NO_LANE', 'mark', 'of_lane', 'tracing']
+__all__ = ['NO_LANE', 'level', 'mark', 'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
 
+
+def _tangent(t: jax.Array, *, lanes: Any, level: int) -> jax.Array:
+    return jnp.zeros_like(t) if lanes is False else t
+
+
 # The mark, and the same for tangents. `lanes` has a bool for each lane; in what belongs to one lane
 # it is that lane's. `level` counts the functions around this one whose lanes are being traced.
-_mark_p = Primitive('flax_sg_lane')
-_tangent_p = Primitive('flax_sg_lane_tangent')
+_mark_p = define('flax_sg_lane')
+_tangent_p = define('flax_sg_lane_tangent', _tangent)
 
 
 def mark(x: jax.Array, lanes: tuple[bool, ...], level: int) -> jax.Array:
@@ -42,6 +47,11 @@ class _Tracing(threading.local):
 tracing = _Tracing()
 
 
+def level() -> int:
+    """Return the level of the innermost function that is being traced."""
+    return tracing.levels - 1
+
+
 def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int) -> tuple:
     (x,), (t,) = primals, tangents
     if level < tracing.levels:
@@ -53,16 +63,10 @@ def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int) -> tuple:
     return out, t if type(t) is ad.Zero else _tangent_p.bind(t, lanes=lanes, level=level)
 
 
-def _tangent(t: jax.Array, *, lanes: Any, level: int) -> jax.Array:
-    return jnp.zeros_like(t) if lanes is False else t
-
-
 def _transpose(cotangent: jax.Array, *, lanes: Any, level: int) -> list:
     return [None if lanes is False else _tangent_p.bind(cotangent, lanes=lanes, level=level)]
 
 
-define(_mark_p, lambda x, **_: x)
-define(_tangent_p, _tangent)
 ad.primitive_jvps[_mark_p] = _jvp
 ad.deflinear(_tangent_p, _transpose)
 

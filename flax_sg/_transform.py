@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import linen
 from flax.core.scope import DenyList, in_filter
 
-from flax_sg import _filters, _linen
+from flax_sg import _linen
 from flax_sg._active import state
 from flax_sg._errors import PredicateError, UsageError
-from flax_sg._filters import Filter, Predicate, as_filter
+from flax_sg._filters import Filter, Predicate, as_filter, written
 from flax_sg._info import VariableInfo, map_tree, walk
 from flax_sg._unmatched import check_matched
 
@@ -111,19 +111,12 @@ class Transform:
         return hash(self.key())
 
     def __repr__(self) -> str:
-        parts = [shown(self.filter), *self.shown()]
+        parts = [written(self.filter), *self.shown()]
         if self.collections != 'params':
             parts.append(f'collections={self.collections!r}')
         if self.allow_unmatched:
             parts.append('allow_unmatched=True')
         return f'{self.name}({", ".join(parts)})'
-
-
-def shown(filter: Filter) -> str:
-    """Show a filter as the user most likely wrote it."""
-    if isinstance(filter, _filters._Glob):
-        return repr(filter.pattern)
-    return repr(filter)
 
 
 def check_collections(collections: Any, name: str) -> Hashable:

@@ -18,13 +18,13 @@ import jax
 from flax_sg import _compat
 from flax_sg._compat import Module
 from flax_sg._errors import UsageError
-from flax_sg._filters import Filter, Predicate, as_filter, everything
+from flax_sg._filters import Filter, Predicate, as_filter, everything, written
 from flax_sg._info import VariableInfo
 from flax_sg._lanes import in_lanes
 from flax_sg._linen import fields_of
-from flax_sg._marks import mark
+from flax_sg._marks import level, mark
 from flax_sg._scope import open_at
-from flax_sg._transform import Transform, check_collections, map_traced, shown
+from flax_sg._transform import Transform, check_collections, map_traced
 
 __all__ = ['GradientViews', 'gradient_views']
 
@@ -100,40 +100,34 @@ class GradientViews:
                 f'be a bound flax.linen Module or a nested dict of parameters; got {got}.')
         return viewed
 
-    def _marked(self, level: int) -> Marked:
+    def _marked(self) -> Marked:
         union = functools.reduce(lambda a, b: a | b, (f for _, f in self.entries), everything)
-        return Marked(union, self.collections, self.allow_unmatched, self, level)
+        return Marked(union, self.collections, self.allow_unmatched, self, level())
 
     def _named(self, outs: list[Any]) -> dict[str, Any]:
         return {name: out for (name, _), out in zip(self.entries, outs, strict=True)}
 
     def _of_tree(self, fn: Callable, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        run = lambda level: (fn(self._marked(level)(params), *args, **kwargs), None)
+        run = lambda: (fn(self._marked()(params), *args, **kwargs), None)
         return self._named(in_lanes(run, len(self.entries))[0])
 
     def _of_call(self, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if module.is_initializing():
             return self._named([fn(module, *args, **kwargs)] * len(self.entries))
-        level = None
 
         @functools.wraps(fn)
         def in_block(module: Module, *args: Any, **kwargs: Any) -> Any:
-            with open_at(self._marked(level), module.scope):
+            with open_at(self._marked(), module.scope):
                 return fn(module, *args, **kwargs)
 
         def body(call: Callable) -> tuple[dict[str, Any], Any]:
-            def run(now: int) -> tuple[Any, Any]:
-                nonlocal level
-                level = now
-                return call()
-
-            outs, written = in_lanes(run, len(self.entries))
+            outs, written = in_lanes(call, len(self.entries))
             return self._named(outs), written
 
         return _compat.lifted_call(body, in_block, module, *args, **kwargs)
 
     def __repr__(self) -> str:
-        entries = ', '.join(f'{name!r}: {shown(filter)}' for name, filter in self.entries)
+        entries = ', '.join(f'{name!r}: {written(filter)}' for name, filter in self.entries)
         return f'gradient_views({{{entries}}})'
 
 
