@@ -3,18 +3,23 @@
 from flax_sg import _setup as _setup  # taps Flax's setup; _scope taps its reads
 from flax_sg import data_structures, nn
 from flax_sg._adaptors import from_haiku, from_nnx
+from flax_sg._assert_flow import assert_flow
 from flax_sg._constant import constant
 from flax_sg._errors import (
     FrozenVariableError,
     LabelError,
     PredicateError,
+    UnknownRecordError,
     UnmatchedPathError,
     UsageError,
 )
 from flax_sg._filters import Filter, everything, nothing, path, regex, where
+from flax_sg._flow import gradient_flow
 from flax_sg._gradients import map_gradient, scale_gradient
 from flax_sg._info import VariableInfo
 from flax_sg._labels import labels
+from flax_sg._obstacles import Verdict
+from flax_sg._records import Flow, FlowRecord
 from flax_sg._transform import Transform, stop_gradient
 from flax_sg._values import map_values, replace_values
 from flax_sg._views import gradient_views
@@ -22,9 +27,9 @@ from flax_sg._views import gradient_views
 __version__ = '0.1.0'
 
 __all__ = [
-    'Filter', 'FrozenVariableError', 'LabelError', 'PredicateError', 'Transform',
-    'UnmatchedPathError', 'UsageError', 'VariableInfo', 'constant', 'data_structures',
-    'everything', 'from_haiku', 'from_nnx', 'gradient_views', 'labels', 'map_gradient',
-    'map_values', 'nn', 'nothing', 'path', 'regex', 'replace_values', 'scale_gradient',
-    'stop_gradient', 'where',
+    'Filter', 'Flow', 'FlowRecord', 'FrozenVariableError', 'LabelError', 'PredicateError',
+    'Transform', 'UnknownRecordError', 'UnmatchedPathError', 'UsageError', 'VariableInfo',
+    'Verdict', 'assert_flow', 'constant', 'data_structures', 'everything', 'from_haiku',
+    'from_nnx', 'gradient_flow', 'gradient_views', 'labels', 'map_gradient', 'map_values', 'nn',
+    'nothing', 'path', 'regex', 'replace_values', 'scale_gradient', 'stop_gradient', 'where',
 ]

@@ -12,16 +12,20 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from flax_sg import _compat
 from flax_sg._compat import Scope
 from flax_sg._info import Path, VariableInfo, walk
+from flax_sg._lines import Frame, here
 from flax_sg._unmatched import unmatched
 
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
 __all__ = [
-    'Application', 'Entry', 'claim_key', 'lifted', 'opened', 'read_from', 'relative', 'state',
+    'NAME', 'Application', 'Entry', 'claim_key', 'lifted', 'named', 'opened', 'read_from',
+    'relative', 'state',
 ]
 
 
@@ -91,6 +95,7 @@ class Entry:
       transform: what is applied.
       opener: the absolute path of the module that opened it; paths are relative to it.
       family: the identity of the root variables it covers, or None to cover every root.
+      line: where in the user's code that was.
       attached: it belongs to a lifted module, and is open whenever that module is used.
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
@@ -99,8 +104,8 @@ class Entry:
     """
 
     __slots__ = (
-        'attached', 'family', 'kept', 'key', 'met', 'missing', 'names', 'opener', 'quiet', 'reads',
-        'roots', 'sharing', 'trace', 'transform')
+        'attached', 'family', 'kept', 'key', 'line', 'met', 'missing', 'names', 'opener', 'quiet',
+        'reads', 'roots', 'sharing', 'trace', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: dict | None, *,
                  attached: bool = False, initializing: bool = False):
@@ -108,6 +113,7 @@ class Entry:
         self.opener = opener
         self.family = family
         self.attached = attached
+        self.line = here()
         self.key = (transform.key(), opener, family is None)
         self.trace = _compat.trace_state()
         self.sharing = family is not None or not _compat.outside_traces()
@@ -128,12 +134,16 @@ class Entry:
         value made in another trace, in a function that JAX traces meanwhile, must stay in there.
         """
         if _compat.trace_state() != application.trace:
-            return self.transform.read(info, value, other)
+            return self._read(info, value, other)
         reads = self.reads.setdefault(application.life, {})
         name = (info.collection, info.absolute_path)
         if name not in reads or reads[name][0] is not value:
-            reads[name] = (value, self.transform.read(info, value, other))
+            reads[name] = (value, self._read(info, value, other))
         return reads[name][1]
+
+    def _read(self, info: VariableInfo, value: Any, other: Callable) -> Any:
+        with named(self.transform, self.line):
+            return self.transform.read(info, value, other)
 
     def covers(self, family: dict) -> bool:
         return self.family is None or self.family is family
@@ -187,6 +197,15 @@ class Entry:
         if self.missing and self.met:
             opener = f"'/{'/'.join(self.opener)}'"
             raise unmatched(self.missing[0], self.names, where=repr(self.transform), of=opener)
+
+
+# By this name an equation of a jaxpr tells which block made it; see _obstacles.
+NAME = 'flax_sg: '
+
+
+def named(transform: Transform, line: Frame | None) -> contextlib.AbstractContextManager:
+    """Run a read by a transform, opened at a line, so that its equations tell of it."""
+    return jax.named_scope(f'{NAME}{transform!r} at {line or ""}')
 
 
 def relative(path: Path, start: Path) -> Path:

@@ -24,10 +24,10 @@ from flax.linen import transforms as _transforms
 from jax._src import core as _core
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root',
+    'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root', 'is_ref',
     'lifted_call', 'outside_traces', 'packed_scopes', 'rewound_counters', 'root_variables',
-    'run_setup', 'scope_path', 'setup_pending', 'snapshot_counters', 'stored', 'tap',
-    'tap_pack', 'trace_state',
+    'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'setup_pending', 'snapshot_counters',
+    'stored', 'tap', 'tap_pack', 'trace_state', 'varying', 'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -163,3 +163,33 @@ def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:
 def tap_pack(fn: Callable) -> Callable:
     """Tap `flax.core.lift.pack`, through which every lifted transform hands variables on."""
     return tap(lift, 'pack')(fn)
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many operands of a scan are constants, and how many its carry has."""
+    if 'num_consts' in params:
+        return params['num_consts'], params['num_carry']
+    consts, carry, _ = params['ft_in'].unpack()  # since jax 0.12
+    return len(list(consts)), len(list(carry))
+
+
+def is_ref(aval: Any) -> bool:
+    """Say whether a value is a reference to a mutable array."""
+    return hasattr(aval, 'inner_aval')
+
+
+def varying(aval: Any) -> frozenset[str]:
+    """Return the mesh axes over which a value in the body of a `shard_map` varies."""
+    return aval.mat.varying if hasattr(aval, 'mat') else frozenset()
+
+
+def written_at(jaxpr: Any) -> tuple[str, str]:
+    """Return the name of the function that a jaxpr was made of, and its file."""
+    info = getattr(jaxpr, 'jaxpr', jaxpr).debug_info
+    name, _, place = (getattr(info, 'func_src_info', '') or '').partition(' at ')
+    return name, place.rpartition(':')[0]
+
+
+def scope_names(eqn: Any) -> list[str]:
+    """Return the names of `jax.named_scope` around an equation, the outermost first."""
+    return [scope.name for scope in eqn.source_info.name_stack.stack]

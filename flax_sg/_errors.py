@@ -3,7 +3,8 @@
 from flax.errors import ModifyScopeVariableError
 
 __all__ = [
-    'FrozenVariableError', 'LabelError', 'PredicateError', 'UnmatchedPathError', 'UsageError',
+    'FrozenVariableError', 'LabelError', 'PredicateError', 'UnknownRecordError',
+    'UnmatchedPathError', 'UsageError',
 ]
 
 
@@ -33,6 +34,12 @@ class LabelError(ValueError):
 
 class UsageError(ValueError, TypeError):
     """A transform was given something that it cannot take, or was used where it cannot work."""
+
+
+class UnknownRecordError(ValueError, KeyError):
+    """A :class:`flax_sg.Flow` has no record of that loss and parameter; it lists close names."""
+
+    __str__ = Exception.__str__  # KeyError would show the message's repr
 
 
 class FrozenVariableError(ModifyScopeVariableError):

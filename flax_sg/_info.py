@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from flax.core import FrozenDict, meta
 
-__all__ = ['Path', 'VariableInfo', 'map_tree', 'walk']
+__all__ = ['Path', 'VariableInfo', 'map_tree', 'names_of', 'walk']
 
 Path = tuple[str, ...]
 
@@ -86,3 +87,31 @@ def map_tree(fn: Callable[[VariableInfo, Any], Any], tree: Any, collection: str 
         return kind({name: rebuild(node[name]) for name in node})
 
     return rebuild(tree)
+
+
+def names_of(tree: Any) -> tuple[list[VariableInfo], list[Any], Any]:
+    """Return the names of the leaves of any pytree, the leaves, and the tree's structure.
+
+    Names do not show boxes, nor the variables of flax.nnx.
+    """
+    boxed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    infos = []
+    for keys, box in boxed:
+        path = tuple(map(_key_name, keys))
+        inner, _ = jax.tree_util.tree_flatten_with_path(box)
+        for more, leaf in inner:
+            names = path if len(inner) == 1 else (*path, *map(_key_name, more))
+            infos.append(VariableInfo.of(names, names, 'params', leaf))
+    leaves, treedef = jax.tree.flatten(tree)
+    return infos, leaves, treedef
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, (meta.AxisMetadata, nnx.Variable))
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ('key', 'name', 'idx'):  # of a dict, of a dataclass, of a sequence
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -7,15 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import batching, mlir
 
-__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first']
+__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves']
 
 
 def first(x: Any, *_: Any, **__: Any) -> Any:
     """Return the first of some operands."""
     return x
+
+
+def moves(aval: Any) -> bool:
+    """Say whether values of a type have tangents."""
+    return jnp.issubdtype(getattr(aval, 'dtype', jnp.int32), jnp.inexact)
 
 
 def evaluate(jaxpr: ClosedJaxpr, *args: Any) -> list:

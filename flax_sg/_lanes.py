@@ -29,18 +29,19 @@ from flax_sg._marks import NO_LANE, of_lane, tracing
 __all__ = ['in_lanes']
 
 # Operands: the inputs of `jaxpr`, whose first `count` results are the output, and the others what
-# else it made. Results: the output for each of the lanes, and what else it made.
+# else it made. Results: the output for each of `lanes`, and what else it made.
 _lanes_p = Primitive('flax_sg_lanes')
 _lanes_p.multiple_results = True
 
 
-def in_lanes(fun: Callable[[], tuple[Any, Any]], lanes: int) -> tuple[list[Any], Any]:
+def in_lanes(fun: Callable[[], tuple[Any, Any]], lanes: tuple[str, ...]
+             ) -> tuple[list[Any], Any]:
     """Run a function once, and return its output once for each lane.
 
     Args:
       fun: returns the output and what else it made, two trees of arrays. It is traced, once. What
         it closes over is differentiated as usual.
-      lanes: how many there are.
+      lanes: their names.
 
     Returns:
       The output for each lane; and what else was made, in which all marked values are constants.
@@ -62,7 +63,7 @@ def in_lanes(fun: Callable[[], tuple[Any, Any]], lanes: int) -> tuple[list[Any],
 
     jaxpr = jax.make_jaxpr(of_inputs)(*closed.consts)
     made = _lanes_p.bind(*closed.consts, jaxpr=jaxpr, count=count, lanes=lanes, level=level)
-    outs, aside = _parts(made, count, lanes)
+    outs, aside = _parts(made, count, len(lanes))
     rest = iter(aside)
     aside = [next(rest) if old is None else old for old in handed[count:]]
     trees = [treedef.unflatten([*out, *aside]) for out in outs]
@@ -74,23 +75,23 @@ def _parts(made: list, count: int, lanes: int) -> tuple[list[list], list]:
     return [made[i * count:(i + 1) * count] for i in range(lanes)], made[lanes * count:]
 
 
-def _run(*inputs: Any, jaxpr: ClosedJaxpr, count: int, lanes: int, level: int) -> list:
+def _run(*inputs: Any, jaxpr: ClosedJaxpr, count: int, lanes: tuple, level: int) -> list:
     made = evaluate(jaxpr, *inputs)
-    return made[:count] * lanes + made[count:]
+    return made[:count] * len(lanes) + made[count:]
 
 
-def _abstract(*_: Any, jaxpr: ClosedJaxpr, count: int, lanes: int, level: int) -> tuple:
+def _abstract(*_: Any, jaxpr: ClosedJaxpr, count: int, lanes: tuple, level: int) -> tuple:
     avals = list(jaxpr.out_avals)
-    return avals[:count] * lanes + avals[count:], jaxpr.effects
+    return avals[:count] * len(lanes) + avals[count:], jaxpr.effects
 
 
-def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lanes: int, level: int
-         ) -> tuple[list, list]:
+def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lanes: tuple,
+         level: int) -> tuple[list, list]:
     moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
     tangents = tuple(tangents[i] for i in moved)
     forward, push, push_aside, kept = _linearized(jaxpr, count, primals, moved)
     made = _lanes_p.bind(*primals, jaxpr=forward, count=count + kept, lanes=lanes, level=level)
-    outs, aside = _parts(made, count + kept, lanes)
+    outs, aside = _parts(made, count + kept, len(lanes))
     residuals, outs = [out[count:] for out in outs], [out[:count] for out in outs]
     rest = len(jaxpr.out_avals) - count
     aside, residuals_aside = aside[:rest], aside[rest:]
@@ -172,7 +173,7 @@ def _is_computed(primitive: Primitive, *_: Any, **__: Any) -> bool:
 ad.primitive_jvps[_seen_as_p] = lambda primals, tangents: (_seen_as_p.bind(*primals), tangents[1])
 
 
-def _batched(axis: Any, inputs: list, dims: list, *, jaxpr: ClosedJaxpr, count: int, lanes: int,
+def _batched(axis: Any, inputs: list, dims: list, *, jaxpr: ClosedJaxpr, count: int, lanes: tuple,
              level: int) -> tuple[list, list]:
     varies = _varying(jaxpr.jaxpr, [d is not None for d in dims])
     axes, batched = [0 if v else None for v in varies], jaxpr
@@ -181,7 +182,7 @@ def _batched(axis: Any, inputs: list, dims: list, *, jaxpr: ClosedJaxpr, count: 
             functools.partial(evaluate, jaxpr), tuple(dims), axes, axis_name=axis.name,
             axis_size=axis.size, spmd_axis_name=axis.spmd_name))(*inputs)
     made = _lanes_p.bind(*inputs, jaxpr=batched, count=count, lanes=lanes, level=level)
-    return made, axes[:count] * lanes + axes[count:]
+    return made, axes[:count] * len(lanes) + axes[count:]
 
 
 def _varying(jaxpr: Jaxpr, inputs: list[bool]) -> list[bool]:

@@ -16,10 +16,11 @@ from flax import linen
 from flax.core.scope import DenyList, in_filter
 
 from flax_sg import _linen
-from flax_sg._active import state
+from flax_sg._active import named, state
 from flax_sg._errors import PredicateError, UsageError
 from flax_sg._filters import Filter, Predicate, as_filter, written
 from flax_sg._info import VariableInfo, map_tree, walk
+from flax_sg._lines import here
 from flax_sg._unmatched import check_matched
 
 __all__ = ['StopGradient', 'Transform', 'make', 'map_arrays', 'map_traced', 'stop_gradient']
@@ -87,9 +88,10 @@ class Transform:
             infos = (info for info, _ in walk(tree))
             check_matched(self.filter.patterns(), infos, where=repr(self), of='the tree')
         selects = self.filter.selects
-        return map_tree(
-            lambda info, value: self.read(info, value, {}.__getitem__) if selects(info) else value,
-            tree)
+        read = lambda info, value: (
+            self.read(info, value, {}.__getitem__) if selects(info) else value)
+        with named(self, here()):
+            return map_tree(read, tree)
 
     def __enter__(self) -> None:
         block = _linen.open_block(self)

@@ -104,12 +104,15 @@ class GradientViews:
         union = functools.reduce(lambda a, b: a | b, (f for _, f in self.entries), everything)
         return Marked(union, self.collections, self.allow_unmatched, self, level())
 
+    def _names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.entries)
+
     def _named(self, outs: list[Any]) -> dict[str, Any]:
         return {name: out for (name, _), out in zip(self.entries, outs, strict=True)}
 
     def _of_tree(self, fn: Callable, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         run = lambda: (fn(self._marked()(params), *args, **kwargs), None)
-        return self._named(in_lanes(run, len(self.entries))[0])
+        return self._named(in_lanes(run, self._names())[0])
 
     def _of_call(self, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if module.is_initializing():
@@ -121,7 +124,7 @@ class GradientViews:
                 return fn(module, *args, **kwargs)
 
         def body(call: Callable) -> tuple[dict[str, Any], Any]:
-            outs, written = in_lanes(call, len(self.entries))
+            outs, written = in_lanes(call, self._names())
             return self._named(outs), written
 
         return _compat.lifted_call(body, in_block, module, *args, **kwargs)

@@ -1219,7 +1219,7 @@ def evaluate(closed: Any, *args: Any) -> list:
             outs = evaluate(params['branches'][int(vals[0])], *vals[1:])
         elif name == 'flax_sg_lanes':
             outs, count = evaluate(params['jaxpr'], *vals), params['count']
-            outs = outs[:count] * params['lanes'] + outs[count:]
+            outs = outs[:count] * len(params['lanes']) + outs[count:]
         elif 'jaxpr' in params or 'call_jaxpr' in params:
             outs = evaluate(params.get('jaxpr', params.get('call_jaxpr')), *vals)
         elif name in _NUMPY:

@@ -1,0 +1,342 @@
+"""Why is a gradient zero: a verdict, the operation and the line for each parameter and loss.
+
+The loss is traced, its jaxpr laid open as a graph (`_graph`), and three questions are asked of all
+its paths at once: which tangents get where, which values get where, and where a value goes on
+without its tangent (`_survival`, `_obstacles`). JAX's own pullback of the whole loss has to agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+from flax_sg._errors import UsageError
+from flax_sg._graph import Graph, sweep
+from flax_sg._info import VariableInfo, names_of
+from flax_sg._jaxprs import evaluate, moves
+from flax_sg._obstacles import Obstacle, Verdict, line_of, obstacle, results_of_jax
+from flax_sg._records import Flow, FlowRecord
+from flax_sg._survival import Differentiation, dependence
+
+__all__ = ['gradient_flow']
+
+
+def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
+    """Say for each parameter and loss whether a gradient gets there, and if not, which line did it.
+
+    Use it when a parameter does not train, or trains when it should not. It works on any JAX
+    function, and looks at the program: the losses are traced and not run.
+
+    >>> import jax.numpy as jnp
+    >>> def loss(params, x):
+    ...     order = jnp.argsort(params['scores'])
+    ...     return (params['w'] * x[order]).sum()
+    >>> params = {'scores': jnp.ones(3), 'w': jnp.ones(3), 'old': jnp.ones(3)}
+    >>> flow = gradient_flow(loss)(params, jnp.arange(3.0))
+    >>> flow['loss', 'w'].verdict, flow['loss', 'old'].verdict
+    (<Verdict.REACHED: 'REACHED'>, <Verdict.UNUSED: 'UNUSED'>)
+    >>> record = flow['loss', 'scores']
+    >>> str(record.verdict), record.operation
+    ('PIECEWISE_CONSTANT', 'argsort (sort)')
+
+    Args:
+      losses: a dict of functions that return a scalar, a function that returns a dict of scalars,
+        or one that returns a scalar, which is called ``'loss'``.
+      norms: run the losses once too, on one device compilation, and give each record the norm of
+        its gradient; finds gradients that are zero on this input alone.
+
+    Returns:
+      A function of ``(params, *args, **kwargs)`` as the losses take them, that returns a
+      :class:`Flow` of records. ``params`` is any pytree; its arrays, and those of the arguments,
+      may be ``jax.ShapeDtypeStruct`` unless ``norms``.
+
+    Raises:
+      UsageError: ``losses`` are none, or a loss does not return a real scalar.
+
+    Source: jax issue 10867, google/flax issue 1857.
+    """
+    if not callable(losses) and not (
+            isinstance(losses, Mapping) and losses and all(map(callable, losses.values()))):
+        raise UsageError(
+            f'gradient_flow was given an object of type {type(losses).__name__}; expected a '
+            'function of (params, *args), or a dict of such functions by name.')
+
+    def flow(params: Any, *args: Any, **kwargs: Any) -> Flow:
+        infos, leaves, treedef = names_of(params)
+        programs = losses if isinstance(losses, Mapping) else {None: losses}
+        records: list[FlowRecord] = []
+        for name, fn in programs.items():
+            program = _Program.trace(name, fn, leaves, treedef, args, kwargs)
+            records += program.records(infos, leaves if norms else None)
+        return Flow(tuple(records), tuple(info.shape for info in infos))
+
+    return flow
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A traced function of the parameters: its jaxpr, and the names of the losses it returns."""
+
+    jaxpr: ClosedJaxpr
+    losses: tuple[str, ...]
+    count: int  # of parameters; other inputs come after them
+
+    @classmethod
+    def trace(cls, name: str | None, fn: Callable, leaves: list[Any], treedef: Any, args: tuple,
+              kwargs: dict) -> _Program:
+        others, other_tree = jax.tree.flatten((args, kwargs))
+        shapes = {i: x for i, x in enumerate(others) if isinstance(x, jax.ShapeDtypeStruct)}
+
+        def flat(leaves: list[Any], shapes: dict[int, Any]) -> Any:
+            args, kwargs = other_tree.unflatten([shapes.get(i, x) for i, x in enumerate(others)])
+            return fn(treedef.unflatten(leaves), *args, **kwargs)
+
+        jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(leaves, shapes)
+        if name is None and isinstance(out, Mapping):
+            names = tuple(sorted(map(str, out)))  # the order of leaves
+            out = {str(key): value for key, value in out.items()}
+        else:
+            names = (name or 'loss',)
+            out = {names[0]: out}
+        for key, value in out.items():
+            shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
+            if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+                got = f'{dtype}{list(shape)}' if shape is not None else type(value).__name__
+                raise UsageError(
+                    f'gradient_flow: the loss {key!r} returns {got}; expected a real scalar. '
+                    'Of a loss with further results take the first: '
+                    'lambda *args: loss(*args)[0].')
+        return cls(jaxpr, names, len(leaves))
+
+    def records(self, infos: list[VariableInfo], values: list[Any] | None) -> Iterator[FlowRecord]:
+        findings = _Findings(self.jaxpr, self.count)
+        norms = None if values is None else self._norms(values)
+        for k, loss in enumerate(self.losses):
+            for p, info in enumerate(infos):
+                found = findings.of(p, k)
+                if norms is not None and moves(self.jaxpr.in_avals[p]):
+                    found = _with_norm(found, float(norms[k][p]))
+                yield FlowRecord(loss=loss, name=info.name, **found)
+
+    def _norms(self, values: list[Any]) -> list[list[Any]]:
+        moving = [i for i, aval in enumerate(self.jaxpr.in_avals[:self.count]) if moves(aval)]
+
+        @jax.jit
+        def run(values: list[Any]) -> list[list[Any]]:
+            of = lambda *moved: evaluate(self.jaxpr, *_with(values, moving, moved))
+            outs, pull = jax.vjp(of, *(values[i] for i in moving))
+            rows = []
+            for k in range(len(outs)):
+                cts = [jnp.full_like(x, float(i == k)) for i, x in enumerate(outs)]
+                grads = dict(zip(moving, pull(cts), strict=True))
+                rows.append([jnp.sqrt(jnp.sum(jnp.abs(grads[i]) ** 2)) if i in grads else 0.0
+                             for i in range(len(values))])
+            return rows
+
+        return run(values)
+
+
+def _with(values: list[Any], places: list[int], new: Any) -> list[Any]:
+    values = list(values)
+    for i, x in zip(places, new, strict=True):
+        values[i] = x
+    return values
+
+
+def _with_norm(found: dict[str, Any], norm: float) -> dict[str, Any]:
+    verdict = found['verdict']
+    if verdict in (Verdict.REACHED, Verdict.REACHED_PARTLY):
+        if norm == 0:
+            found = {**found, 'verdict': Verdict.NUMERIC_ZERO}
+    elif norm != 0 and verdict is not Verdict.UNKNOWN:
+        found = {**found, 'verdict': Verdict.UNKNOWN,
+                 'reason': f'the program says {verdict}, and the gradient has the norm {norm}'}
+    return {**found, 'norm': norm}
+
+
+# What explains a gradient that is not there, first: what stands in the way is said to be a mask
+# only if there is one, and a mask can be taken away.
+_FIRST = {Verdict.UNKNOWN: 0, Verdict.MASKED: 1, Verdict.CUSTOM_ZERO: 2,
+          Verdict.PIECEWISE_CONSTANT: 3}
+
+
+class _Findings:
+    """What is found for the parameters and losses of a jaxpr, which are numbered."""
+
+    def __init__(self, jaxpr: ClosedJaxpr, count: int):
+        self.avals = jaxpr.in_avals[:count]
+        self.graph = graph = Graph(jaxpr, inside=False)
+        self.rules = rules = Differentiation()
+        self.params = graph.inputs[:count]
+        moving = [p for p in range(count) if moves(self.avals[p])]
+        outputs: dict[int, int] = {}
+        for k, node in enumerate(graph.outputs):
+            if node is not None:
+                outputs[node] = outputs.get(node, 0) | 1 << k
+        # Sets of parameters: whose tangents get to a node. Sets of losses: which need a node's
+        # value, and which its tangent.
+        self.live = sweep(graph, {self.params[p]: 1 << p for p in moving}, rules.moved)
+        self.need = sweep(graph, outputs, rules.computed, back=True)
+        alive = lambda step: [(i, o) for i, o in rules.moved(step) if self.live[i]]
+        self.alive = sweep(graph, outputs, lambda step: (
+            alive(step) if any(i is not None and self.live[i] for i in step.ins) else ()),
+            back=True)
+        self.obstacles: dict[tuple[int, int], list[tuple[bool, Obstacle]]] = {}
+        self._find_obstacles()
+        self.lines: dict[tuple[int, int], str] = {}
+        self._find_lines()
+        self.checked = _check(jaxpr, self, moving)
+
+    def _find_obstacles(self) -> None:
+        for step in self.graph.steps:
+            if step.eqn is None:
+                continue
+            found: dict[tuple[int, int, int], None] = {}
+            for i, o in self.rules.computed(step):
+                if self.live[i] and self.need[o]:
+                    found[i, o, self.live[i]] = None
+            if not found:
+                continue
+            moved, failures = set(self.rules.moved(step)), self.rules.failures(step)
+            for i, o, params in found:
+                if (i, o) not in moved:
+                    failure = next((f for at, f in failures.items() if step.ins[at] == i), '')
+                    self._add(step, step.outs.index(o), failure, params, self.need[o])
+
+    def _add(self, step: Any, output: int, failure: str, params: int, losses: int) -> None:
+        found, of_jax = obstacle(step.eqn, step.context, output, failure)
+        past = 0  # parameters whose tangents get past it, within the same function of JAX
+        for node in results_of_jax(step.context):
+            past |= self.live[node]
+        for p in _bits(params):
+            beside = of_jax or bool(past >> p & 1)
+            for k in _bits(losses):
+                there = self.obstacles.setdefault((p, k), [])
+                if (beside, found) not in there:
+                    there.append((beside, found))
+
+    def _find_lines(self) -> None:
+        """Find where each parameter is first used on a path along which its gradient comes."""
+        first: dict[int, list[tuple[Any, int]]] = {}
+        params = {node: p for p, node in enumerate(self.params)}
+        for step in self.graph.steps:
+            if step.eqn is not None and any(i in params for i in step.ins):
+                for i, o in self.rules.moved(step):
+                    if i in params:
+                        first.setdefault(params[i], []).append((step, self.alive[o]))
+        for p, uses in first.items():
+            for k in _bits(self.alive[self.params[p]]):
+                step = next((step for step, losses in uses if losses >> k & 1), None)
+                if step is not None:
+                    self.lines[p, k] = line_of(step.eqn, step.context)
+
+    def reached(self, p: int, k: int) -> bool:
+        return bool(moves(self.avals[p]) and self.alive[self.params[p]] >> k & 1)
+
+    def of(self, p: int, k: int) -> dict[str, Any]:
+        """Return verdict, operation, source, reason and obstacles for a parameter and a loss."""
+        found = sorted(self.obstacles.get((p, k), ()), key=lambda o: (o[0], _FIRST[o[1].verdict]))
+        obstacles = tuple(o for _, o in found)
+        reached = self.reached(p, k)
+        unknown = next((o for o in obstacles if o.verdict is Verdict.UNKNOWN), None)
+        checked, reason = self.checked.get((p, k), (reached, ''))
+        if unknown is not None:
+            return _found(Verdict.UNKNOWN, unknown, obstacles)
+        if checked is not reached:
+            return {'verdict': Verdict.UNKNOWN, 'reason': reason, 'obstacles': obstacles}
+        if reached:
+            line = self.lines.get((p, k)) or None
+            beside = next((o for of_jax, o in found if not of_jax), None)
+            if beside is not None:
+                found = _found(Verdict.REACHED_PARTLY, beside, obstacles, reason)
+                return {**found, 'used_at': line}
+            return {'verdict': Verdict.REACHED, 'source': line, 'used_at': line,
+                    'reason': reason, 'obstacles': obstacles}
+        if obstacles:
+            return _found(obstacles[0].verdict, obstacles[0], obstacles)
+        if not self.need[self.params[p]] >> k & 1:
+            return {'verdict': Verdict.UNUSED}
+        if not moves(self.avals[p]):
+            return {'verdict': Verdict.PIECEWISE_CONSTANT,
+                    'operation': f'its dtype, {self.avals[p].dtype}'}
+        return {'verdict': Verdict.UNKNOWN, 'reason': 'no operation was found that stops it'}
+
+
+def _found(verdict: Verdict, obstacle: Obstacle, obstacles: tuple, reason: str = ''
+           ) -> dict[str, Any]:
+    return {'verdict': verdict, 'operation': obstacle.operation, 'obstacles': obstacles,
+            'source': obstacle.source or None, 'reason': obstacle.reason or reason}
+
+
+def _bits(bits: int) -> Iterator[int]:
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low
+
+
+def _check(jaxpr: ClosedJaxpr, findings: _Findings, moving: list[int]
+           ) -> dict[tuple[int, int], tuple[bool | None, str]]:
+    """Ask JAX's derivative of the whole program which losses depend on which parameters.
+
+    Returns:
+      By parameter and loss, whether a gradient comes, or None if JAX does not say; and a remark.
+    """
+    losses = range(len(jaxpr.out_avals))
+    failed = {p for (p, _), found in findings.obstacles.items()
+              if any(o.verdict is Verdict.UNKNOWN for _, o in found)}
+    looped = 0  # a tangent in the carry of a while loop, which has no reverse mode
+    for node in findings.graph.carried:
+        looped |= findings.live[node] if findings.alive[node] else 0
+    groups = [(_pulled, [p for p in moving if p not in failed and not looped >> p & 1]),
+              (_pushed, [p for p in moving if p not in failed and looped >> p & 1])]
+    answers: dict[tuple[int, int], tuple[bool | None, str]] = {}
+    for rule, params in groups:
+        if not params:
+            continue
+        try:
+            bits = rule(jaxpr, params)
+            remark = ('forward mode alone: jax.grad does not differentiate the while loop that it '
+                      'goes through') if rule is _pushed else ''
+        except Exception as error:  # whatever the rules in the program raise
+            first = str(error).strip().partition('\n')[0]
+            bits, remark = None, f'JAX does not differentiate it: {type(error).__name__}: {first}'
+        for j, p in enumerate(params):
+            for k in losses:
+                found, here = findings.reached(p, k), remark
+                says = None if bits is None else bool(bits[j] >> k & 1)
+                if says is not None and says is not found:
+                    words = {True: 'a path', False: 'no path'}
+                    here = (f'the operations one by one have {words[found]} for its gradient, '
+                            f"JAX's derivative of the whole has {words[says]}")
+                answers[p, k] = says, here if found or says is not found else ''
+    return answers
+
+
+def _pulled(jaxpr: ClosedJaxpr, params: list[int]) -> list[int]:
+    def pulled(values: list[Any], cts: list[Any]) -> Any:
+        of = lambda *moved: evaluate(jaxpr, *_with(values, params, moved))
+        return jax.vjp(of, *(values[p] for p in params))[1](cts)
+
+    traced = jax.make_jaxpr(pulled)(_like(jaxpr.in_avals), _like(jaxpr.out_avals))
+    return [bits >> len(jaxpr.in_avals) for bits in dependence(traced)]
+
+
+def _pushed(jaxpr: ClosedJaxpr, params: list[int]) -> list[int]:
+    def pushed(values: list[Any], tangents: list[Any]) -> Any:
+        of = lambda *moved: evaluate(jaxpr, *_with(values, params, moved))
+        return jax.jvp(of, [values[p] for p in params], tangents)[1]
+
+    avals = [jaxpr.in_avals[p] for p in params]
+    bits = [b >> len(jaxpr.in_avals)
+            for b in dependence(jax.make_jaxpr(pushed)(_like(jaxpr.in_avals), _like(avals)))]
+    return [sum(1 << k for k, b in enumerate(bits) if b >> j & 1) for j in range(len(params))]
+
+
+def _like(avals: Any) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]

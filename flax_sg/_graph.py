@@ -1,0 +1,216 @@
+"""A jaxpr with its calls, loops and branches laid open, as one graph of values and steps.
+
+A node is a value, a number; a step leads from some nodes to others. What stands in the body of a
+scan or of a jitted function is a step like any other, once for each place that it is called from.
+So a question about all paths through a program is one sweep over the steps, and as many again as
+loops are nested. The graph knows JAX's ways of calling, and nothing about derivatives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax.extend.core import JaxprEqn, Literal
+
+from flax_sg import _compat
+from flax_sg._marks import NO_LANE, of_lane
+
+__all__ = ['Call', 'Context', 'Edge', 'Graph', 'Step', 'sweep']
+
+Node = int | None  # None: a literal
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Call:
+    """A call of a jitted function, and the nodes of its results."""
+
+    eqn: JaxprEqn
+    outs: list[Node]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Context:
+    """Where an equation stands.
+
+    Attributes:
+      calls: the calls of jitted functions around it, the outermost first.
+      manual: those of the `shard_map`s around it.
+      entry: the entry of the views whose target it is part of, or ''.
+    """
+
+    calls: tuple[Call, ...] = ()
+    manual: tuple[JaxprEqn, ...] = ()
+    entry: str = ''
+
+
+@dataclasses.dataclass(slots=True)
+class Step:
+    """An equation, or a joint of several values into one if ``eqn`` is None."""
+
+    ins: tuple[Node, ...]
+    outs: tuple[int, ...]
+    eqn: JaxprEqn | None
+    context: Context
+
+
+Edge = tuple[int, int]
+
+# Calls of a jaxpr on the equation's operands, and what the parameter is called.
+_CALLS = {
+    'jit': 'jaxpr', 'pjit': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
+    'checkpoint': 'jaxpr', 'remat': 'jaxpr', 'remat2': 'jaxpr', 'shard_map': 'jaxpr',
+    'custom_vmap_call': 'call', 'eval_jaxpr': 'call_jaxpr',
+}
+_CUSTOM = {'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr'}
+
+
+class Graph:
+    """The graph of a jaxpr.
+
+    Args:
+      jaxpr: closed or not.
+      inside: lay open functions with a derivative rule of their own too.
+
+    Attributes:
+      inputs: the nodes of its inputs; and ``outputs``, None for a literal.
+      steps: in an order in which each comes after what it needs, unless there are ``loops``.
+      carried: the nodes in the carries of while loops.
+    """
+
+    def __init__(self, jaxpr: Any, *, inside: bool):
+        self.steps: list[Step] = []
+        self.size = 0
+        self.loops = False
+        self.carried: list[int] = []
+        self._inside = inside
+        self.inputs = self._new(len(_open(jaxpr).invars))
+        self.outputs = self._inline(jaxpr, self.inputs, Context())
+
+    def _new(self, count: int) -> list[int]:
+        self.size += count
+        return list(range(self.size - count, self.size))
+
+    def _join(self, *ins: Node, context: Context) -> int:
+        node, = self._new(1)
+        self.steps.append(Step(ins, (node,), None, context))
+        return node
+
+    def _inline(self, jaxpr: Any, ins: list[Node], context: Context) -> list[Node]:
+        jaxpr = _open(jaxpr)
+        nodes: dict[int, Node] = dict(zip(map(id, jaxpr.invars), ins, strict=True))
+        nodes.update(zip(map(id, jaxpr.constvars), self._new(len(jaxpr.constvars)), strict=True))
+        of = lambda v: None if isinstance(v, Literal) else nodes[id(v)]
+        for eqn in jaxpr.eqns:
+            outs = self._equation(eqn, [of(v) for v in eqn.invars], context)
+            nodes.update(zip(map(id, eqn.outvars), outs, strict=True))
+        return [of(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: JaxprEqn, ins: list[Node], context: Context) -> list[Node]:
+        name, params = eqn.primitive.name, eqn.params
+        call = _CALLS.get(name) or (_CUSTOM.get(name) if self._inside else None)
+        if call is not None:
+            if name in ('jit', 'pjit'):
+                made = Call(eqn, [])
+                context = dataclasses.replace(context, calls=(*context.calls, made))
+                made.outs = self._inline(params[call], ins, context)
+                return made.outs
+            if name == 'shard_map':
+                context = dataclasses.replace(context, manual=(*context.manual, eqn))
+            return self._inline(params[call], ins, context)
+        special = getattr(self, f'_{name}', None) if name in _SPECIAL else None
+        if special is not None:
+            return special(params, ins, context)
+        outs = self._new(len(eqn.outvars))
+        # What is written to a reference may come out of it wherever it is read.
+        refs = [n for n, v in zip(ins, eqn.invars, strict=True) if _compat.is_ref(v.aval)]
+        if refs or any(_compat.is_ref(v.aval) for v in eqn.outvars):
+            self.loops = True
+            self.steps.append(Step(tuple(ins), (*outs, *refs), None, context))
+        else:
+            self.steps.append(Step(tuple(ins), tuple(outs), eqn, context))
+        return outs
+
+    def _scan(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
+        consts, carries = _compat.scan_counts(params)
+        carry = ins[consts:consts + carries]
+        length = params['length']
+        joins = [self._join(node, context=context) for node in carry]
+        start = len(self.steps) - carries
+        outs = self._inline(
+            params['jaxpr'], [*ins[:consts], *joins, *ins[consts + carries:]], context)
+        if length > 1:
+            self._loop_back(start, outs[:carries])
+        return [*(outs[:carries] if length else carry), *outs[carries:]]
+
+    def _loop_back(self, start: int, outs: list[Node]) -> None:
+        for step, out in zip(self.steps[start:start + len(outs)], outs, strict=True):
+            step.ins = (*step.ins, out)
+        self.loops = True
+
+    def _while(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
+        cond, body = params['cond_nconsts'], params['body_nconsts']
+        carry = ins[cond + body:]
+        joins = [self._join(node, context=context) for node in carry]
+        start = len(self.steps) - len(carry)
+        self.carried += joins
+        more, = self._inline(params['cond_jaxpr'], [*ins[:cond], *joins], context)
+        outs = self._inline(params['body_jaxpr'], [*ins[cond:cond + body], *joins], context)
+        self._loop_back(start, outs)
+        return [self._join(join, more, context=context) for join in joins]
+
+    def _cond(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
+        branches = [self._inline(b, ins[1:], context) for b in params['branches']]
+        return [self._join(*outs, ins[0], context=context) for outs in zip(*branches, strict=True)]
+
+    def _flax_sg_lanes(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
+        jaxpr, count, level = params['jaxpr'].jaxpr, params['count'], params['level']
+        outs: list[Node] = []
+        for lane, name in enumerate(params['lanes']):
+            inner = dataclasses.replace(context, entry=name)
+            outs += self._inline(of_lane(jaxpr, level, lane), ins, inner)[:count]
+        return outs + self._inline(of_lane(jaxpr, level, NO_LANE), ins, context)[count:]
+
+
+_SPECIAL = frozenset({'scan', 'while', 'cond', 'flax_sg_lanes'})
+
+
+def _open(jaxpr: Any) -> Any:
+    return getattr(jaxpr, 'jaxpr', jaxpr)
+
+
+def sweep(graph: Graph, start: dict[int, int], edges: Callable[[Step], Iterator[Edge]], *,
+          back: bool = False) -> list[int]:
+    """Carry sets, the bits of an int each, along edges until nothing changes.
+
+    Args:
+      start: the sets of some nodes.
+      edges: the edges of a step. A step is asked for its edges only when some set gets to it.
+      back: go from outputs to inputs.
+
+    Returns:
+      The set of each node.
+    """
+    sets = [0] * graph.size
+    for node, bits in start.items():
+        sets[node] |= bits
+    steps = graph.steps[::-1] if back else graph.steps
+    changed = True
+    while changed:
+        changed = False
+        for step in steps:
+            for node in step.outs if back else step.ins:
+                if node is not None and sets[node]:
+                    break
+            else:
+                continue
+            for source, target in edges(step):
+                if back:
+                    source, target = target, source
+                new = sets[source] | sets[target]
+                if new != sets[target]:
+                    sets[target] = new
+                    changed = True
+        changed = changed and graph.loops
+    return sets

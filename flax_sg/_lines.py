@@ -1,0 +1,117 @@
+"""Lines of the user's own code: which one stands behind a frame stack or an equation's traceback.
+
+The user's own is what lies neither in jax, flax, flax_sg and the standard library nor, where there
+is a choice, in an installed package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import flax
+import jax
+import jaxlib
+
+__all__ = ['Frame', 'caller', 'frames_of', 'here', 'is_own', 'owner', 'users']
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_OWNERS = {os.path.dirname(os.path.abspath(m.__file__)) + os.sep: m.__name__
+           for m in (jax, jaxlib, flax)}
+_OWNERS[_HERE + os.sep] = 'flax_sg'
+_STDLIB = tuple({os.path.abspath(sysconfig.get_path(name)) + os.sep
+                 for name in ('stdlib', 'platstdlib')})
+_INSTALLED = ('site-packages', 'dist-packages')
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frame:
+    """A place in a file: 'file:line (function)'."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f'{self.file}:{self.line} ({self.function})'
+
+
+@functools.cache
+def owner(file: str) -> str:
+    """Return whose a file is: a package's name, 'python' for its own library, '' for the user's."""
+    if file.startswith('<frozen'):
+        return 'python'
+    for start, name in _OWNERS.items():
+        if file.startswith(start):
+            return name
+    parts = file.split(os.sep)
+    for place in _INSTALLED:
+        if place in parts[:-1]:
+            return parts[parts.index(place) + 1].removesuffix('.py')
+    return 'python' if file.startswith(_STDLIB) else ''
+
+
+def is_own(frame: Frame) -> bool:
+    """Say whether a frame is the user's; dataclasses and the like compile code named '<string>'."""
+    generated = frame.file == '<string>' and frame.function.rpartition('.')[2].startswith('__')
+    return not generated and owner(frame.file) == ''
+
+
+def users(frames: Iterator[Frame]) -> Frame | None:
+    """Return the innermost frame that is the user's, or one of another package, or None."""
+    installed = None
+    for frame in frames:
+        if is_own(frame):
+            return frame
+        if installed is None and owner(frame.file) not in (
+                '', 'python', 'jax', 'jaxlib', 'flax', 'flax_sg'):
+            installed = frame
+    return installed
+
+
+def frames_of(traceback: Any) -> Iterator[Frame]:
+    """Yield the frames of a traceback of JAX's, the innermost first."""
+    if traceback is not None:
+        for code, at in zip(*traceback.raw_frames(), strict=True):
+            yield Frame(code.co_filename, traceback.code_addr2line(code, at), code.co_qualname)
+
+
+def caller(frames: Iterator[Frame], function: str) -> Frame | None:
+    """Return who called a function of JAX, directly or through jax.tree.map."""
+    called = False
+    for frame in frames:
+        if frame.function == function:
+            called = True
+        elif called and owner(frame.file) != 'python' and os.path.basename(frame.file) not in (
+                'tree_util.py', 'tree.py', 'traceback_util.py', 'flattree.py'):
+            return frame
+    return None
+
+
+def here() -> Frame | None:
+    """Return the user's line that is being run in this thread."""
+    frame, installed = sys._getframe(1), None
+    while frame is not None:
+        whose = _whose(frame.f_code)
+        if whose == '' or (whose == 'installed' and installed is None):
+            found = Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
+            if whose == '':
+                return found
+            installed = found
+        frame = frame.f_back
+    return installed
+
+
+@functools.cache
+def _whose(code: CodeType) -> str:
+    frame = Frame(code.co_filename, 0, code.co_qualname)
+    if is_own(frame):
+        return ''
+    ours = owner(code.co_filename) in ('', 'python', 'jax', 'jaxlib', 'flax', 'flax_sg')
+    return 'library' if ours else 'installed'

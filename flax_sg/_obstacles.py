@@ -1,0 +1,151 @@
+"""What stands in a gradient's way: which kind of thing, its name, and the user's line.
+
+It takes an equation through which a parameter's value goes, and its tangent does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+
+from jax.extend.core import JaxprEqn, jaxprs_in_params
+
+from flax_sg import _compat
+from flax_sg._active import NAME
+from flax_sg._graph import Call, Context
+from flax_sg._jaxprs import moves
+from flax_sg._lines import Frame, caller, frames_of, owner, users
+
+__all__ = ['Obstacle', 'Verdict', 'line_of', 'obstacle', 'results_of_jax']
+
+
+class Verdict(enum.StrEnum):
+    """What becomes of a loss's gradient on its way to a parameter."""
+
+    REACHED = 'REACHED'
+    REACHED_PARTLY = 'REACHED_PARTLY'
+    MASKED = 'MASKED'
+    CUSTOM_ZERO = 'CUSTOM_ZERO'
+    PIECEWISE_CONSTANT = 'PIECEWISE_CONSTANT'
+    UNUSED = 'UNUSED'
+    NUMERIC_ZERO = 'NUMERIC_ZERO'
+    UNKNOWN = 'UNKNOWN'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Obstacle:
+    """An operation at which gradients end.
+
+    Attributes:
+      verdict: MASKED, CUSTOM_ZERO, PIECEWISE_CONSTANT or UNKNOWN.
+      operation: what it is, as ``"stop_gradient('gln')"`` or ``'argsort (sort)'``.
+      source: the user's line, ``'file:line (function)'``, and where that was called from if it is
+        under a jit of the user's own; '' if there is none.
+      reason: what JAX says of it, if it is UNKNOWN.
+    """
+
+    verdict: Verdict
+    operation: str
+    source: str
+    reason: str = ''
+
+
+def obstacle(eqn: JaxprEqn, context: Context, output: int, failure: str) -> tuple[Obstacle, bool]:
+    """Describe what stands in the way in an equation.
+
+    Args:
+      output: the position of the output that has the value without its tangent.
+      failure: why JAX does not differentiate the equation, or ''.
+
+    Returns:
+      The obstacle, and whether JAX itself put it there: as softmax subtracts a constant maximum.
+    """
+    name, source = eqn.primitive.name, line_of(eqn, context)
+    if failure:
+        return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source, failure), False
+    if name in ('stop_gradient', 'flax_sg_lane', 'flax_sg_lane_tangent'):
+        return _stop(eqn, context, source)
+    if name in ('custom_jvp_call', 'custom_vjp_call'):
+        function = _compat.written_at(eqn.params['call_jaxpr'])[0]
+        operation = f'{function} ({name.removesuffix("_call")})'
+        kind = Verdict.CUSTOM_ZERO
+        if not moves(eqn.outvars[output].aval):
+            kind = Verdict.PIECEWISE_CONSTANT
+        return Obstacle(kind, operation, source), False
+    block = _block(eqn)
+    if name == 'flax_sg_map_gradient' and block is not None:
+        return Obstacle(Verdict.CUSTOM_ZERO, block[0], block[1] or source), False
+    if any(True for _ in jaxprs_in_params(eqn.params)):
+        return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source,
+                        f'what is inside of {name} was not looked at'), False
+    return Obstacle(Verdict.PIECEWISE_CONSTANT, _operation(eqn, context), source), False
+
+
+def _stop(eqn: JaxprEqn, context: Context, source: str) -> tuple[Obstacle, bool]:
+    block = _block(eqn)
+    if block is not None:
+        operation, line = block
+        if context.entry:
+            operation += f', entry {context.entry!r}'
+        return Obstacle(Verdict.MASKED, operation, line or source), False
+    by = caller(frames_of(eqn.source_info.traceback), 'stop_gradient')
+    whose = owner(by.file) if by is not None else ''
+    if not whose:
+        return Obstacle(Verdict.MASKED, 'stop_gradient', source), False
+    operation = f'stop_gradient in {whose} ({os.path.basename(by.file)}, {by.function})'
+    return Obstacle(Verdict.MASKED, operation, source), whose == 'jax'
+
+
+def _block(eqn: JaxprEqn) -> tuple[str, str] | None:
+    """Return which transform of this library made an equation, and the line of its block."""
+    names = [name for name in _compat.scope_names(eqn) if name.startswith(NAME)]
+    if not names:
+        return None
+    transform, _, line = names[-1].removeprefix(NAME).rpartition(' at ')
+    return transform, line
+
+
+def _operation(eqn: JaxprEqn, context: Context) -> str:
+    """Name an equation after the function of JAX that the user called, and its own primitive."""
+    name, calls = eqn.primitive.name, _of_jax(context)
+    if not calls:
+        return name
+    called = calls[0].eqn.params['name'].lstrip('_')
+    return called if called == name else f'{called} ({name})'
+
+
+def _of_jax(context: Context) -> tuple[Call, ...]:
+    """Return the innermost jitted functions around an equation, as long as they are JAX's own."""
+    calls = context.calls
+    start = len(calls)
+    while start and owner(_compat.written_at(calls[start - 1].eqn.params['jaxpr'])[1]) == 'jax':
+        start -= 1
+    return calls[start:]
+
+
+def line_of(eqn: JaxprEqn, context: Context) -> str:
+    """Return the user's line behind an equation, or ''.
+
+    A trace of a jitted function is made once, so the frames around it may be those of another call.
+    What stands in a function of JAX's own has the line of the call, what stands in one of the
+    user's its own and that of the call.
+    """
+    inside = _of_jax(context)
+    around = context.calls[:len(context.calls) - len(inside)]
+    lines = [_line(inside[0].eqn if inside else eqn)]
+    for call in reversed(around):
+        if owner(_compat.written_at(call.eqn.params['jaxpr'])[1]) not in ('jax', 'flax', 'flax_sg'):
+            lines.append(_line(call.eqn))
+    found = list(dict.fromkeys(str(line) for line in lines if line is not None))
+    return ', called at '.join(found)
+
+
+def _line(eqn: JaxprEqn) -> Frame | None:
+    return users(frames_of(eqn.source_info.traceback))
+
+
+def results_of_jax(context: Context) -> list[int]:
+    """Return the results of the outermost of JAX's own functions that an equation is part of."""
+    calls = _of_jax(context)
+    return [node for node in calls[0].outs if node is not None] if calls else []
