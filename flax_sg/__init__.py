@@ -19,7 +19,8 @@ from flax_sg._gradients import map_gradient, scale_gradient
 from flax_sg._info import VariableInfo
 from flax_sg._labels import labels
 from flax_sg._obstacles import Verdict
-from flax_sg._records import Flow, FlowRecord
+from flax_sg._records import FlowRecord
+from flax_sg._report import Flow
 from flax_sg._transform import Transform, stop_gradient
 from flax_sg._values import map_values, replace_values
 from flax_sg._views import gradient_views

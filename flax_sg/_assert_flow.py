@@ -10,7 +10,8 @@ from flax_sg._filters import Filter, Predicate, as_filter, written
 from flax_sg._flow import gradient_flow
 from flax_sg._info import names_of
 from flax_sg._obstacles import Verdict
-from flax_sg._records import Flow, FlowRecord, shortened
+from flax_sg._records import FlowRecord, shortened
+from flax_sg._report import Flow
 from flax_sg._unmatched import check_matched
 
 __all__ = ['assert_flow']

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from flax_sg._errors import UsageError
-from flax_sg._graph import Graph, sweep
+from flax_sg._graph import Graph, Step, sweep
 from flax_sg._info import VariableInfo, names_of
 from flax_sg._jaxprs import evaluate, moves
-from flax_sg._obstacles import Obstacle, Verdict, line_of, obstacle, results_of_jax
-from flax_sg._records import Flow, FlowRecord
+from flax_sg._obstacles import Obstacle, Verdict, line_of, obstacle, within
+from flax_sg._records import FlowRecord
+from flax_sg._report import Flow
 from flax_sg._survival import Differentiation, dependence
 
 __all__ = ['gradient_flow']
@@ -73,7 +74,7 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
         for name, fn in programs.items():
             program = _Program.trace(name, fn, leaves, treedef, args, kwargs)
             records += program.records(infos, leaves if norms else None)
-        return Flow(tuple(records), tuple(info.shape for info in infos))
+        return Flow(tuple(records), infos)
 
     return flow
 
@@ -186,6 +187,12 @@ class _Findings:
         self.alive = sweep(graph, outputs, lambda step: (
             alive(step) if any(i is not None and self.live[i] for i in step.ins) else ()),
             back=True)
+        self.outputs = outputs
+        self.users: dict[int, list[Step]] = {}
+        for step in graph.steps:
+            for i in step.ins:
+                if i is not None:
+                    self.users.setdefault(i, []).append(step)
         self.obstacles: dict[tuple[int, int], list[tuple[bool, Obstacle]]] = {}
         self._find_obstacles()
         self.lines: dict[tuple[int, int], str] = {}
@@ -208,21 +215,43 @@ class _Findings:
                     failure = next((f for at, f in failures.items() if step.ins[at] == i), '')
                     self._add(step, step.outs.index(o), failure, params, self.need[o])
 
-    def _add(self, step: Any, output: int, failure: str, params: int, losses: int) -> None:
-        found, of_jax = obstacle(step.eqn, step.context, output, failure)
-        past = 0  # parameters whose tangents get past it, within the same function of JAX
-        for node in results_of_jax(step.context):
-            past |= self.live[node]
+    def _add(self, step: Step, output: int, failure: str, params: int, losses: int) -> None:
+        found = obstacle(step.eqn, step.context, output, failure)
+        past = self._past(step, output)
         for p in _bits(params):
-            beside = of_jax or bool(past >> p & 1)
             for k in _bits(losses):
                 there = self.obstacles.setdefault((p, k), [])
-                if (beside, found) not in there:
-                    there.append((beside, found))
+                if (bool(past >> p & 1), found) not in there:
+                    there.append((bool(past >> p & 1), found))
+
+    def _past(self, step: Step, output: int) -> int:
+        """Return the parameters whose tangents leave the function of JAX that a step is part of.
+
+        As softmax subtracts a constant maximum, and leaky_relu compares: that is how they are
+        computed, and their derivatives are right. So only the results count, which the output of
+        the step goes into.
+        """
+        function = within(step.eqn, step.context)
+        if function is None:
+            return 0
+        nodes, seen, past = [step.outs[output]], {step.outs[output]}, 0
+        while nodes:
+            node = nodes.pop()
+            for user in self.users.get(node, ()):
+                inside = user.eqn is None or within(user.eqn, user.context) == function
+                if not inside:
+                    past |= self.live[node]
+                    continue
+                new = [o for i, o in self.rules.computed(user) if i == node and o not in seen]
+                seen.update(new)
+                nodes += new
+            if node in self.outputs:
+                past |= self.live[node]
+        return past
 
     def _find_lines(self) -> None:
         """Find where each parameter is first used on a path along which its gradient comes."""
-        first: dict[int, list[tuple[Any, int]]] = {}
+        first: dict[int, list[tuple[Step, int]]] = {}
         params = {node: p for p, node in enumerate(self.params)}
         for step in self.graph.steps:
             if step.eqn is not None and any(i in params for i in step.ins):
@@ -251,7 +280,7 @@ class _Findings:
             return {'verdict': Verdict.UNKNOWN, 'reason': reason, 'obstacles': obstacles}
         if reached:
             line = self.lines.get((p, k)) or None
-            beside = next((o for of_jax, o in found if not of_jax), None)
+            beside = next((o for past, o in found if not past), None)
             if beside is not None:
                 found = _found(Verdict.REACHED_PARTLY, beside, obstacles, reason)
                 return {**found, 'used_at': line}

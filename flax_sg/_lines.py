@@ -19,7 +19,7 @@ import flax
 import jax
 import jaxlib
 
-__all__ = ['Frame', 'caller', 'frames_of', 'here', 'is_own', 'owner', 'users']
+__all__ = ['Frame', 'call_into', 'caller', 'frames_of', 'here', 'is_own', 'owner', 'users']
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _OWNERS = {os.path.dirname(os.path.abspath(m.__file__)) + os.sep: m.__name__
@@ -91,6 +91,16 @@ def caller(frames: Iterator[Frame], function: str) -> Frame | None:
         elif called and owner(frame.file) != 'python' and os.path.basename(frame.file) not in (
                 'tree_util.py', 'tree.py', 'traceback_util.py', 'flattree.py'):
             return frame
+    return None
+
+
+def call_into(traceback: Any, packages: tuple[str, ...]) -> tuple[CodeType, int] | None:
+    """Return the instruction that called from elsewhere into what the packages own."""
+    if traceback is None:
+        return None
+    for code, at in zip(*traceback.raw_frames(), strict=True):
+        if owner(code.co_filename) not in packages:
+            return code, at
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+from typing import Any
 
 from jax.extend.core import JaxprEqn, jaxprs_in_params
 
@@ -15,9 +16,9 @@ from flax_sg import _compat
 from flax_sg._active import NAME
 from flax_sg._graph import Call, Context
 from flax_sg._jaxprs import moves
-from flax_sg._lines import Frame, caller, frames_of, owner, users
+from flax_sg._lines import Frame, call_into, caller, frames_of, owner, users
 
-__all__ = ['Obstacle', 'Verdict', 'line_of', 'obstacle', 'results_of_jax']
+__all__ = ['Obstacle', 'Verdict', 'line_of', 'obstacle', 'within']
 
 
 class Verdict(enum.StrEnum):
@@ -51,19 +52,16 @@ class Obstacle:
     reason: str = ''
 
 
-def obstacle(eqn: JaxprEqn, context: Context, output: int, failure: str) -> tuple[Obstacle, bool]:
+def obstacle(eqn: JaxprEqn, context: Context, output: int, failure: str) -> Obstacle:
     """Describe what stands in the way in an equation.
 
     Args:
       output: the position of the output that has the value without its tangent.
       failure: why JAX does not differentiate the equation, or ''.
-
-    Returns:
-      The obstacle, and whether JAX itself put it there: as softmax subtracts a constant maximum.
     """
     name, source = eqn.primitive.name, line_of(eqn, context)
     if failure:
-        return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source, failure), False
+        return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source, failure)
     if name in ('stop_gradient', 'flax_sg_lane', 'flax_sg_lane_tangent'):
         return _stop(eqn, context, source)
     if name in ('custom_jvp_call', 'custom_vjp_call'):
@@ -72,29 +70,29 @@ def obstacle(eqn: JaxprEqn, context: Context, output: int, failure: str) -> tupl
         kind = Verdict.CUSTOM_ZERO
         if not moves(eqn.outvars[output].aval):
             kind = Verdict.PIECEWISE_CONSTANT
-        return Obstacle(kind, operation, source), False
+        return Obstacle(kind, operation, source)
     block = _block(eqn)
     if name == 'flax_sg_map_gradient' and block is not None:
-        return Obstacle(Verdict.CUSTOM_ZERO, block[0], block[1] or source), False
+        return Obstacle(Verdict.CUSTOM_ZERO, block[0], block[1] or source)
     if any(True for _ in jaxprs_in_params(eqn.params)):
         return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source,
-                        f'what is inside of {name} was not looked at'), False
-    return Obstacle(Verdict.PIECEWISE_CONSTANT, _operation(eqn, context), source), False
+                        f'what is inside of {name} was not looked at')
+    return Obstacle(Verdict.PIECEWISE_CONSTANT, _operation(eqn, context), source)
 
 
-def _stop(eqn: JaxprEqn, context: Context, source: str) -> tuple[Obstacle, bool]:
+def _stop(eqn: JaxprEqn, context: Context, source: str) -> Obstacle:
     block = _block(eqn)
     if block is not None:
         operation, line = block
         if context.entry:
             operation += f', entry {context.entry!r}'
-        return Obstacle(Verdict.MASKED, operation, line or source), False
+        return Obstacle(Verdict.MASKED, operation, line or source)
     by = caller(frames_of(eqn.source_info.traceback), 'stop_gradient')
     whose = owner(by.file) if by is not None else ''
     if not whose:
-        return Obstacle(Verdict.MASKED, 'stop_gradient', source), False
+        return Obstacle(Verdict.MASKED, 'stop_gradient', source)
     operation = f'stop_gradient in {whose} ({os.path.basename(by.file)}, {by.function})'
-    return Obstacle(Verdict.MASKED, operation, source), whose == 'jax'
+    return Obstacle(Verdict.MASKED, operation, source)
 
 
 def _block(eqn: JaxprEqn) -> tuple[str, str] | None:
@@ -145,7 +143,13 @@ def _line(eqn: JaxprEqn) -> Frame | None:
     return users(frames_of(eqn.source_info.traceback))
 
 
-def results_of_jax(context: Context) -> list[int]:
-    """Return the results of the outermost of JAX's own functions that an equation is part of."""
+def within(eqn: JaxprEqn, context: Context) -> Any:
+    """Return which call of one of JAX's own functions an equation is part of, as a value.
+
+    A function under jit is known by its call, any other by the instruction that called it.
+    """
     calls = _of_jax(context)
-    return [node for node in calls[0].outs if node is not None] if calls else []
+    if calls:
+        return calls[0]
+    place = call_into(eqn.source_info.traceback, ('jax', 'jaxlib', 'python'))
+    return None if place is None else (place, context)
