@@ -1,24 +1,12 @@
 """examples/actor_critic_world_model.py: its physics, its gradients by hand, and a short run."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading import load
 
-ROOT = Path(__file__).resolve().parent.parent
 LOSSES = ('world', 'actor', 'critic')
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'examples' / f'{name}.py')
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 example = load('actor_critic_world_model')
 

@@ -1,26 +1,15 @@
 """examples/adjoint_gradient.py: by hand, against plain loops, its blocks, its cost, and a run."""
 
 import functools
-import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading import ROOT, load
 
 from flax_sg import nn
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load(name, folder='examples'):
-    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f'{name}.py')
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 sys.path.append(str(ROOT / 'benchmarks'))
 example = load('adjoint_gradient')

@@ -1,25 +1,13 @@
 """examples/dice.py: against derivatives worked out by hand, over outcomes and over samples."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading import load
 
-ROOT = Path(__file__).resolve().parent.parent
 POINTS = [(0.4, 0.7), (0.15, 0.9), (0.5, 0.25), (0.85, 0.6)]
 OUTCOMES = [(0, 0), (0, 1), (1, 0), (1, 1)]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'examples' / f'{name}.py')
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 example = load('dice')
 

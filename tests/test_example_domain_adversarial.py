@@ -1,25 +1,13 @@
 """examples/domain_adversarial.py: its gradients against a reversal layer by hand, and a run."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading import load
 from sklearn.datasets import load_digits
 
-ROOT = Path(__file__).resolve().parent.parent
 LAMBDAS = [0.0, 0.1, 0.7, 1.0, 2.5]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'examples' / f'{name}.py')
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 example = load('domain_adversarial')
 

@@ -1,27 +1,15 @@
 """examples/finetune_frozen.py: what is held, against code with no block, and a run."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from loading import load
 
 import flax_sg as sg
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'examples' / f'{name}.py')
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 ft = load('finetune_frozen')
 WRONG = dataclasses.replace(ft.HEAD, batch_statistics=True)

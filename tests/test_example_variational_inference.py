@@ -1,31 +1,19 @@
 """examples/variational_inference.py: its gradients against two copies, its targets, and a run."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from loading import load
 
 from flax_sg import nn
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = [0, 1]
 GRADIENTS = {
     'eager': lambda fn: fn,
     'jit': lambda fn: jax.jit(fn, static_argnums=0),
 }
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'examples' / f'{name}.py')
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 vi = load('variational_inference')
 

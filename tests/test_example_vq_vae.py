@@ -1,26 +1,14 @@
 """examples/vq_vae.py: its gradients against the paper's formula with sg on values, and a run."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading import load
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = [0, 1]
 TRAINED = {'reconstruction': {'encoder', 'decoder'}, 'codebook': {'codebook'},
            'commitment': {'encoder'}}
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'examples' / f'{name}.py')
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 vq = load('vq_vae')
 

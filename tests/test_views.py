@@ -415,6 +415,17 @@ def test_init_is_that_of_the_plain_model(use):
     assert_same(Whole(use).init(RNGS, X), WHOLE, 'init')
 
 
+@pytest.mark.parametrize('use', USES)
+def test_tabulate_and_eval_shape(use):
+    variables = {k: v for k, v in WHOLE.items() if k != 'intermediates'}
+    of = lambda model: (
+        jax.eval_shape(model.init, RNGS, X),
+        jax.eval_shape(functools.partial(model.apply, rngs=RNGS, mutable=True), variables, X))
+    assert of(Whole(use)) == of(Whole())
+    if use != 'method':  # a call of a method other than __call__ has a row of its own
+        assert Whole(use).tabulate(RNGS, X) == Whole().tabulate(RNGS, X)
+
+
 def test_both_orders_of_decorators():
     class Net(nn.Module):
         @VIEWS_AB
@@ -504,6 +515,88 @@ def test_views_in_the_body_of_a_lifted_transform(where, mutable):
     for order in (GRAD, lambda f: jax.hessian(f, (0, 1))):
         got, want = (jax.jit(order(f))(variables, x) for f in (ours, hand))
         assert_same(got, want, where, rtol=1e-4)
+
+
+class Weight(nn.Module):
+    @nn.compact
+    def __call__(self):
+        return self.param('w', nn.initializers.ones, ())
+
+
+class Pair(nn.Module):
+    """a² b² x; at a = 2, b = 3, x = 1 it is 36, and its derivatives 2ab² = 36 and 2a²b = 24."""
+
+    def setup(self):
+        self.a, self.b = Weight(), Weight()
+
+    def __call__(self, x):
+        return self.a() ** 2 * self.b() ** 2 * x
+
+
+VIEWS_PAIR, HELD = sg.gradient_views({'a': 'a', 'b': 'b'}), sg.stop_gradient('a')
+
+
+def derivatives(fn, run=lambda f: f):
+    """Return the derivatives with respect to a and b of each number that comes out."""
+    of = lambda a, b: fn({'a': {'w': a}, 'b': {'w': b}})
+    return jax.tree.map(float, run(jax.jacrev(of, (0, 1)))(2.0, 3.0))
+
+
+@pytest.mark.parametrize('cls, target', [
+    (Pair, lambda pair: VIEWS_PAIR(HELD(pair))),
+    (Pair, lambda pair: VIEWS_PAIR(HELD(pair).__call__)),
+    (lambda: VIEWS_PAIR(HELD(Pair))(), lambda pair: pair),
+    (lambda: HELD(VIEWS_PAIR(Pair))(), lambda pair: pair),
+    (lambda: VIEWS_PAIR(HELD(Pair())), lambda pair: pair),
+], ids=['mirror', 'method', 'class', 'class of views', 'unbound'])
+def test_views_of_what_is_held_and_the_other_way_round(cls, target):
+    class Net(nn.Module):
+        def setup(self):
+            self.pair = cls()
+
+        def __call__(self, x):
+            return target(self.pair)(x)
+
+    assert derivatives(lambda pair: Net().apply({'params': {'pair': pair}}, 1.0)) == {
+        'a': (0, 0), 'b': (0, 24)}
+
+
+def run_pair(pair, x):
+    return pair(x)
+
+
+def doubled(pair, x):
+    """The rule doubles the parameters' cotangents."""
+    def backward(pullback, ct):
+        params, x_bar = pullback(ct)
+        return jax.tree.map(lambda g: 2 * g, params), x_bar
+
+    forward = functools.partial(nn.vjp, run_pair)
+    return nn.custom_vjp(run_pair, forward, backward)(pair, x)
+
+
+def pulled_back(pair, x):
+    """2ab² x, whose derivatives are 2b² = 18 and 4ab = 24."""
+    y, pullback = nn.vjp(run_pair, pair, x)
+    return pullback(jnp.ones_like(y))[0]['params']['a']['w']
+
+
+def pushed_forward(pair, x):
+    tangents = {'params': {'a': {'w': 1.0}, 'b': {'w': 0.0}}}
+    return nn.jvp(run_pair, pair, (x,), (0.0,), variable_tangents=tangents)[1]
+
+
+@pytest.mark.parametrize('mutable', [False, ['params']])
+@pytest.mark.parametrize('target, want', [
+    (run_pair, (36, 24)), (doubled, (72, 48)), (pulled_back, (18, 24)),
+    (pushed_forward, (18, 24))])
+def test_derivatives_of_flax_in_the_target(target, want, mutable):
+    def run(params):
+        out = Pair().apply({'params': params}, 1.0, mutable=mutable, method=VIEWS_PAIR(target))
+        return out[0] if mutable else out
+
+    assert run({'a': {'w': 2.0}, 'b': {'w': 3.0}}) == {'a': 36, 'b': 36}
+    assert derivatives(run) == {'a': (want[0], 0), 'b': (0, want[1])}
 
 
 def test_views_inside_views():
@@ -681,6 +774,33 @@ def test_no_stale_traces_and_no_retracing():
     assert counts[0] == counts[1] == counts[2] <= 3
 
 
+# Their unions read alike, a | b | a, so that nothing but the entries tells one from another.
+WAYS = {'1': {'x': 'a', 'y': ['b', 'a']}, '2': {'x': 'a', 'y': 'b', 'z': 'a'},
+        '3': {'x': ['a', 'b'], 'y': 'a'}}
+ONE, TWO, BOTH, NEITHER = (36, 0), (0, 24), (36, 24), (0, 0)  # the derivatives of `Pair`
+WANT = {'1': {'x': ONE, 'y': BOTH}, '2': {'x': ONE, 'y': TWO, 'z': ONE},
+        '3': {'x': BOTH, 'y': ONE}, 'p': BOTH, 'h': TWO,
+        'n': {'x': {'x': ONE, 'y': ONE}, 'y': {'x': NEITHER, 'y': TWO}, 'z': {'x': ONE, 'y': ONE}}}
+
+
+@pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['eager', 'jit'])
+@pytest.mark.parametrize('order', [
+    '12', '21', '132', '31p2', 'p12', 'h12p', '1h2', 'n21', '1n2'])
+def test_one_jitted_function_called_in_different_views(order, run):
+    """p is the plain call, h in a block that holds a, and n is view 1 in view 2."""
+    views = {way: sg.gradient_views(entries) for way, entries in WAYS.items()}
+
+    def calls(params):
+        pair = Pair().bind({'params': params})
+        read = jax.jit(lambda x: pair(x))
+        plain = lambda _, x: read(x)
+        targets = {'p': plain, 'h': HELD(plain), 'n': views['2'](views['1'](plain))}
+        targets |= {way: v(plain) for way, v in views.items()}
+        return [targets[way](pair, 1.0) for way in order]
+
+    assert derivatives(calls, run) == [WANT[way] for way in order]
+
+
 def test_an_exception_leaves_nothing_behind():
     def fails(p):
         raise KeyError('mine')
@@ -793,6 +913,35 @@ def test_a_derivative_inside_the_target():
 
     method = VIEWS_AB(Bad.__call__)
     assert Bad().apply({'params': {'a': 1.0}}, 1.0, method=method)['a'] == 36  # another root
+
+
+def with_rule(kind, read):
+    """x², with a rule of JAX, raw, that multiplies with what it reads."""
+    if kind == 'jvp':
+        square = jax.custom_jvp(jnp.square)
+        square.defjvp(lambda xs, ts: (xs[0] ** 2, ts[0] * read()))
+        return square
+    square = jax.custom_vjp(jnp.square)
+    if kind == 'forward':
+        square.defvjp(lambda x: (x ** 2, read()), lambda read, ct: (ct * read,))
+    else:
+        square.defvjp(lambda x: (x ** 2, None), lambda _, ct: (ct * read(),))
+    return square
+
+
+@pytest.mark.parametrize('derivative', [
+    jax.grad, lambda f: jax.jit(jax.grad(f)), jax.hessian], ids=['grad', 'jit', 'hessian'])
+@pytest.mark.parametrize('kind', ['jvp', 'forward', 'backward'])
+def test_a_rule_that_reads_a_captured_module_is_an_error_of_jax(kind, derivative):
+    def loss(params):
+        pair = Pair().bind({'params': params})
+        out = VIEWS_PAIR(lambda _, x: with_rule(kind, pair.b)(pair.a() * x))(pair, 1.0)
+        return out['a'] + out['b']
+
+    with pytest.raises((jax.errors.UnexpectedTracerError, TypeError),
+                       match='unexpected tracer|No constant handler for type: .*Tracer'):
+        derivative(loss)({'a': {'w': 2.0}, 'b': {'w': 3.0}})
+    assert _marks.tracing.levels == 0 and _active.state.stack == ()
 
 
 def test_equal_views_compare_and_print():
