@@ -18,6 +18,7 @@ from flax_sg import _compat
 from flax_sg._compat import Scope
 from flax_sg._info import Path, VariableInfo, walk
 from flax_sg._lines import Frame, here
+from flax_sg._marks import tracing
 from flax_sg._unmatched import unmatched
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ class Application:
     Attributes:
       trace: the JAX trace in which it began.
       life: its identity.
+      linearizing: it began while the target of views was differentiated, in a rule of the user's.
     """
 
-    __slots__ = ('life', 'trace')
+    __slots__ = ('life', 'linearizing', 'trace')
 
     def __init__(self) -> None:
         self.trace, self.life = _compat.trace_state(), _Life()
+        self.linearizing = tracing.linearizing
 
     def __eq__(self, other: object) -> bool:  # it is in the flags of scopes, a key of nn.jit
         return isinstance(other, Application)

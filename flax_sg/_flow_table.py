@@ -55,13 +55,13 @@ def _said(cell: list[Any], numbers: dict[str, int]) -> list[tuple[Verdict, str]]
 
 def as_rich(flow: Flow, names: list[str], *, depth: int | None = None, limit: int = 40
             ) -> tuple[Any, list[Any]]:
-    """Return the table, and the lines below it, as what rich prints."""
+    """Return the table and the lines around it, of which the first comes before, for rich."""
     from rich.table import Table
     from rich.text import Text
 
     rows = fold(flow, names, depth=depth, limit=limit)
     numbers = notes(rows)
-    table = Table(title=headline(flow), title_justify='left', title_style='', show_edge=False)
+    table = Table(show_edge=False)
     table.add_column('parameter', overflow='fold')
     for loss in flow.losses:
         table.add_column(loss, overflow='fold')
@@ -75,7 +75,8 @@ def as_rich(flow: Flow, names: list[str], *, depth: int | None = None, limit: in
             said = [Text(text, style=COLOURS[verdict]) for verdict, text in _said(cell, numbers)]
             cells.append(Text('\n').join(said))
         table.add_row(Text(_label(row)), *cells)
-    return table, [Text(f'[{n}] {text}') for text, n in numbers.items()]
+    lines = [headline(flow), *(f'[{n}] {text}' for text, n in numbers.items())]
+    return table, list(map(Text, lines))
 
 
 def show(flow: Flow, names: list[str], console: Any = None, **how: Any) -> None:
@@ -83,8 +84,8 @@ def show(flow: Flow, names: list[str], console: Any = None, **how: Any) -> None:
     from rich.console import Console
 
     console = console or Console()
-    table, lines = as_rich(flow, names, **how)
-    console.print(table)
+    table, (first, *lines) = as_rich(flow, names, **how)
+    console.print(first, table, sep='\n')
     for line in lines:  # a file and line that a terminal breaks cannot be clicked
         console.print(line, soft_wrap=True)
 

@@ -135,14 +135,23 @@ class Graph:
     def _scan(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
         consts, carries = _compat.scan_counts(params)
         carry = ins[consts:consts + carries]
-        length = params['length']
+        length, body = params['length'], params['jaxpr']
+        run = lambda carry: self._inline(
+            body, [*ins[:consts], *carry, *ins[consts + carries:]], context)
+        if length <= _UNROLLED:
+            made = []
+            for _ in range(length):
+                outs = run(carry)
+                carry = outs[:carries]
+                made.append(outs[carries:])
+            ys = [self._join(*(step[i] for step in made), context=context)
+                  for i in range(len(_open(body).outvars) - carries)]
+            return [*carry, *ys]
         joins = [self._join(node, context=context) for node in carry]
         start = len(self.steps) - carries
-        outs = self._inline(
-            params['jaxpr'], [*ins[:consts], *joins, *ins[consts + carries:]], context)
-        if length > 1:
-            self._loop_back(start, outs[:carries])
-        return [*(outs[:carries] if length else carry), *outs[carries:]]
+        outs = run(joins)
+        self._loop_back(start, outs[:carries])
+        return outs
 
     def _loop_back(self, start: int, outs: list[Node]) -> None:
         for step, out in zip(self.steps[start:start + len(outs)], outs, strict=True):
@@ -173,6 +182,9 @@ class Graph:
         return outs + self._inline(of_lane(jaxpr, level, NO_LANE), ins, context)[count:]
 
 
+# A longer loop counts as one of any number of steps: what needs just so many, as two values that
+# change places do, is taken to be possible.
+_UNROLLED = 4
 _SPECIAL = frozenset({'scan', 'while', 'cond', 'flax_sg_lanes'})
 
 

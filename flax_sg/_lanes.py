@@ -147,7 +147,11 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
         kept = len(residuals[0])
         return [*made[:count], *residuals[0], *made[count:], *residuals[1]]
 
-    return jax.make_jaxpr(forward)(*primals), *pushes, kept
+    before, tracing.linearizing = tracing.linearizing, True
+    try:
+        return jax.make_jaxpr(forward)(*primals), *pushes, kept
+    finally:
+        tracing.linearizing = before
 
 
 def _inexact(x: Any) -> bool:

@@ -39,9 +39,15 @@ def mark(x: jax.Array, lanes: tuple[bool, ...], level: int) -> jax.Array:
 
 
 class _Tracing(threading.local):
-    """How many functions this thread is tracing for their lanes, one inside another."""
+    """What this thread is doing.
+
+    Attributes:
+      levels: how many functions are being traced for their lanes, one inside another.
+      linearizing: such a function is being differentiated, after it was traced.
+    """
 
     levels = 0
+    linearizing = False
 
 
 tracing = _Tracing()

@@ -77,8 +77,8 @@ class Flow:
 
     def __rich__(self) -> Any:
         from rich.console import Group
-        table, lines = _flow_table.as_rich(self, list(self.names))
-        return Group(table, *lines)
+        table, (first, *lines) = _flow_table.as_rich(self, list(self.names))
+        return Group(first, table, *lines)
 
     def __str__(self) -> str:
         return _flow_table.as_text(self)

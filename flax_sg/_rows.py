@@ -107,9 +107,11 @@ def _level(flow: Flow, names: list[str], paths: dict[str, tuple], start: tuple, 
             rows.append(_row(flow, members, paths[members[0]][:-1], []))
             continue
         below = _level(flow, members, paths, here, depth)
+        if len(below) == 1 and below[0].parts > 1:
+            below = below[0].children
         whole = _row(flow, members, here, below)
         same = not isinstance(whole.meaning, dict)
-        rows += [whole] if same or len(here) >= depth else below
+        rows += [whole] if same or len(here) >= depth else _merged(below)
     return _merged(rows)
 
 

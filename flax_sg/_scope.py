@@ -21,8 +21,9 @@ from flax.core.scope import DenyList, in_filter
 from flax_sg import _compat
 from flax_sg._active import Application, Entry, claim_key, lifted, opened, read_from, state
 from flax_sg._compat import Scope
-from flax_sg._errors import FrozenVariableError
+from flax_sg._errors import FrozenVariableError, UsageError
 from flax_sg._info import Path, walk
+from flax_sg._marks import tracing
 
 __all__ = ['attach', 'attached_entries', 'check_write', 'effective', 'family_of', 'open_at']
 
@@ -198,6 +199,16 @@ def check_write(scope: Scope, collection: str, name: str) -> None:
                     'Write it outside of the block, or narrow the predicate or collections=.')
 
 
+def _check_open(scope: Scope, collection: str, name: str) -> None:
+    """Raise UsageError if the target of some views is read where none of its blocks is open."""
+    if tracing.linearizing and not scope.flags[_APPLICATION].linearizing:
+        path = '/'.join((*_compat.scope_path(scope), name))
+        raise UsageError(
+            f"gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads {collection} "
+            f"'/{path}' while the target of views is differentiated, after the target has run. "
+            'Read the variable in the target, and give its value to the function as an argument.')
+
+
 def _meet(scope: Scope, entries: tuple[Entry, ...]) -> None:
     for entry in entries:
         entry.meet(scope.root, _compat.root_variables(scope))
@@ -205,6 +216,7 @@ def _meet(scope: Scope, entries: tuple[Entry, ...]) -> None:
 
 @_compat.tap(Scope, 'get_variable')
 def _get_variable(original, self, col, name, default=None):
+    _check_open(self, col, name)
     if not state.stack and not state.setups and _FLAG not in self.flags:
         return original(self, col, name, default)
     value = original(self, col, name, _MISSING)
@@ -231,6 +243,7 @@ def _param(original, self, name, *args, unbox=True, **kwargs):
 
 @_compat.tap(Scope, 'variables')
 def _variables(original, self):
+    _check_open(self, 'variables of', '')
     variables = original(self)
     if not state.stack and not state.setups and _FLAG not in self.flags:
         return variables
