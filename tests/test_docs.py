@@ -84,3 +84,14 @@ def test_every_file_of_the_library_is_described():
     for file in (ROOT / 'flax_sg').glob('*.py'):
         if file.name not in ('__init__.py', '_errors.py', 'nn.py'):
             assert f'`{file.name}`' in text, file.name
+
+
+def test_the_page_on_gradient_flow(capsys):
+    program, check = blocks('docs/gradient_flow.md', 'python')
+    table, error = blocks('docs/gradient_flow.md', 'text')
+    names = {}
+    exec(compile(program, 'model.py', 'exec'), names)
+    assert capsys.readouterr().out.splitlines() == table.splitlines()
+    with pytest.raises(AssertionError) as caught:
+        exec(compile(check, 'model.py', 'exec'), names)
+    assert str(caught.value).splitlines() == error.splitlines()
