@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from loading import load
 
+import flax_sg as sg
+
 LOSSES = ('world', 'actor', 'critic')
 
 example = load('actor_critic_world_model')
@@ -231,3 +233,10 @@ def test_needs_whole_parts_and_two_seeds(capsys):
         with pytest.raises(SystemExit):
             example.main(argv)
         assert message in capsys.readouterr().err
+
+
+def test_each_loss_reaches_its_own_part(problem):
+    params, record = problem
+    losses = lambda params: example.Agent().apply({'params': params}, record)
+    flow = sg.assert_flow(losses, {loss: loss for loss in LOSSES})(params)
+    assert flow['actor', 'critic/Dense_0/kernel'].verdict == 'MASKED'

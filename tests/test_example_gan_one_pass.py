@@ -9,6 +9,8 @@ from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+import flax_sg as sg
+
 PARTS = {'generator', 'discriminator'}
 
 example = load('gan_one_pass')
@@ -134,3 +136,11 @@ def test_needs_a_step(capsys):
     with pytest.raises(SystemExit):
         example.main(['--steps', '0'])
     assert '--steps 0: expected at least 1' in capsys.readouterr().err
+
+
+def test_each_loss_reaches_its_own_part(problem):
+    _, params, batch = problem
+    losses = lambda params: example.Gan().apply({'params': params}, batch)
+    flow = sg.assert_flow(losses, {part: part for part in PARTS})(params)
+    assert {str(r.verdict) for r in flow} == {'REACHED', 'MASKED'}
+    assert all(r.operation.startswith('gradient_views') for r in flow if not r.reached)

@@ -307,3 +307,16 @@ def test_shared_run_from_end_to_end(example, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for element, what in example.LOOPS.items():
         assert f'{result.loops[element]:4}  {what}\n' in out
+
+
+def test_each_loss_reaches_its_own_parameters(modules, setting):
+    world, params, *rest = setting
+    spec = {'gln': 'encoding/gln', 'code': 'encoding/code_*', 'explanation': 'encoding/explanation',
+            'reader': ['reader', 'retina']}
+    for element in modules[0].LOOPS:
+        losses = lambda params, *rest, world=world.clone(element=element): world.apply(
+            {'params': params}, *rest)
+        flow = sg.assert_flow(losses, spec)(params, *rest)
+        assert flow['gln', 'encoding/explanation/Dense_0/kernel'].verdict == 'MASKED'
+        with pytest.raises(AssertionError, match='LEAK'):
+            sg.assert_flow(losses, {**spec, 'code': sg.nothing})(params, *rest)

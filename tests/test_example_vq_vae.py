@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from loading import load
 
+import flax_sg as sg
+
 SEEDS = [0, 1]
 TRAINED = {'reconstruction': {'encoder', 'decoder'}, 'codebook': {'codebook'},
            'commitment': {'encoder'}}
@@ -167,3 +169,10 @@ def test_main_draws_digits(tmp_path, capsys):
     for name, error in errors.items():
         assert f'\n{name:20}{error:15.3f}' in printed
     assert '\nstep   400 ' in printed and str(picture) in printed
+
+
+def test_each_loss_reaches_its_own_part():
+    params, pixels = problem(0)
+    spec = {loss: sorted(parts) for loss, parts in TRAINED.items()}
+    flow = sg.assert_flow(vq.terms, spec)(params, pixels)
+    assert flow['reconstruction', 'codebook/embedding'].operation == 'stop_gradient'
