@@ -22,12 +22,16 @@ from flax.linen import Module
 from flax.linen import module as _module
 from flax.linen import transforms as _transforms
 from jax._src import core as _core
+from jax._src import linear_util as _linear_util
+from jax._src.interpreters import partial_eval as _partial_eval
+from jax.extend.core import ClosedJaxpr, DebugInfo
 
 __all__ = [
     'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root', 'is_ref',
-    'lifted_call', 'outside_traces', 'packed_scopes', 'rewound_counters', 'root_variables',
-    'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'setup_pending', 'snapshot_counters',
-    'stored', 'tap', 'tap_pack', 'trace_state', 'varying', 'written_at',
+    'lifted_call', 'operation_of', 'outside_traces', 'packed_scopes', 'rewound_counters',
+    'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'setup_pending',
+    'snapshot_counters', 'stored', 'tap', 'tap_pack', 'trace_state', 'traced', 'varying',
+    'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -165,6 +169,20 @@ def tap_pack(fn: Callable) -> Callable:
     return tap(lift, 'pack')(fn)
 
 
+def traced(fn: Callable, *args: Any) -> ClosedJaxpr:
+    """Trace a function of arrays that returns a list; jax.make_jaxpr costs four times as much.
+
+    `map_gradient` traces one for each variable that a block reads. The constants are what the
+    function closes over, tracers included; nothing is kept in JAX's caches.
+    """
+    found = _partial_eval.trace_to_jaxpr_dynamic(  # no public name as of 0.12
+        _linear_util.wrap_init(fn, debug_info=_TRACED), [jax.typeof(x) for x in args])
+    return ClosedJaxpr(found[0], found[2])
+
+
+_TRACED = DebugInfo('flax_sg', 'flax_sg', None, None)
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Return how many operands of a scan are constants, and how many its carry has."""
     if 'num_consts' in params:
@@ -188,6 +206,16 @@ def written_at(jaxpr: Any) -> tuple[str, str]:
     info = getattr(jaxpr, 'jaxpr', jaxpr).debug_info
     name, _, place = (getattr(info, 'func_src_info', '') or '').partition(' at ')
     return name, place.rpartition(':')[0]
+
+
+def operation_of(eqn: Any) -> tuple[str, bool]:
+    """Return an equation's name, and whether it has rules for derivatives of its own.
+
+    Since 0.12 that may be an object with such rules, in place of a primitive.
+    """
+    if eqn.primitive.name == 'call_hi_primitive':
+        return type(eqn.params['_prim']).__name__, True
+    return eqn.primitive.name, eqn.primitive.name in ('custom_jvp_call', 'custom_vjp_call')
 
 
 def scope_names(eqn: Any) -> list[str]:

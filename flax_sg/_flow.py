@@ -8,7 +8,7 @@ without its tangent (`_survival`, `_obstacles`). JAX's own pullback of the whole
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from jax.extend.core import ClosedJaxpr
 from flax_sg._errors import UsageError
 from flax_sg._graph import Graph, Step, sweep
 from flax_sg._info import VariableInfo, names_of
-from flax_sg._jaxprs import evaluate, moves
-from flax_sg._obstacles import Obstacle, Verdict, line_of, obstacle, within
+from flax_sg._jaxprs import moves
+from flax_sg._obstacles import NOT_SEEN, Obstacle, Verdict, line_of, obstacle, within
 from flax_sg._records import FlowRecord
 from flax_sg._report import Flow
 from flax_sg._survival import Differentiation, dependence
@@ -81,23 +81,34 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """A traced function of the parameters: its jaxpr, and the names of the losses it returns."""
+    """A traced function of parameters to losses.
 
+    Attributes:
+      run: returns the losses, in a list, for a list of parameters and some more arrays.
+      jaxpr: what it was traced to.
+      losses: their names.
+      count: how many parameters there are.
+      shapes: what the further arrays are like.
+    """
+
+    run: Callable[[list[Any], list[Any]], list[Any]]
     jaxpr: ClosedJaxpr
     losses: tuple[str, ...]
-    count: int  # of parameters; other inputs come after them
+    count: int
+    shapes: list[jax.ShapeDtypeStruct]
 
     @classmethod
     def trace(cls, name: str | None, fn: Callable, leaves: list[Any], treedef: Any, args: tuple,
               kwargs: dict) -> _Program:
         others, other_tree = jax.tree.flatten((args, kwargs))
-        shapes = {i: x for i, x in enumerate(others) if isinstance(x, jax.ShapeDtypeStruct)}
+        places = [i for i, x in enumerate(others) if isinstance(x, jax.ShapeDtypeStruct)]
+        shapes = [others[i] for i in places]
 
-        def flat(leaves: list[Any], shapes: dict[int, Any]) -> Any:
-            args, kwargs = other_tree.unflatten([shapes.get(i, x) for i, x in enumerate(others)])
+        def call(leaves: list[Any], more: list[Any]) -> Any:
+            args, kwargs = other_tree.unflatten(_with(others, places, more))
             return fn(treedef.unflatten(leaves), *args, **kwargs)
 
-        jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(leaves, shapes)
+        jaxpr, out = jax.make_jaxpr(call, return_shape=True)(leaves, shapes)
         if name is None and isinstance(out, Mapping):
             names = tuple(sorted(map(str, out)))  # the order of leaves
             out = {str(key): value for key, value in out.items()}
@@ -112,10 +123,11 @@ class _Program:
                     f'gradient_flow: the loss {key!r} returns {got}; expected a real scalar. '
                     'Of a loss with further results take the first: '
                     'lambda *args: loss(*args)[0].')
-        return cls(jaxpr, names, len(leaves))
+        run = lambda leaves, more: jax.tree.leaves(call(leaves, more))
+        return cls(run, jaxpr, names, len(leaves), shapes)
 
     def records(self, infos: list[VariableInfo], values: list[Any] | None) -> Iterator[FlowRecord]:
-        findings = _Findings(self.jaxpr, self.count)
+        findings = _Findings(self)
         norms = None if values is None else self._norms(values)
         for k, loss in enumerate(self.losses):
             for p, info in enumerate(infos):
@@ -129,7 +141,7 @@ class _Program:
 
         @jax.jit
         def run(values: list[Any]) -> list[list[Any]]:
-            of = lambda *moved: evaluate(self.jaxpr, *_with(values, moving, moved))
+            of = lambda *moved: self.run(_with(values, moving, moved), [])
             outs, pull = jax.vjp(of, *(values[i] for i in moving))
             rows = []
             for k in range(len(outs)):
@@ -169,7 +181,8 @@ _FIRST = {Verdict.UNKNOWN: 0, Verdict.MASKED: 1, Verdict.CUSTOM_ZERO: 2,
 class _Findings:
     """What is found for the parameters and losses of a jaxpr, which are numbered."""
 
-    def __init__(self, jaxpr: ClosedJaxpr, count: int):
+    def __init__(self, program: _Program):
+        jaxpr, count = program.jaxpr, program.count
         self.avals = jaxpr.in_avals[:count]
         self.graph = graph = Graph(jaxpr, inside=False)
         self.rules = rules = Differentiation()
@@ -197,7 +210,7 @@ class _Findings:
         self._find_obstacles()
         self.lines: dict[tuple[int, int], str] = {}
         self._find_lines()
-        self.checked = _check(jaxpr, self, moving)
+        self.checked = _check(program, self, moving)
 
     def _find_obstacles(self) -> None:
         for step in self.graph.steps:
@@ -238,8 +251,7 @@ class _Findings:
         while nodes:
             node = nodes.pop()
             for user in self.users.get(node, ()):
-                inside = user.eqn is None or within(user.eqn, user.context) == function
-                if not inside:
+                if within(user.at, user.context) != function:
                     past |= self.live[node]
                     continue
                 new = [o for i, o in self.rules.computed(user) if i == node and o not in seen]
@@ -254,7 +266,7 @@ class _Findings:
         first: dict[int, list[tuple[Step, int]]] = {}
         params = {node: p for p, node in enumerate(self.params)}
         for step in self.graph.steps:
-            if step.eqn is not None and any(i in params for i in step.ins):
+            if any(i in params for i in step.ins):
                 for i, o in self.rules.moved(step):
                     if i in params:
                         first.setdefault(params[i], []).append((step, self.alive[o]))
@@ -262,7 +274,7 @@ class _Findings:
             for k in _bits(self.alive[self.params[p]]):
                 step = next((step for step, losses in uses if losses >> k & 1), None)
                 if step is not None:
-                    self.lines[p, k] = line_of(step.eqn, step.context)
+                    self.lines[p, k] = line_of(step.at, step.context)
 
     def reached(self, p: int, k: int) -> bool:
         return bool(moves(self.avals[p]) and self.alive[self.params[p]] >> k & 1)
@@ -272,12 +284,14 @@ class _Findings:
         found = sorted(self.obstacles.get((p, k), ()), key=lambda o: (o[0], _FIRST[o[1].verdict]))
         obstacles = tuple(o for _, o in found)
         reached = self.reached(p, k)
-        unknown = next((o for o in obstacles if o.verdict is Verdict.UNKNOWN), None)
+        unknown = next((o for o in obstacles if o.verdict is Verdict.UNKNOWN and not (
+            reached and o.reason == NOT_SEEN)), None)
         checked, reason = self.checked.get((p, k), (reached, ''))
         if unknown is not None:
             return _found(Verdict.UNKNOWN, unknown, obstacles)
         if checked is not reached:
-            return {'verdict': Verdict.UNKNOWN, 'reason': reason, 'obstacles': obstacles}
+            why = _found(Verdict.UNKNOWN, obstacles[0], obstacles) if obstacles else {}
+            return {**why, 'verdict': Verdict.UNKNOWN, 'reason': reason}
         if reached:
             line = self.lines.get((p, k)) or None
             beside = next((o for past, o in found if not past), None)
@@ -309,63 +323,88 @@ def _bits(bits: int) -> Iterator[int]:
         bits ^= low
 
 
-def _check(jaxpr: ClosedJaxpr, findings: _Findings, moving: list[int]
+def _check(program: _Program, findings: _Findings, moving: list[int]
            ) -> dict[tuple[int, int], tuple[bool | None, str]]:
     """Ask JAX's derivative of the whole program which losses depend on which parameters.
 
     Returns:
       By parameter and loss, whether a gradient comes, or None if JAX does not say; and a remark.
     """
-    losses = range(len(jaxpr.out_avals))
     failed = {p for (p, _), found in findings.obstacles.items()
-              if any(o.verdict is Verdict.UNKNOWN for _, o in found)}
+              if any(o.verdict is Verdict.UNKNOWN and o.reason != NOT_SEEN for _, o in found)}
     looped = 0  # a tangent in the carry of a while loop, which has no reverse mode
     for node in findings.graph.carried:
         looped |= findings.live[node] if findings.alive[node] else 0
-    groups = [(_pulled, [p for p in moving if p not in failed and not looped >> p & 1]),
-              (_pushed, [p for p in moving if p not in failed and looped >> p & 1])]
-    answers: dict[tuple[int, int], tuple[bool | None, str]] = {}
-    for rule, params in groups:
-        if not params:
-            continue
-        try:
-            bits = rule(jaxpr, params)
-            remark = ('forward mode alone: jax.grad does not differentiate the while loop that it '
-                      'goes through') if rule is _pushed else ''
-        except Exception as error:  # whatever the rules in the program raise
-            first = str(error).strip().partition('\n')[0]
-            bits, remark = None, f'JAX does not differentiate it: {type(error).__name__}: {first}'
-        for j, p in enumerate(params):
-            for k in losses:
-                found, here = findings.reached(p, k), remark
-                says = None if bits is None else bool(bits[j] >> k & 1)
-                if says is not None and says is not found:
+    moving = [p for p in moving if p not in failed]
+    answers = _asked(program, _pulled, [p for p in moving if not looped >> p & 1])
+    pushed = _asked(program, _pushed, [p for p in moving if looped >> p & 1])
+    checked: dict[tuple[int, int], tuple[bool | None, str]] = {}
+    for p in moving:
+        for k in range(len(program.losses)):
+            found, said = findings.reached(p, k), (answers | pushed)[p]
+            remark = ''
+            if isinstance(said, str):
+                says, remark = None, said
+            else:
+                says = bool(said >> k & 1)
+                if says is not found:
                     words = {True: 'a path', False: 'no path'}
-                    here = (f'the operations one by one have {words[found]} for its gradient, '
-                            f"JAX's derivative of the whole has {words[says]}")
-                answers[p, k] = says, here if found or says is not found else ''
-    return answers
+                    remark = (f'the operations one by one have {words[found]} for its gradient, '
+                              f"JAX's derivative of the whole has {words[says]}")
+                elif found and p in pushed:
+                    remark = ('forward mode alone: jax.grad does not differentiate the while loop '
+                              'that it goes through')
+            checked[p, k] = says, remark
+    return checked
 
 
-def _pulled(jaxpr: ClosedJaxpr, params: list[int]) -> list[int]:
-    def pulled(values: list[Any], cts: list[Any]) -> Any:
-        of = lambda *moved: evaluate(jaxpr, *_with(values, params, moved))
+def _asked(program: _Program, rule: Callable[[_Program, list[int]], list[int]], params: list[int],
+           tries: int = 16) -> dict[int, int | str]:
+    """Ask of some parameters which losses depend on each, as bits; or say why JAX does not say.
+
+    Where it fails it is asked of each half, so that one parameter does not spoil it for all.
+    """
+    if not params:
+        return {}
+    try:
+        return dict(zip(params, rule(program, params), strict=True))
+    except Exception as error:  # whatever the rules in the program raise
+        if len(params) == 1 or tries < 2:
+            first = str(error).strip().partition('\n')[0]
+            why = f'JAX does not differentiate it: {type(error).__name__}: {first}'
+            return dict.fromkeys(params, why)
+    half = len(params) // 2
+    return (_asked(program, rule, params[:half], tries // 2)
+            | _asked(program, rule, params[half:], tries // 2))
+
+
+def _pulled(program: _Program, params: list[int]) -> list[int]:
+    def pulled(values: list[Any], more: list[Any], cts: list[Any]) -> Any:
+        of = lambda *moved: program.run(_with(values, params, moved), more)
         return jax.vjp(of, *(values[p] for p in params))[1](cts)
 
-    traced = jax.make_jaxpr(pulled)(_like(jaxpr.in_avals), _like(jaxpr.out_avals))
-    return [bits >> len(jaxpr.in_avals) for bits in dependence(traced)]
+    avals = program.jaxpr.in_avals
+    traced = jax.make_jaxpr(pulled)(
+        _like(avals[:program.count]), program.shapes, _like(program.jaxpr.out_avals))
+    outer = set(map(id, program.jaxpr.consts))
+    if any(isinstance(x, jax.core.Tracer) and id(x) not in outer for x in traced.consts):
+        # JAX itself finds that only when it compiles.
+        raise jax.errors.UnexpectedTracerError(
+            'a function with a rule of its own closes over a parameter or what depends on it')
+    return [bits >> len(avals) for bits in dependence(traced)]
 
 
-def _pushed(jaxpr: ClosedJaxpr, params: list[int]) -> list[int]:
-    def pushed(values: list[Any], tangents: list[Any]) -> Any:
-        of = lambda *moved: evaluate(jaxpr, *_with(values, params, moved))
+def _pushed(program: _Program, params: list[int]) -> list[int]:
+    def pushed(values: list[Any], more: list[Any], tangents: list[Any]) -> Any:
+        of = lambda *moved: program.run(_with(values, params, moved), more)
         return jax.jvp(of, [values[p] for p in params], tangents)[1]
 
-    avals = [jaxpr.in_avals[p] for p in params]
-    bits = [b >> len(jaxpr.in_avals)
-            for b in dependence(jax.make_jaxpr(pushed)(_like(jaxpr.in_avals), _like(avals)))]
+    avals = program.jaxpr.in_avals
+    traced = jax.make_jaxpr(pushed)(
+        _like(avals[:program.count]), program.shapes, _like(avals[p] for p in params))
+    bits = [b >> len(avals) for b in dependence(traced)]
     return [sum(1 << k for k, b in enumerate(bits) if b >> j & 1) for j in range(len(params))]
 
 
-def _like(avals: Any) -> list[jax.ShapeDtypeStruct]:
+def _like(avals: Iterable[Any]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]

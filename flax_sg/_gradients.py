@@ -128,14 +128,14 @@ class MapGradient(Mapped):
 
         return map_traced(read, value)
 
-    def _call(self, info: VariableInfo, cotangent: jax.Array) -> jax.Array:
+    def _call(self, info: VariableInfo, cotangent: jax.Array) -> list[jax.Array]:
         out = self.fn(info, cotangent)
         want, got = (_kind(x) for x in (cotangent, out))
         if got != want:
             raise UsageError(
                 f'{self!r}: the function returned {got} for the cotangent of '
                 f"'/{info.absolute_name}'; expected {want}, the variable's shape and dtype.")
-        return out
+        return [out]
 
 
 def _mapped_jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:

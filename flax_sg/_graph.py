@@ -35,11 +35,13 @@ class Context:
     """Where an equation stands.
 
     Attributes:
-      calls: the calls of jitted functions around it, the outermost first.
-      manual: those of the `shard_map`s around it.
+      around: the equations in whose bodies it is, the outermost first.
+      calls: the calls of jitted functions among these.
+      manual: the `shard_map`s among these.
       entry: the entry of the views whose target it is part of, or ''.
     """
 
+    around: tuple[JaxprEqn, ...] = ()
     calls: tuple[Call, ...] = ()
     manual: tuple[JaxprEqn, ...] = ()
     entry: str = ''
@@ -47,11 +49,17 @@ class Context:
 
 @dataclasses.dataclass(slots=True)
 class Step:
-    """An equation, or a joint of several values into one if ``eqn`` is None."""
+    """An equation, or a joint of several values into one.
+
+    Attributes:
+      eqn: the equation, or None.
+      at: the equation; of a joint that of the loop, branch or reference that it is for.
+    """
 
     ins: tuple[Node, ...]
     outs: tuple[int, ...]
     eqn: JaxprEqn | None
+    at: JaxprEqn
     context: Context
 
 
@@ -92,9 +100,9 @@ class Graph:
         self.size += count
         return list(range(self.size - count, self.size))
 
-    def _join(self, *ins: Node, context: Context) -> int:
+    def _join(self, at: JaxprEqn, context: Context, *ins: Node) -> int:
         node, = self._new(1)
-        self.steps.append(Step(ins, (node,), None, context))
+        self.steps.append(Step(ins, (node,), None, at, context))
         return node
 
     def _inline(self, jaxpr: Any, ins: list[Node], context: Context) -> list[Node]:
@@ -108,46 +116,46 @@ class Graph:
         return [of(v) for v in jaxpr.outvars]
 
     def _equation(self, eqn: JaxprEqn, ins: list[Node], context: Context) -> list[Node]:
-        name, params = eqn.primitive.name, eqn.params
+        name = eqn.primitive.name
         call = _CALLS.get(name) or (_CUSTOM.get(name) if self._inside else None)
+        inner = dataclasses.replace(context, around=(*context.around, eqn))
+        if name in ('jit', 'pjit'):
+            made = Call(eqn, [])
+            inner = dataclasses.replace(inner, calls=(*context.calls, made))
+            made.outs = self._inline(eqn.params[call], ins, inner)
+            return made.outs
+        if name == 'shard_map':
+            inner = dataclasses.replace(inner, manual=(*context.manual, eqn))
         if call is not None:
-            if name in ('jit', 'pjit'):
-                made = Call(eqn, [])
-                context = dataclasses.replace(context, calls=(*context.calls, made))
-                made.outs = self._inline(params[call], ins, context)
-                return made.outs
-            if name == 'shard_map':
-                context = dataclasses.replace(context, manual=(*context.manual, eqn))
-            return self._inline(params[call], ins, context)
-        special = getattr(self, f'_{name}', None) if name in _SPECIAL else None
-        if special is not None:
-            return special(params, ins, context)
+            return self._inline(eqn.params[call], ins, inner)
+        if name in _SPECIAL:
+            return getattr(self, f'_{name}')(eqn, ins, context, inner)
         outs = self._new(len(eqn.outvars))
         # What is written to a reference may come out of it wherever it is read.
         refs = [n for n, v in zip(ins, eqn.invars, strict=True) if _compat.is_ref(v.aval)]
-        if refs or any(_compat.is_ref(v.aval) for v in eqn.outvars):
-            self.loops = True
-            self.steps.append(Step(tuple(ins), (*outs, *refs), None, context))
-        else:
-            self.steps.append(Step(tuple(ins), tuple(outs), eqn, context))
+        joined = refs or any(_compat.is_ref(v.aval) for v in eqn.outvars)
+        self.loops |= bool(joined)
+        self.steps.append(
+            Step(tuple(ins), (*outs, *refs), None if joined else eqn, eqn, context))
         return outs
 
-    def _scan(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
-        consts, carries = _compat.scan_counts(params)
+    def _scan(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
+              ) -> list[Node]:
+        consts, carries = _compat.scan_counts(eqn.params)
         carry = ins[consts:consts + carries]
-        length, body = params['length'], params['jaxpr']
+        length, body = eqn.params['length'], eqn.params['jaxpr']
         run = lambda carry: self._inline(
-            body, [*ins[:consts], *carry, *ins[consts + carries:]], context)
+            body, [*ins[:consts], *carry, *ins[consts + carries:]], inner)
         if length <= _UNROLLED:
             made = []
             for _ in range(length):
                 outs = run(carry)
                 carry = outs[:carries]
                 made.append(outs[carries:])
-            ys = [self._join(*(step[i] for step in made), context=context)
+            ys = [self._join(eqn, context, *(step[i] for step in made))
                   for i in range(len(_open(body).outvars) - carries)]
             return [*carry, *ys]
-        joins = [self._join(node, context=context) for node in carry]
+        joins = [self._join(eqn, context, node) for node in carry]
         start = len(self.steps) - carries
         outs = run(joins)
         self._loop_back(start, outs[:carries])
@@ -158,28 +166,33 @@ class Graph:
             step.ins = (*step.ins, out)
         self.loops = True
 
-    def _while(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
+    def _while(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
+               ) -> list[Node]:
+        params = eqn.params
         cond, body = params['cond_nconsts'], params['body_nconsts']
         carry = ins[cond + body:]
-        joins = [self._join(node, context=context) for node in carry]
+        joins = [self._join(eqn, context, node) for node in carry]
         start = len(self.steps) - len(carry)
         self.carried += joins
-        more, = self._inline(params['cond_jaxpr'], [*ins[:cond], *joins], context)
-        outs = self._inline(params['body_jaxpr'], [*ins[cond:cond + body], *joins], context)
+        more, = self._inline(params['cond_jaxpr'], [*ins[:cond], *joins], inner)
+        outs = self._inline(params['body_jaxpr'], [*ins[cond:cond + body], *joins], inner)
         self._loop_back(start, outs)
-        return [self._join(join, more, context=context) for join in joins]
+        return [self._join(eqn, context, join, more) for join in joins]
 
-    def _cond(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
-        branches = [self._inline(b, ins[1:], context) for b in params['branches']]
-        return [self._join(*outs, ins[0], context=context) for outs in zip(*branches, strict=True)]
+    def _cond(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
+              ) -> list[Node]:
+        branches = [self._inline(b, ins[1:], inner) for b in eqn.params['branches']]
+        return [self._join(eqn, context, *outs, ins[0]) for outs in zip(*branches, strict=True)]
 
-    def _flax_sg_lanes(self, params: dict, ins: list[Node], context: Context) -> list[Node]:
+    def _flax_sg_lanes(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
+                       ) -> list[Node]:
+        params = eqn.params
         jaxpr, count, level = params['jaxpr'].jaxpr, params['count'], params['level']
         outs: list[Node] = []
         for lane, name in enumerate(params['lanes']):
-            inner = dataclasses.replace(context, entry=name)
-            outs += self._inline(of_lane(jaxpr, level, lane), ins, inner)[:count]
-        return outs + self._inline(of_lane(jaxpr, level, NO_LANE), ins, context)[count:]
+            entry = dataclasses.replace(inner, entry=name)
+            outs += self._inline(of_lane(jaxpr, level, lane), ins, entry)[:count]
+        return outs + self._inline(of_lane(jaxpr, level, NO_LANE), ins, inner)[count:]
 
 
 # A longer loop counts as one of any number of steps: what needs just so many, as two values that

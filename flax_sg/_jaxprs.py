@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import batching, mlir
 
+from flax_sg._compat import traced
+
 __all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves']
 
 
@@ -30,18 +32,19 @@ def evaluate(jaxpr: ClosedJaxpr, *args: Any) -> list:
 
 
 def closed_over(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, list]:
-    """Trace a function of flat arguments, and make an argument of each array it closes over.
+    """Trace a function of arrays to a list, and make an argument of each array it closes over.
 
     A jaxpr may keep tracers that it closes over, and would carry them out of their trace.
 
     Returns:
       The jaxpr, of these arrays and then the arguments; and the arrays.
     """
-    closed = jax.make_jaxpr(fn)(*args)
+    closed = traced(fn, *args)
     if not closed.consts:
         return closed, []
-    return jax.make_jaxpr(lambda consts, *args: jax.core.eval_jaxpr(closed.jaxpr, consts, *args))(
-        closed.consts, *args), closed.consts
+    count = len(closed.consts)
+    return traced(lambda *xs: jax.core.eval_jaxpr(closed.jaxpr, xs[:count], *xs[count:]),
+                  *closed.consts, *args), closed.consts
 
 
 def define(name: str, run: Callable = first) -> Primitive:

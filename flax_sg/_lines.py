@@ -19,7 +19,7 @@ import flax
 import jax
 import jaxlib
 
-__all__ = ['Frame', 'call_into', 'caller', 'frames_of', 'here', 'is_own', 'owner', 'users']
+__all__ = ['Frame', 'call_into_jax', 'caller', 'frames_of', 'here', 'is_own', 'owner', 'users']
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _OWNERS = {os.path.dirname(os.path.abspath(m.__file__)) + os.sep: m.__name__
@@ -83,25 +83,35 @@ def frames_of(traceback: Any) -> Iterator[Frame]:
 
 
 def caller(frames: Iterator[Frame], function: str) -> Frame | None:
-    """Return who called a function of JAX, directly or through jax.tree.map."""
-    called = False
+    """Return who called a function of JAX, directly or through jax.tree.map.
+
+    JAX's own rules, for batches and derivatives, may call it again further in.
+    """
+    found, called = None, False
     for frame in frames:
         if frame.function == function:
             called = True
         elif called and owner(frame.file) != 'python' and os.path.basename(frame.file) not in (
                 'tree_util.py', 'tree.py', 'traceback_util.py', 'flattree.py'):
-            return frame
+            found, called = frame, False
+        if owner(frame.file) not in ('jax', 'jaxlib', 'python'):
+            break
+    return found
+
+
+def call_into_jax(traceback: Any) -> tuple[tuple[CodeType, int], str] | None:
+    """Return the instruction that called into JAX, and the name of the function it called."""
+    called = ''
+    if traceback is not None:
+        for code, at in zip(*traceback.raw_frames(), strict=True):
+            if owner(code.co_filename) not in ('jax', 'jaxlib', 'python'):
+                return (code, at), called
+            if owner(code.co_filename) == 'jax' and code.co_name != _FILTER:
+                called = code.co_name
     return None
 
 
-def call_into(traceback: Any, packages: tuple[str, ...]) -> tuple[CodeType, int] | None:
-    """Return the instruction that called from elsewhere into what the packages own."""
-    if traceback is None:
-        return None
-    for code, at in zip(*traceback.raw_frames(), strict=True):
-        if owner(code.co_filename) not in packages:
-            return code, at
-    return None
+_FILTER = 'reraise_with_filtered_traceback'  # around many of JAX's functions
 
 
 def here() -> Frame | None:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import os
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, jaxprs_in_params
 
 from flax_sg import _compat
 from flax_sg._active import NAME
 from flax_sg._graph import Call, Context
 from flax_sg._jaxprs import moves
-from flax_sg._lines import Frame, call_into, caller, frames_of, owner, users
+from flax_sg._lines import Frame, call_into_jax, caller, frames_of, owner, users
 
-__all__ = ['Obstacle', 'Verdict', 'line_of', 'obstacle', 'within']
+__all__ = ['NOT_SEEN', 'Obstacle', 'Verdict', 'line_of', 'obstacle', 'within']
 
 
 class Verdict(enum.StrEnum):
@@ -59,36 +62,36 @@ def obstacle(eqn: JaxprEqn, context: Context, output: int, failure: str) -> Obst
       output: the position of the output that has the value without its tangent.
       failure: why JAX does not differentiate the equation, or ''.
     """
-    name, source = eqn.primitive.name, line_of(eqn, context)
+    (name, rules), source = _compat.operation_of(eqn), line_of(eqn, context)
     if failure:
         return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source, failure)
     if name in ('stop_gradient', 'flax_sg_lane', 'flax_sg_lane_tangent'):
         return _stop(eqn, context, source)
-    if name in ('custom_jvp_call', 'custom_vjp_call'):
-        function = _compat.written_at(eqn.params['call_jaxpr'])[0]
-        operation = f'{function} ({name.removesuffix("_call")})'
+    if rules:
         kind = Verdict.CUSTOM_ZERO
         if not moves(eqn.outvars[output].aval):
             kind = Verdict.PIECEWISE_CONSTANT
-        return Obstacle(kind, operation, source)
+        return Obstacle(kind, _operation(eqn, context), source)
     block = _block(eqn)
     if name == 'flax_sg_map_gradient' and block is not None:
         return Obstacle(Verdict.CUSTOM_ZERO, block[0], block[1] or source)
     if any(True for _ in jaxprs_in_params(eqn.params)):
-        return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source,
-                        f'what is inside of {name} was not looked at')
+        return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source, NOT_SEEN)
     return Obstacle(Verdict.PIECEWISE_CONSTANT, _operation(eqn, context), source)
 
 
+NOT_SEEN = 'what is inside was not looked at'
+
+
 def _stop(eqn: JaxprEqn, context: Context, source: str) -> Obstacle:
+    by = caller(frames_of(eqn.source_info.traceback), 'stop_gradient')
+    whose = owner(by.file) if by is not None else ''
     block = _block(eqn)
-    if block is not None:
+    if block is not None and (whose == 'flax_sg' or eqn.primitive.name != 'stop_gradient'):
         operation, line = block
         if context.entry:
             operation += f', entry {context.entry!r}'
         return Obstacle(Verdict.MASKED, operation, line or source)
-    by = caller(frames_of(eqn.source_info.traceback), 'stop_gradient')
-    whose = owner(by.file) if by is not None else ''
     if not whose:
         return Obstacle(Verdict.MASKED, 'stop_gradient', source)
     operation = f'stop_gradient in {whose} ({os.path.basename(by.file)}, {by.function})'
@@ -106,11 +109,23 @@ def _block(eqn: JaxprEqn) -> tuple[str, str] | None:
 
 def _operation(eqn: JaxprEqn, context: Context) -> str:
     """Name an equation after the function of JAX that the user called, and its own primitive."""
-    name, calls = eqn.primitive.name, _of_jax(context)
-    if not calls:
-        return name
-    called = calls[0].eqn.params['name'].lstrip('_')
+    name, calls = _compat.operation_of(eqn)[0], _of_jax(context)
+    if name in ('custom_jvp_call', 'custom_vjp_call'):
+        name = name.removesuffix('_call')
+        called = _compat.written_at(eqn.params['call_jaxpr'])[0]
+    elif calls:
+        called = calls[0].eqn.params['name'].lstrip('_')
+    else:
+        into = call_into_jax(eqn.source_info.traceback)
+        called = into[1] if into and into[1] in _public() else name
     return called if called == name else f'{called} ({name})'
+
+
+@functools.cache
+def _public() -> frozenset[str]:
+    """Return the names of functions of JAX that people call."""
+    modules = jnp, jnp.fft, jnp.linalg, jax.lax, jax.nn, jax.random, jax.scipy.special
+    return frozenset(name for module in modules for name in dir(module) if name[0] != '_')
 
 
 def _of_jax(context: Context) -> tuple[Call, ...]:
@@ -131,7 +146,12 @@ def line_of(eqn: JaxprEqn, context: Context) -> str:
     """
     inside = _of_jax(context)
     around = context.calls[:len(context.calls) - len(inside)]
-    lines = [_line(inside[0].eqn if inside else eqn)]
+    inner = inside[0].eqn if inside else eqn
+    where = context.around
+    if inside:  # from the function of JAX outwards
+        where = where[:next(i for i, e in enumerate(where) if e is inner)]
+    line = next((line for e in (inner, *reversed(where)) if (line := _line(e)) is not None), None)
+    lines = [line]
     for call in reversed(around):
         if owner(_compat.written_at(call.eqn.params['jaxpr'])[1]) not in ('jax', 'flax', 'flax_sg'):
             lines.append(_line(call.eqn))
@@ -151,5 +171,5 @@ def within(eqn: JaxprEqn, context: Context) -> Any:
     calls = _of_jax(context)
     if calls:
         return calls[0]
-    place = call_into(eqn.source_info.traceback, ('jax', 'jaxlib', 'python'))
-    return None if place is None else (place, context)
+    place = call_into_jax(eqn.source_info.traceback)
+    return None if place is None else (place[0], context)

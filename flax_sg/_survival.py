@@ -54,8 +54,12 @@ _SEPARATE = frozenset({
 
 def joined(step: Step) -> Iterable[Edge]:
     """Return from which nodes a step computes which."""
-    if step.eqn is not None and step.eqn.primitive.name in _SEPARATE:
+    name = None if step.eqn is None else step.eqn.primitive.name
+    if name in _SEPARATE:
         pairs = zip(step.ins, step.outs, strict=True)
+    elif name == 'sort':  # the keys put each operand in order
+        keys = step.ins[:step.eqn.params['num_keys']]
+        pairs = {*itertools.product(keys, step.outs), *zip(step.ins, step.outs, strict=True)}
     else:
         pairs = itertools.product(step.ins, step.outs)
     return [(i, o) for i, o in pairs if i is not None]
@@ -104,7 +108,7 @@ class Differentiation:
             return joined(step)
         return [(step.ins[place], o)
                 for o, places in zip(step.outs, self._answer(step).live, strict=True)
-                for place in places]
+                for place in places if step.ins[place] is not None]
 
     def _answer(self, step: Step) -> Answer:
         eqn, context = step.eqn, step.context

@@ -208,13 +208,39 @@ def test_what_jax_does_not_differentiate_is_unknown_for_its_parameters_alone():
     assert flow['loss', 'b'].verdict == 'REACHED'
 
 
+def test_a_rule_that_closes_over_a_parameter_is_unknown_as_jax_grad_is_an_error():
+    def loss(params):
+        scaled = jax.custom_jvp(lambda v: v * params['b'])
+        scaled.defjvp(lambda xs, ts: (xs[0] * params['b'], ts[0]))
+        return scaled(params['a']).sum()
+
+    flow = sg.gradient_flow(loss)({'a': X, 'b': X, 'c': X})
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        jax.grad(loss)({'a': X, 'b': X, 'c': X})
+    assert [r.verdict for r in flow] == ['REACHED', 'UNKNOWN', 'UNUSED']
+    assert 'JAX does not differentiate it: UnexpectedTracerError' in flow['loss', 'b'].reason
+
+
+def test_what_jax_refuses_spoils_no_other_parameter():
+    def loss(params):
+        jax.experimental.io_callback(lambda a: None, None, params['a'])
+        return sum((params[k] * X).sum() for k in 'bcdefg')
+
+    flow = sg.gradient_flow(loss)({k: X for k in 'abcdefg'})
+    with pytest.raises(ValueError):
+        jax.grad(loss)({k: X for k in 'abcdefg'})
+    assert [r.verdict for r in flow] == ['UNKNOWN', *['REACHED'] * 6]
+    assert 'JAX does not differentiate it: ValueError' in flow['loss', 'a'].reason
+
+
 def test_a_while_loop_has_forward_mode_alone():
     def loss(params):
         out = jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c + params['a'] ** 2, X)
         return (out * params['b']).sum()
 
     flow = sg.gradient_flow(loss)({'a': X, 'b': X})
-    assert flow['loss', 'a'].verdict == flow['loss', 'b'].verdict == 'REACHED'
+    assert flow['loss', 'a'].verdict == 'REACHED_PARTLY' and flow['loss', 'b'].verdict == 'REACHED'
+    assert flow['loss', 'a'].operation == 'lt'  # how often it runs depends on a as well
     assert flow['loss', 'a'].reason.startswith('forward mode alone: jax.grad does not')
     assert flow['loss', 'b'].reason == ''
 
