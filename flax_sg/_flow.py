@@ -7,22 +7,19 @@ without its tangent (`_survival`, `_obstacles`). JAX's own pullback of the whole
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
 
 from flax_sg._errors import UsageError
 from flax_sg._graph import Graph, Step, sweep
 from flax_sg._info import VariableInfo, names_of
 from flax_sg._jaxprs import moves
 from flax_sg._obstacles import NOT_SEEN, Obstacle, Verdict, line_of, obstacle, within
+from flax_sg._program import Program
 from flax_sg._records import FlowRecord
 from flax_sg._report import Flow
-from flax_sg._survival import Differentiation, dependence
+from flax_sg._survival import Differentiation
 
 __all__ = ['gradient_flow']
 
@@ -57,7 +54,8 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
       may be ``jax.ShapeDtypeStruct`` unless ``norms``.
 
     Raises:
-      UsageError: ``losses`` are none, or a loss does not return a real scalar.
+      UsageError: ``losses`` are none, a loss does not return a real scalar, or two parameters have
+        one name, as 'a/b' and b in a.
 
     Source: jax issue 10867, google/flax issue 1857.
     """
@@ -69,96 +67,29 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
 
     def flow(params: Any, *args: Any, **kwargs: Any) -> Flow:
         infos, leaves, treedef = names_of(params)
+        twice = [name for name, n in Counter(info.name for info in infos).items() if n > 1]
+        if twice:
+            raise UsageError(f'gradient_flow: params has two leaves named {twice[0]!r}.')
         programs = losses if isinstance(losses, Mapping) else {None: losses}
         records: list[FlowRecord] = []
         for name, fn in programs.items():
-            program = _Program.trace(name, fn, leaves, treedef, args, kwargs)
-            records += program.records(infos, leaves if norms else None)
+            program = Program.trace(name, fn, leaves, treedef, args, kwargs)
+            records += _records(program, infos, leaves if norms else None)
         return Flow(tuple(records), infos)
 
     return flow
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """A traced function of parameters to losses.
-
-    Attributes:
-      run: returns the losses, in a list, for a list of parameters and some more arrays.
-      jaxpr: what it was traced to.
-      losses: their names.
-      count: how many parameters there are.
-      shapes: what the further arrays are like.
-    """
-
-    run: Callable[[list[Any], list[Any]], list[Any]]
-    jaxpr: ClosedJaxpr
-    losses: tuple[str, ...]
-    count: int
-    shapes: list[jax.ShapeDtypeStruct]
-
-    @classmethod
-    def trace(cls, name: str | None, fn: Callable, leaves: list[Any], treedef: Any, args: tuple,
-              kwargs: dict) -> _Program:
-        others, other_tree = jax.tree.flatten((args, kwargs))
-        places = [i for i, x in enumerate(others) if isinstance(x, jax.ShapeDtypeStruct)]
-        shapes = [others[i] for i in places]
-
-        def call(leaves: list[Any], more: list[Any]) -> Any:
-            args, kwargs = other_tree.unflatten(_with(others, places, more))
-            return fn(treedef.unflatten(leaves), *args, **kwargs)
-
-        jaxpr, out = jax.make_jaxpr(call, return_shape=True)(leaves, shapes)
-        if name is None and isinstance(out, Mapping):
-            names = tuple(sorted(map(str, out)))  # the order of leaves
-            out = {str(key): value for key, value in out.items()}
-        else:
-            names = (name or 'loss',)
-            out = {names[0]: out}
-        for key, value in out.items():
-            shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
-            if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-                got = f'{dtype}{list(shape)}' if shape is not None else type(value).__name__
-                raise UsageError(
-                    f'gradient_flow: the loss {key!r} returns {got}; expected a real scalar. '
-                    'Of a loss with further results take the first: '
-                    'lambda *args: loss(*args)[0].')
-        run = lambda leaves, more: jax.tree.leaves(call(leaves, more))
-        return cls(run, jaxpr, names, len(leaves), shapes)
-
-    def records(self, infos: list[VariableInfo], values: list[Any] | None) -> Iterator[FlowRecord]:
-        findings = _Findings(self)
-        norms = None if values is None else self._norms(values)
-        for k, loss in enumerate(self.losses):
-            for p, info in enumerate(infos):
-                found = findings.of(p, k)
-                if norms is not None and moves(self.jaxpr.in_avals[p]):
-                    found = _with_norm(found, float(norms[k][p]))
-                yield FlowRecord(loss=loss, name=info.name, **found)
-
-    def _norms(self, values: list[Any]) -> list[list[Any]]:
-        moving = [i for i, aval in enumerate(self.jaxpr.in_avals[:self.count]) if moves(aval)]
-
-        @jax.jit
-        def run(values: list[Any]) -> list[list[Any]]:
-            of = lambda *moved: self.run(_with(values, moving, moved), [])
-            outs, pull = jax.vjp(of, *(values[i] for i in moving))
-            rows = []
-            for k in range(len(outs)):
-                cts = [jnp.full_like(x, float(i == k)) for i, x in enumerate(outs)]
-                grads = dict(zip(moving, pull(cts), strict=True))
-                rows.append([jnp.sqrt(jnp.sum(jnp.abs(grads[i]) ** 2)) if i in grads else 0.0
-                             for i in range(len(values))])
-            return rows
-
-        return run(values)
-
-
-def _with(values: list[Any], places: list[int], new: Any) -> list[Any]:
-    values = list(values)
-    for i, x in zip(places, new, strict=True):
-        values[i] = x
-    return values
+def _records(program: Program, infos: list[VariableInfo], values: list[Any] | None
+             ) -> Iterator[FlowRecord]:
+    findings = _Findings(program)
+    norms = None if values is None else program.norms(values)
+    for k, loss in enumerate(program.losses):
+        for p, info in enumerate(infos):
+            found = findings.of(p, k)
+            if norms is not None and moves(program.jaxpr.in_avals[p]):
+                found = _with_norm(found, float(norms[k][p]))
+            yield FlowRecord(loss=loss, name=info.name, **found)
 
 
 def _with_norm(found: dict[str, Any], norm: float) -> dict[str, Any]:
@@ -181,7 +112,7 @@ _FIRST = {Verdict.UNKNOWN: 0, Verdict.MASKED: 1, Verdict.CUSTOM_ZERO: 2,
 class _Findings:
     """What is found for the parameters and losses of a jaxpr, which are numbered."""
 
-    def __init__(self, program: _Program):
+    def __init__(self, program: Program):
         jaxpr, count = program.jaxpr, program.count
         self.avals = jaxpr.in_avals[:count]
         self.graph = graph = Graph(jaxpr, inside=False)
@@ -206,7 +137,8 @@ class _Findings:
             for i in step.ins:
                 if i is not None:
                     self.users.setdefault(i, []).append(step)
-        self.obstacles: dict[tuple[int, int], list[tuple[bool, Obstacle]]] = {}
+        # By parameter and loss; and whether the tangent goes on past it, see _past.
+        self.obstacles: dict[tuple[int, int], dict[tuple[bool, Obstacle], None]] = {}
         self._find_obstacles()
         self.lines: dict[tuple[int, int], str] = {}
         self._find_lines()
@@ -233,9 +165,7 @@ class _Findings:
         past = self._past(step, output)
         for p in _bits(params):
             for k in _bits(losses):
-                there = self.obstacles.setdefault((p, k), [])
-                if (bool(past >> p & 1), found) not in there:
-                    there.append((bool(past >> p & 1), found))
+                self.obstacles.setdefault((p, k), {})[bool(past >> p & 1), found] = None
 
     def _past(self, step: Step, output: int) -> int:
         """Return the parameters whose tangents leave the function of JAX that a step is part of.
@@ -323,7 +253,7 @@ def _bits(bits: int) -> Iterator[int]:
         bits ^= low
 
 
-def _check(program: _Program, findings: _Findings, moving: list[int]
+def _check(program: Program, findings: _Findings, moving: list[int]
            ) -> dict[tuple[int, int], tuple[bool | None, str]]:
     """Ask JAX's derivative of the whole program which losses depend on which parameters.
 
@@ -336,8 +266,8 @@ def _check(program: _Program, findings: _Findings, moving: list[int]
     for node in findings.graph.carried:
         looped |= findings.live[node] if findings.alive[node] else 0
     moving = [p for p in moving if p not in failed]
-    answers = _asked(program, _pulled, [p for p in moving if not looped >> p & 1])
-    pushed = _asked(program, _pushed, [p for p in moving if looped >> p & 1])
+    answers = program.depends([p for p in moving if not looped >> p & 1])
+    pushed = program.depends([p for p in moving if looped >> p & 1], forward=True)
     checked: dict[tuple[int, int], tuple[bool | None, str]] = {}
     for p in moving:
         for k in range(len(program.losses)):
@@ -356,55 +286,3 @@ def _check(program: _Program, findings: _Findings, moving: list[int]
                               'that it goes through')
             checked[p, k] = says, remark
     return checked
-
-
-def _asked(program: _Program, rule: Callable[[_Program, list[int]], list[int]], params: list[int],
-           tries: int = 16) -> dict[int, int | str]:
-    """Ask of some parameters which losses depend on each, as bits; or say why JAX does not say.
-
-    Where it fails it is asked of each half, so that one parameter does not spoil it for all.
-    """
-    if not params:
-        return {}
-    try:
-        return dict(zip(params, rule(program, params), strict=True))
-    except Exception as error:  # whatever the rules in the program raise
-        if len(params) == 1 or tries < 2:
-            first = str(error).strip().partition('\n')[0]
-            why = f'JAX does not differentiate it: {type(error).__name__}: {first}'
-            return dict.fromkeys(params, why)
-    half = len(params) // 2
-    return (_asked(program, rule, params[:half], tries // 2)
-            | _asked(program, rule, params[half:], tries // 2))
-
-
-def _pulled(program: _Program, params: list[int]) -> list[int]:
-    def pulled(values: list[Any], more: list[Any], cts: list[Any]) -> Any:
-        of = lambda *moved: program.run(_with(values, params, moved), more)
-        return jax.vjp(of, *(values[p] for p in params))[1](cts)
-
-    avals = program.jaxpr.in_avals
-    traced = jax.make_jaxpr(pulled)(
-        _like(avals[:program.count]), program.shapes, _like(program.jaxpr.out_avals))
-    outer = set(map(id, program.jaxpr.consts))
-    if any(isinstance(x, jax.core.Tracer) and id(x) not in outer for x in traced.consts):
-        # JAX itself finds that only when it compiles.
-        raise jax.errors.UnexpectedTracerError(
-            'a function with a rule of its own closes over a parameter or what depends on it')
-    return [bits >> len(avals) for bits in dependence(traced)]
-
-
-def _pushed(program: _Program, params: list[int]) -> list[int]:
-    def pushed(values: list[Any], more: list[Any], tangents: list[Any]) -> Any:
-        of = lambda *moved: program.run(_with(values, params, moved), more)
-        return jax.jvp(of, [values[p] for p in params], tangents)[1]
-
-    avals = program.jaxpr.in_avals
-    traced = jax.make_jaxpr(pushed)(
-        _like(avals[:program.count]), program.shapes, _like(avals[p] for p in params))
-    bits = [b >> len(avals) for b in dependence(traced)]
-    return [sum(1 << k for k, b in enumerate(bits) if b >> j & 1) for j in range(len(params))]
-
-
-def _like(avals: Iterable[Any]) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]

@@ -23,6 +23,9 @@ COLOURS = {
 }
 
 
+_NOTES = 20  # lines below the table
+
+
 def headline(flow: Flow) -> str:
     """Return how many parameters and losses there are, and what no loss trains."""
     trained = {record.name for record in flow.records if record.reached}
@@ -75,8 +78,11 @@ def as_rich(flow: Flow, names: list[str], *, depth: int | None = None, limit: in
             said = [Text(text, style=COLOURS[verdict]) for verdict, text in _said(cell, numbers)]
             cells.append(Text('\n').join(said))
         table.add_row(Text(_label(row)), *cells)
-    lines = [headline(flow), *(f'[{n}] {text}' for text, n in numbers.items())]
-    return table, list(map(Text, lines))
+    lines = [f'[{n}] {text}' for text, n in numbers.items()]
+    if len(lines) > _NOTES:
+        more = f'… and {len(lines) - _NOTES} more: show fewer parameters, or look at the records.'
+        lines[_NOTES:] = [more]
+    return table, list(map(Text, [headline(flow), *lines]))
 
 
 def show(flow: Flow, names: list[str], console: Any = None, **how: Any) -> None:

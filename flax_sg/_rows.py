@@ -99,7 +99,8 @@ def _level(flow: Flow, names: list[str], paths: dict[str, tuple], start: tuple, 
     """Return the rows of the parameters below a prefix."""
     groups: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
-        groups[paths[name][len(start)]].append(name)
+        path = paths[name]
+        groups[path[len(start)] if len(path) > len(start) else ''].append(name)
     rows: list[Row] = []
     for part, members in groups.items():
         here = (*start, part)

@@ -115,8 +115,9 @@ class Differentiation:
         key = _key(eqn, context)
         try:
             answer = self._answers.get(key)
-        except TypeError:  # a parameter that has no hash
-            return _ask(eqn, context)
+        except TypeError:  # a parameter has no hash
+            key = id(eqn)
+            answer = self._answers.get(key)
         if answer is None:
             answer = self._answers[key] = _ask(eqn, context)
         return answer

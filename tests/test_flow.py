@@ -108,6 +108,20 @@ def test_arguments_are_as_the_losses_take_them():
         assert flow['loss', 'w'].verdict == 'REACHED'
 
 
+def test_losses_are_named_in_the_order_of_their_keys():
+    flow = sg.gradient_flow(lambda p: {10: p['a'].sum(), 2: p['b'].sum()})({'a': X, 'b': X})
+    assert flow.losses == ('2', '10')
+    assert flow['10', 'a'].reached and flow['2', 'b'].reached and not flow['2', 'a'].reached
+
+
+def test_names_with_slashes():
+    params = {'a': X, 'a/b': X, 'a/b/c': {'d': X}}
+    flow = sg.gradient_flow(lambda p: p['a'].sum() + p['a/b/c']['d'].sum())(params)
+    assert [r.reached for r in flow] == [True, False, True] and 'a/b/c/d' in str(flow)
+    with pytest.raises(sg.UsageError, match="gradient_flow: params has two leaves named 'a/b'."):
+        sg.gradient_flow(lambda p: p['a/b'].sum())({'a/b': X, 'a': {'b': X}})
+
+
 def test_it_does_not_run_the_loss():
     ran = []
 
@@ -285,6 +299,17 @@ def test_four_hundred_parameters_fit_a_screen(big):
     number = re.escape(line('big').rpartition(':')[2])
     assert re.search(rf"stop_gradient\('layer_\[0-9\]'\) at \S*test_flow.py:{number}", text)
     assert max(map(len, text.splitlines())) <= 130
+
+
+def test_many_notes_do_not_flood_the_screen():
+    def loss(params):
+        held = [sg.stop_gradient(name)(params)[name] for name in params]
+        return sum(map(jnp.sum, held))
+
+    text = str(sg.gradient_flow(loss)({f'p{i}': X for i in range(30)}))
+    assert text.splitlines()[-1] == (
+        '… and 10 more: show fewer parameters, or look at the records.')
+    assert "[20] stop_gradient('p19') at " in text and 'p20\'' not in text
 
 
 def test_the_table_can_be_opened(big, capsys):
