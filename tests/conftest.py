@@ -18,3 +18,10 @@ def no_leaks():
     """Check for leaked tracers during the test."""
     with jax.checking_leaks():
         yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _fresh_caches():
+    """Forget a module's traces and programs, of which the whole suite makes gigabytes."""
+    yield
+    jax.clear_caches()

@@ -116,7 +116,7 @@ def losses(program, second, weights, params):
 @pytest.mark.parametrize('seed', range(6))
 def test_verdicts_agree_with_gradients(seed):
     @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=12, deadline=None, database=None,
+    @hypothesis.settings(max_examples=10, deadline=None, database=None,
                          suppress_health_check=list(hypothesis.HealthCheck),
                          phases=[hypothesis.Phase.generate])
     @hypothesis.given(programs, programs)

@@ -696,7 +696,7 @@ def test_collections():
         assert (grads['params']['w'], grads['consts']['scale']) == (3, want)
 
 
-@settings(deterministic, max_examples=14)
+@settings(deterministic, max_examples=10)
 @given(seeds)
 def test_random_programs(seed):
     program, how = draw_views(seed)
