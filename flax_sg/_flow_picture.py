@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax_sg._errors import UsageError
-from flax_sg._flow_table import COLOURS, headline
+from flax_sg._flow_table import COLOURS, headline, label_of
 from flax_sg._obstacles import Verdict
+from flax_sg._records import FlowRecord
 from flax_sg._rows import fold, in_order
 
 if TYPE_CHECKING:
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ['draw']
 
-_NAMED = 60  # as many rows have names and words of their own
+_NAMED = 60  # as many parameters have rows of their own
 _LIGHT = (Verdict.REACHED_PARTLY, Verdict.NUMERIC_ZERO)
 
 
@@ -29,60 +32,68 @@ def draw(flow: Flow, path: Any) -> None:
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError("Flow.plot draws with matplotlib: pip install 'flax_sg[plot]'") from error
-    names, losses = in_order(flow.names), flow.losses
-    named = len(names) <= _NAMED
-    longest = max((len(name) for name in names), default=1)
-    height = 0.3 * len(names) + 1.6 if named else 11.0
-    width = min(0.085 * longest, 4.5) + max(1.5 * len(losses), 2.5) + 2.4
-    figure = Figure(figsize=(width, height), layout='constrained')
+    bands = _bands(flow)
+    height = sum(band.height for band in bands)
+    longest = max((len(band.label) for band in bands), default=1)
+    width = min(0.085 * longest, 4.5) + max(1.5 * len(flow.losses), 2.5) + 2.4
+    figure = Figure(figsize=(width, 0.3 * height + 1.3), layout='constrained')
     axes = figure.add_subplot()
-    for y, name in enumerate(names):
-        for x, loss in enumerate(losses):
-            record = flow[loss, name]
-            axes.add_patch(_box(x, y, COLOURS[record.verdict], named))
-            if named:
-                norm = f'\n{record.norm:.2g}' if record.norm else ''
-                axes.text(x + 0.5, y + 0.5, _word(record.verdict) + norm.replace('\n', ' '),
-                          ha='center', va='center', fontsize=7,
-                          color='black' if record.verdict in _LIGHT else 'white')
-    axes.set(xlim=(0, len(losses)), ylim=(len(names), 0), frame_on=False)
-    axes.set_xticks([x + 0.5 for x in range(len(losses))], losses)
+    ticks, top = [], 0.0
+    for band in bands:
+        for x, loss in enumerate(flow.losses):
+            records = [flow[loss, name] for name in band.names]
+            _draw_cell(axes, x, top, band.height, records)
+        ticks.append(top + band.height / 2)
+        top += band.height
+        axes.axhline(top, color='white', linewidth=1.0)
+    axes.set(xlim=(0, len(flow.losses)), ylim=(top, 0), frame_on=False)
+    axes.set_xticks([x + 0.5 for x in range(len(flow.losses))], flow.losses)
+    axes.set_yticks(ticks, [band.label for band in bands])
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=8)
-    if named:
-        axes.set_yticks([y + 0.5 for y in range(len(names))], names)
-    else:
-        _name_groups(axes, flow, names)
-    there = [v for v in COLOURS if any(r.verdict is v for r in flow.records)]
-    number = {v: sum(r.verdict is v for r in flow.records) for v in there}
+    axes.set_title(headline(flow).removeprefix('gradient_flow: '), fontsize=9, loc='left')
+    number = Counter(record.verdict for record in flow.records)
     figure.legend(handles=[Patch(color=COLOURS[v], label=f'{_word(v)} ({number[v]})')
-                           for v in there],
+                           for v in COLOURS if number[v]],
                   loc='outside right upper', fontsize=8, frameon=False)
-    figure.suptitle(headline(flow).removeprefix('gradient_flow: '), fontsize=9)
     figure.savefig(path, dpi=150)
 
 
-def _box(x: float, y: float, colour: str, named: bool) -> Any:
+class _Band(NamedTuple):
+    """Parameters under one label, and how high they are drawn together."""
+
+    label: str
+    names: list[str]
+    height: float
+
+
+def _bands(flow: Flow) -> list[_Band]:
+    """Return each parameter, or where there are many the rows of the table.
+
+    A row of many parameters is higher than that of one, but not as many times: one parameter that
+    nothing trains is to be seen among hundreds.
+    """
+    if len(flow.names) <= _NAMED:
+        return [_Band(name, [name], 1.0) for name in in_order(flow.names)]
+    return [_Band(label_of(row), row.names, len(row.names) ** 0.5)
+            for row in fold(flow, list(flow.names))]
+
+
+def _draw_cell(axes: Any, x: float, top: float, height: float, records: list[FlowRecord]) -> None:
     from matplotlib.patches import Rectangle
-    edge = {'edgecolor': 'white', 'linewidth': 1.0} if named else {'linewidth': 0}
-    return Rectangle((x + 0.01, y), 0.98, 1, facecolor=colour, **edge)
+    step = height / len(records)
+    runs = itertools.groupby(range(len(records)), lambda i: records[i].verdict)
+    for verdict, places in runs:  # one rectangle each, or there are seams between thin ones
+        places = list(places)
+        box = Rectangle((x + 0.01, top + places[0] * step), 0.98, len(places) * step, linewidth=0,
+                        facecolor=COLOURS[verdict])
+        axes.add_patch(box)
+    if len({record.verdict for record in records}) == 1:
+        verdict, norm = records[0].verdict, records[0].norm if len(records) == 1 else None
+        axes.text(x + 0.5, top + height / 2, _word(verdict) + (f' {norm:.2g}' if norm else ''),
+                  ha='center', va='center', fontsize=7,
+                  color='black' if verdict in _LIGHT else 'white')
 
 
 def _word(verdict: Any) -> str:
     return str(verdict).lower().replace('_', ' ')
-
-
-def _name_groups(axes: Any, flow: Flow, names: list[str]) -> None:
-    """Name the parameters that the table would show in one row, in the order of the tree."""
-    place = {name: y for y, name in enumerate(names)}
-    groups = sorted((min(map(place.get, row.names)), max(map(place.get, row.names)), row.label)
-                    for row in fold(flow, names))
-    room = len(names) / 70  # rows that a line of text is high
-    labels, last = [], -room
-    for start, end, label in groups:
-        axes.axhline(start, color='white', linewidth=0.8)
-        y = (start + end + 1) / 2
-        if y - last >= room:
-            labels.append((y, label))
-            last = y
-    axes.set_yticks([y for y, _ in labels], [label for _, label in labels])

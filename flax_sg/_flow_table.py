@@ -13,7 +13,7 @@ from flax_sg._rows import Row, counts, explanation, fold, notes
 if TYPE_CHECKING:
     from flax_sg._report import Flow
 
-__all__ = ['COLOURS', 'as_html', 'as_rich', 'as_text', 'headline', 'show']
+__all__ = ['COLOURS', 'as_html', 'as_rich', 'as_text', 'headline', 'label_of', 'show']
 
 # For a light and a dark ground, and told apart by people who see fewer colours.
 COLOURS = {
@@ -36,7 +36,8 @@ def headline(flow: Flow) -> str:
     return f'gradient_flow: {parameters}, {losses}{ending}'
 
 
-def _label(row: Row) -> str:
+def label_of(row: Row) -> str:
+    """Return a row's label, with the number of its parameters if there are several."""
     return row.label + (f' ({len(row.names)})' if len(row.names) > 1 else '')
 
 
@@ -77,7 +78,7 @@ def as_rich(flow: Flow, names: list[str], *, depth: int | None = None, limit: in
         for cell in row.cells:
             said = [Text(text, style=COLOURS[verdict]) for verdict, text in _said(cell, numbers)]
             cells.append(Text('\n').join(said))
-        table.add_row(Text(_label(row)), *cells)
+        table.add_row(Text(label_of(row)), *cells)
     lines = [f'[{n}] {text}' for text, n in numbers.items()]
     if len(lines) > _NOTES:
         more = f'… and {len(lines) - _NOTES} more: show fewer parameters, or look at the records.'
@@ -131,7 +132,7 @@ def _html_row(row: Row, columns: str, numbers: dict[str, int]) -> str:
         '<span>' + '<br>'.join(f'<b style="color: {COLOURS[verdict]}">{html.escape(text)}</b>'
                                for verdict, text in _said(cell, numbers)) + '</span>'
         for cell in row.cells)
-    label = html.escape(_label(row))
+    label = html.escape(label_of(row))
     if not row.children:
         return f'<div style="{columns}"><span>{label}</span>{cells}</div>'
     inner = ''.join(_html_row(child, columns, numbers) for child in row.children)
