@@ -247,6 +247,16 @@ def test_what_jax_refuses_spoils_no_other_parameter():
     assert 'JAX does not differentiate it: ValueError' in flow['loss', 'a'].reason
 
 
+def test_one_refusal_among_many_parameters():
+    def loss(params):
+        called = jax.pure_callback(lambda w: w, params['p7'], params['p7'])
+        return called.sum() + sum((params[name] * X).sum() for name in params if name != 'p7')
+
+    flow = sg.gradient_flow(loss)({f'p{i}': X for i in range(64)})
+    assert {r.name for r in flow if r.verdict == 'UNKNOWN'} == {'p7'}
+    assert all(r.verdict == 'REACHED' for r in flow if r.name != 'p7')
+
+
 def test_a_while_loop_has_forward_mode_alone():
     def loss(params):
         out = jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c + params['a'] ** 2, X)

@@ -1698,6 +1698,13 @@ def binned(p, edges):
     return (bins * p['b']).sum()  # <- b
 
 
+@program('a b c', a=live('barrier'), b=unused, c=masked('stop'))
+def several_operands_that_do_not_meet(p, x):
+    held = jax.lax.stop_gradient(p['c'])  # <- stop
+    a, _, c = jax.lax.optimization_barrier((p['a'], p['b'], held))  # <- barrier
+    return (a * c * x).sum()
+
+
 # The tests.
 
 
