@@ -66,8 +66,6 @@ def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int) -> tuple:
             'variable that it reads inside the derivative; the result would differ between the '
             'views. Read the variable first, and differentiate a function of its value.')
     out = _mark_p.bind(x, lanes=lanes, level=level)
-    if lanes is False:
-        t = ad.Zero(jax.typeof(x).to_tangent_aval())
     return out, t if type(t) is ad.Zero else _tangent_p.bind(t, lanes=lanes, level=level)
 
 

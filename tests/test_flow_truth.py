@@ -1698,9 +1698,43 @@ def binned(p, edges):
     return (bins * p['b']).sum()  # <- b
 
 
-@program('a b c', a=live('barrier'), b=unused, c=masked('stop'))
+@program('a b', a=live(), b=masked('inner', "gradient_views({'a': 'a', 'b': 'b'}), entry 'a'"))
+def inner_gradient_of_views(p, x):
+    views = sg.gradient_views({'a': 'a', 'b': 'b'})(lambda p: p['a'] ** 3 * p['b'] ** 2 * x)
+    grads = jax.grad(lambda p: views(p)['a'].sum())(p)  # <- inner
+    return (grads['a'] + grads['b']).sum()
+
+
+@program('a b', a=live(), b=masked('push', "gradient_views({'a': 'a', 'b': 'b'})"))
+def inner_tangents_of_views(p, x):
+    views = sg.gradient_views({'a': 'a', 'b': 'b'})(lambda p: p['a'] ** 3 * p['b'] ** 2 * x)
+    at = jax.tree.map(jnp.ones_like, p)
+    return jax.jvp(lambda p: views(p)['a'], (at,), (p,))[1].sum()  # <- push
+
+
+@jax.custom_vjp
+def of_the_first(a, b):
+    return jnp.sin(a)
+
+
+of_the_first.defvjp(lambda a, b: (jnp.sin(a), (a, b)),
+                    lambda ab, ct: (ct * jnp.cos(ab[0]), jnp.zeros_like(ab[1])))
+
+
+@program('a b', a=live('call'), b=unused)
+def custom_rule_with_an_idle_argument(p, x):
+    return (of_the_first(p['a'], p['b']) * x).sum()  # <- call
+
+
+@program('a', a=partly('lt', 'turns', 'beside'))
+def loop_whose_result_is_rounded(p, x):
+    out = jax.lax.while_loop(lambda s: s.sum() < 9, lambda s: s + jnp.exp(s), p['a'])  # <- turns
+    return (jnp.round(out) * x).sum() + (p['a'] * x).sum()  # <- beside
+
+
+@program('a b c', a=live('barrier'), b=unused, c=masked('kept'))
 def several_operands_that_do_not_meet(p, x):
-    held = jax.lax.stop_gradient(p['c'])  # <- stop
+    held = jax.lax.stop_gradient(p['c'])  # <- kept
     a, _, c = jax.lax.optimization_barrier((p['a'], p['b'], held))  # <- barrier
     return (a * c * x).sum()
 
