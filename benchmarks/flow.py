@@ -45,31 +45,33 @@ def seconds(fn: Callable, params: Any) -> float:
     return time.thread_time() - start
 
 
+def measured(kind: str, depth: int, repeats: int) -> list[Any]:
+    """Return a row of the table."""
+    loss, params = program(depth, kind)
+    steps = Graph(jax.make_jaxpr(loss)(params), inside=False).steps
+    equations = sum(step.eqn is not None for step in steps)
+    runs = {
+        'trace': lambda: seconds(lambda p: jax.make_jaxpr(lambda p: loss(p))(p), params),
+        'flow': lambda: seconds(lambda p: sg.gradient_flow(lambda p: loss(p))(p), params)}
+    for run in runs.values():
+        run()
+    times = take_turns(runs, repeats)
+    flow, trace = (sorted(times[name])[repeats // 2] for name in ('flow', 'trace'))
+    return [kind, depth, len(jax.tree.leaves(params)), equations, f'{1e3 * trace:.0f} ms',
+            f'{1e3 * flow:.0f} ms', ratio_of(times['flow'], times['trace']),
+            f'{1e6 * flow / equations:.0f} µs']
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--repeats', type=int, default=7, help='runs of each program')
     parser.add_argument('--depths', type=int, nargs='+', default=[3, 6, 12, 24])
     args = parser.parse_args()
-    rows = []
-    for kind in ('loop', 'nn.scan', 'nn.scan of nn.remat'):
-        for depth in args.depths:
-            loss, params = program(depth, kind)
-            steps = Graph(jax.make_jaxpr(loss)(params), inside=False).steps
-            equations = sum(step.eqn is not None for step in steps)
-            runs = {
-                'trace': lambda: seconds(lambda p: jax.make_jaxpr(lambda p: loss(p))(p), params),
-                'flow': lambda: seconds(lambda p: sg.gradient_flow(lambda p: loss(p))(p), params)}
-            for run in runs.values():
-                run()
-            times = take_turns(runs, args.repeats)
-            flow = sorted(times['flow'])[args.repeats // 2]
-            rows.append([kind, depth, len(jax.tree.leaves(params)), equations,
-                         f'{1e3 * sorted(times["trace"])[args.repeats // 2]:.0f} ms',
-                         f'{1e3 * flow:.0f} ms', ratio_of(times['flow'], times['trace']),
-                         f'{1e6 * flow / equations:.0f} µs'])
     print(table('gradient_flow over jax.make_jaxpr', [
         'transformer', 'layers', 'parameters', 'equations', 'make_jaxpr', 'gradient_flow', 'ratio',
-        'per equation'], rows))
+        'per equation'], [
+            measured(kind, depth, args.repeats)
+            for kind in ('loop', 'nn.scan', 'nn.scan of nn.remat') for depth in args.depths]))
 
 
 if __name__ == '__main__':

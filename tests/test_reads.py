@@ -707,7 +707,7 @@ def check(form, host, uses, predicate=True, selects=lambda names: True, *, jit=F
 
 
 # Every form with these, and with some of the other hosts in turn: all pairs take too long.
-ALWAYS = ('SetupHost', 'LocalHost', 'FirstUseHost', 'MirrorHost', 'apply')
+ALWAYS = ('SetupHost', 'FirstUseHost', 'MirrorHost', 'apply')
 IN_TURN = [host for host in HOSTS if host not in ALWAYS]
 
 
@@ -724,7 +724,7 @@ def test_reads_inside_are_stopped_and_reads_outside_are_live(form, host):
 
 @pytest.mark.parametrize('form, host', [
     *((form, host) for form in LARGE for host in ('SetupHost', 'apply')),
-    *((form, 'MirrorHost') for form in ('LayerScan', 'Recurrent', 'ScanSplit', 'VmapShared'))])
+    *((form, 'MirrorHost') for form in ('LayerScan', 'ScanSplit'))])
 def test_reads_of_lifted_and_large_modules(form, host):
     check(LARGE[form], HOSTS[host], 'MLM', jit=True)
 
