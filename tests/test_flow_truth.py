@@ -1815,7 +1815,7 @@ def test_dict_of_losses():
         check_lines(record.source, truth.line, PROGRAMS[record.loss].fn)
 
 
-def points(params, count=3):
+def points(params, count=4):
     """Make trees like ``params`` with random floats."""
     rng = np.random.default_rng(0)
 
