@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
 __all__ = [
-    'NAME', 'Application', 'Entry', 'claim_key', 'lifted', 'named', 'opened', 'read_from',
+    'AT', 'NAME', 'Application', 'Entry', 'claim_key', 'lifted', 'named', 'opened', 'read_from',
     'relative', 'state',
 ]
 
@@ -202,13 +202,13 @@ class Entry:
             raise unmatched(self.missing[0], self.names, where=repr(self.transform), of=opener)
 
 
-# By this name an equation of a jaxpr tells which block made it; see _obstacles.
-NAME = 'flax_sg: '
+# By this name an equation of a jaxpr tells which block made it, and where; see _obstacles.
+NAME, AT = 'flax_sg: ', ' @@ '
 
 
 def named(transform: Transform, line: Frame | None) -> contextlib.AbstractContextManager:
     """Run a read by a transform, opened at a line, so that its equations tell of it."""
-    return jax.named_scope(f'{NAME}{transform!r} at {line or ""}')
+    return jax.named_scope(f'{NAME}{transform!r}{AT}{line or ""}')
 
 
 def relative(path: Path, start: Path) -> Path:

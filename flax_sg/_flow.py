@@ -148,17 +148,14 @@ class _Findings:
         for step in self.graph.steps:
             if step.eqn is None:
                 continue
-            found: dict[tuple[int, int, int], None] = {}
-            for i, o in self.rules.computed(step):
-                if self.live[i] and self.need[o]:
-                    found[i, o, self.live[i]] = None
-            if not found:
+            edges = [(i, o) for i, o in self.rules.computed(step) if self.live[i] and self.need[o]]
+            if not edges:
                 continue
             moved, failures = set(self.rules.moved(step)), self.rules.failures(step)
-            for i, o, params in found:
+            for i, o in dict.fromkeys(edges):
                 if (i, o) not in moved:
                     failure = next((f for at, f in failures.items() if step.ins[at] == i), '')
-                    self._add(step, step.outs.index(o), failure, params, self.need[o])
+                    self._add(step, step.outs.index(o), failure, self.live[i], self.need[o])
 
     def _add(self, step: Step, output: int, failure: str, params: int, losses: int) -> None:
         found = obstacle(step.eqn, step.context, output, failure)

@@ -21,8 +21,6 @@ COLOURS = {
     Verdict.CUSTOM_ZERO: '#b04fb0', Verdict.PIECEWISE_CONSTANT: '#e07b28',
     Verdict.UNUSED: '#8c8c8c', Verdict.NUMERIC_ZERO: '#d9b310', Verdict.UNKNOWN: '#d62f3c',
 }
-
-
 _NOTES = 20  # lines below the table
 
 
@@ -68,7 +66,7 @@ def as_rich(flow: Flow, names: list[str], *, depth: int | None = None, limit: in
     table = Table(show_edge=False)
     table.add_column('parameter', overflow='fold')
     for loss in flow.losses:
-        table.add_column(loss, overflow='fold')
+        table.add_column(Text(loss), overflow='fold')  # not markup
     before = None
     for row in rows:
         if before not in (None, row.rank):

@@ -24,10 +24,9 @@ Node = int | None  # None: a literal
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Call:
-    """A call of a jitted function, and the nodes of its results."""
+    """A call of a jitted function; two calls are two, though their equation may be one."""
 
     eqn: JaxprEqn
-    outs: list[Node]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,10 +119,7 @@ class Graph:
         call = _CALLS.get(name) or (_CUSTOM.get(name) if self._inside else None)
         inner = dataclasses.replace(context, around=(*context.around, eqn))
         if name in ('jit', 'pjit'):
-            made = Call(eqn, [])
-            inner = dataclasses.replace(inner, calls=(*context.calls, made))
-            made.outs = self._inline(eqn.params[call], ins, inner)
-            return made.outs
+            inner = dataclasses.replace(inner, calls=(*context.calls, Call(eqn)))
         if name == 'shard_map':
             inner = dataclasses.replace(inner, manual=(*context.manual, eqn))
         if call is not None:

@@ -11,15 +11,15 @@ import functools
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
-from types import CodeType
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import flax
 import jax
 import jaxlib
 
-__all__ = ['Frame', 'call_into_jax', 'caller', 'frames_of', 'here', 'is_own', 'owner', 'users']
+__all__ = ['Frame', 'call_into_jax', 'caller', 'frames_of', 'here', 'owner', 'users_line']
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _OWNERS = {os.path.dirname(os.path.abspath(m.__file__)) + os.sep: m.__name__
@@ -57,22 +57,49 @@ def owner(file: str) -> str:
     return 'python' if file.startswith(_STDLIB) else ''
 
 
-def is_own(frame: Frame) -> bool:
-    """Say whether a frame is the user's; dataclasses and the like compile code named '<string>'."""
-    generated = frame.file == '<string>' and frame.function.rpartition('.')[2].startswith('__')
-    return not generated and owner(frame.file) == ''
+@functools.cache
+def _whose(code: CodeType) -> str:
+    """Say whether code is the user's 'own', of an 'installed' package, or of a 'library' below."""
+    name = code.co_filename
+    if name == '<string>' and code.co_name.startswith('__'):
+        return 'library'  # of dataclasses and the like
+    return {'': 'own', 'python': 'library', 'jax': 'library', 'jaxlib': 'library',
+            'flax': 'library', 'flax_sg': 'library'}.get(owner(name), 'installed')
 
 
-def users(frames: Iterator[Frame]) -> Frame | None:
-    """Return the innermost frame that is the user's, or one of another package, or None."""
+def _chosen(frames: Iterable[Any], code: Callable[[Any], CodeType], line: Callable[[Any], int]
+            ) -> Frame | None:
+    """Return the innermost frame that is the user's own, or one of another package, or None."""
     installed = None
     for frame in frames:
-        if is_own(frame):
-            return frame
-        if installed is None and owner(frame.file) not in (
-                '', 'python', 'jax', 'jaxlib', 'flax', 'flax_sg'):
+        whose = _whose(code(frame))
+        if whose == 'own':
+            return Frame(code(frame).co_filename, line(frame), code(frame).co_qualname)
+        if whose == 'installed' and installed is None:
             installed = frame
-    return installed
+    if installed is None:
+        return None
+    return Frame(code(installed).co_filename, line(installed), code(installed).co_qualname)
+
+
+def users_line(traceback: Any) -> Frame | None:
+    """Return the user's line in a traceback of JAX's, or None."""
+    if traceback is None:
+        return None
+    frames = zip(*traceback.raw_frames(), strict=True)
+    return _chosen(frames, lambda f: f[0], lambda f: traceback.code_addr2line(*f))
+
+
+def here() -> Frame | None:
+    """Return the user's line that is being run in this thread."""
+    return _chosen(_stack(), lambda f: f.f_code, lambda f: f.f_lineno)
+
+
+def _stack() -> Iterator[FrameType]:
+    frame = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def frames_of(traceback: Any) -> Iterator[Frame]:
@@ -112,26 +139,3 @@ def call_into_jax(traceback: Any) -> tuple[tuple[CodeType, int], str] | None:
 
 
 _FILTER = 'reraise_with_filtered_traceback'  # around many of JAX's functions
-
-
-def here() -> Frame | None:
-    """Return the user's line that is being run in this thread."""
-    frame, installed = sys._getframe(1), None
-    while frame is not None:
-        whose = _whose(frame.f_code)
-        if whose == '' or (whose == 'installed' and installed is None):
-            found = Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
-            if whose == '':
-                return found
-            installed = found
-        frame = frame.f_back
-    return installed
-
-
-@functools.cache
-def _whose(code: CodeType) -> str:
-    frame = Frame(code.co_filename, 0, code.co_qualname)
-    if is_own(frame):
-        return ''
-    ours = owner(code.co_filename) in ('', 'python', 'jax', 'jaxlib', 'flax', 'flax_sg')
-    return 'library' if ours else 'installed'

@@ -16,16 +16,28 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, jaxprs_in_params
 
 from flax_sg import _compat
-from flax_sg._active import NAME
+from flax_sg._active import AT, NAME
 from flax_sg._graph import Call, Context
 from flax_sg._jaxprs import moves
-from flax_sg._lines import Frame, call_into_jax, caller, frames_of, owner, users
+from flax_sg._lines import Frame, call_into_jax, caller, frames_of, owner, users_line
 
 __all__ = ['NOT_SEEN', 'Obstacle', 'Verdict', 'line_of', 'obstacle', 'within']
 
 
 class Verdict(enum.StrEnum):
-    """What becomes of a loss's gradient on its way to a parameter."""
+    """What becomes of a loss's gradient on its way to a parameter; each is a string.
+
+    REACHED: it gets there. REACHED_PARTLY: it does on one way, and on another it ends.
+    MASKED: it ends at stop_gradient: of a block, the user's own, or a library's.
+    CUSTOM_ZERO: it ends in a custom_jvp or custom_vjp whose rule returns zeros, or in
+    ``map_gradient``. PIECEWISE_CONSTANT: it ends at an operation whose derivative is zero, such as
+    the indices of a sort, a comparison, a rounding. UNUSED: the loss does not depend on the
+    parameter. NUMERIC_ZERO: it gets there, and is exactly zero on this input; found with norms.
+    UNKNOWN: JAX does not differentiate it, or two ways to find out disagree; the record says why.
+
+    >>> Verdict('MASKED') is Verdict.MASKED, Verdict.MASKED == 'MASKED'
+    (True, True)
+    """
 
     REACHED = 'REACHED'
     REACHED_PARTLY = 'REACHED_PARTLY'
@@ -103,7 +115,7 @@ def _block(eqn: JaxprEqn) -> tuple[str, str] | None:
     names = [name for name in _compat.scope_names(eqn) if name.startswith(NAME)]
     if not names:
         return None
-    transform, _, line = names[-1].removeprefix(NAME).rpartition(' at ')
+    transform, line = names[-1].removeprefix(NAME).rsplit(AT, 1)
     return transform, line
 
 
@@ -160,7 +172,7 @@ def line_of(eqn: JaxprEqn, context: Context) -> str:
 
 
 def _line(eqn: JaxprEqn) -> Frame | None:
-    return users(frames_of(eqn.source_info.traceback))
+    return users_line(eqn.source_info.traceback)
 
 
 def within(eqn: JaxprEqn, context: Context) -> Any:

@@ -19,6 +19,15 @@ __all__ = ['Flow']
 class Flow:
     """The records that :func:`gradient_flow` found; prints as a table, problems first.
 
+    >>> import jax, jax.numpy as jnp
+    >>> from flax_sg import gradient_flow
+    >>> loss = lambda params: (params['head'] * jax.lax.stop_gradient(params['body'])).sum()
+    >>> flow = gradient_flow(loss)({'body': jnp.ones(3), 'head': jnp.ones(3)})
+    >>> [(record.name, str(record.verdict)) for record in flow]
+    [('body', 'MASKED'), ('head', 'REACHED')]
+    >>> flow.to_dict()['loss']['body']['operation'], flow['loss', 'head'].reached
+    ('stop_gradient', True)
+
     Attributes:
       records: all of them, loss by loss.
       losses, names: what there is of each, in order.
@@ -32,7 +41,11 @@ class Flow:
         self._by_key = {(r.loss, r.name): r for r in records}
 
     def __getitem__(self, key: tuple[str, str]) -> FlowRecord:
-        """Return the record of a loss and a parameter: ``flow['gln', 'encoder/kernel']``."""
+        """Return the record of a loss and a parameter: ``flow['gln', 'encoder/kernel']``.
+
+        Raises:
+          UnknownRecordError: there is none; it names close ones.
+        """
         try:
             return self._by_key[key]
         except (KeyError, TypeError):
@@ -67,6 +80,9 @@ class Flow:
           predicate: which parameters to show, as for :func:`flax_sg.stop_gradient`.
           depth: fold whatever lies deeper in the tree, the same or not.
           rows: how many rows may be shown; sets ``depth`` if that is None.
+
+        Raises:
+          UnmatchedPathError, PredicateError: the predicate selects nothing, or is none.
         """
         _flow_table.show(self, self._selected(predicate), depth=depth, limit=rows)
 
@@ -93,6 +109,7 @@ class Flow:
 
         Raises:
           UsageError: the file name does not end in ``.svg`` or ``.png``.
+          ImportError: matplotlib is not there.
         """
         _flow_picture.draw(self, path)
 

@@ -334,6 +334,22 @@ def test_the_table_can_be_opened(big, capsys):
         big.show('layr_3')
 
 
+def test_names_are_no_markup():
+    flow = sg.gradient_flow(lambda p: {'[red]a[/]': p['[b]'].sum()})({'[b]': X})
+    assert '[red]a[/]' in str(flow) and '[b]' in str(flow)
+
+
+def test_files_with_any_name():
+    code = "def loss(params):\n    with sg.stop_gradient(True):\n        return model(params)\n"
+    model = lambda params: nn.Dense(1).apply({'params': params}, X[None]).sum()
+    names = {'sg': sg, 'model': model}
+    exec(compile(code, '/me at work @ home.py', 'exec'), names)
+    params = nn.Dense(1).init(jax.random.key(0), X[None])['params']
+    record = sg.gradient_flow(names['loss'])(params)['loss', 'kernel']
+    assert record.operation == 'stop_gradient(everything)'
+    assert record.source == '/me at work @ home.py:2 (loss)'
+
+
 def test_colours_in_a_terminal(flow):
     out = io.StringIO()
     rich.console.Console(file=out, force_terminal=True, width=100, color_system='truecolor').print(
