@@ -28,7 +28,7 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
     """Say for each parameter and loss whether a gradient gets there, and if not, which line did it.
 
     Use it when a parameter does not train, or trains when it should not. It works on any JAX
-    function, and looks at the program: the losses are traced and not run.
+    function, and looks at the program: the losses are traced, twice, and not run.
 
     >>> import jax.numpy as jnp
     >>> def loss(params, x):
@@ -45,8 +45,8 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
     Args:
       losses: a dict of functions that return a scalar, a function that returns a dict of scalars,
         or one that returns a scalar, which is called ``'loss'``.
-      norms: run the losses once too, on one device compilation, and give each record the norm of
-        its gradient; finds gradients that are zero on this input alone.
+      norms: compile and run the losses once too, and give each record the norm of its gradient;
+        finds gradients that are zero on this input alone.
 
     Returns:
       A function of ``(params, *args, **kwargs)`` as the losses take them, that returns a

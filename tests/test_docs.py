@@ -95,3 +95,7 @@ def test_the_page_on_gradient_flow(capsys):
     with pytest.raises(AssertionError) as caught:
         exec(compile(check, 'model.py', 'exec'), names)
     assert str(caught.value).splitlines() == error.splitlines()
+    readme, = (code for code in blocks('README.md', 'python') if 'gradient_flow' in code)
+    exec(readme, names)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == table.splitlines() == blocks('README.md', 'text')[0].splitlines()
