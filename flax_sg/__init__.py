@@ -1,6 +1,7 @@
 """Block-scoped gradient masks for Flax Linen: train some parameters with a loss, and not others."""
 
 from flax_sg import _lifts as _lifts  # taps what lifted transforms hand on; _scope taps reads
+from flax_sg import _rules as _rules  # taps functions with rules of the user's own
 from flax_sg import _setup as _setup  # taps Flax's setup
 from flax_sg import data_structures, nn
 from flax_sg._adaptors import from_haiku, from_nnx
@@ -12,6 +13,7 @@ from flax_sg._errors import (
     PredicateError,
     UnknownRecordError,
     UnmatchedPathError,
+    UnreadBlockWarning,
     UsageError,
 )
 from flax_sg._filters import Filter, everything, nothing, path, regex, where
@@ -30,8 +32,8 @@ __version__ = '0.1.0'
 
 __all__ = [
     'Filter', 'Flow', 'FlowRecord', 'FrozenVariableError', 'LabelError', 'PredicateError',
-    'Transform', 'UnknownRecordError', 'UnmatchedPathError', 'UsageError', 'VariableInfo',
-    'Verdict', 'assert_flow', 'constant', 'data_structures', 'everything', 'from_haiku',
+    'Transform', 'UnknownRecordError', 'UnmatchedPathError', 'UnreadBlockWarning', 'UsageError',
+    'VariableInfo', 'Verdict', 'assert_flow', 'constant', 'data_structures', 'everything', 'from_haiku',
     'from_nnx', 'gradient_flow', 'gradient_views', 'labels', 'map_gradient', 'map_values', 'nn',
     'nothing', 'path', 'regex', 'replace_values', 'scale_gradient', 'stop_gradient', 'where',
 ]

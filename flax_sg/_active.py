@@ -7,66 +7,56 @@ knows names, not modules; `_scope` asks it about each read.
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from flax_sg import _compat
-from flax_sg._compat import Scope
-from flax_sg._info import Path, VariableInfo, walk
+from flax_sg._answers import Answers, answers_of
+from flax_sg._callables import callable_source
+from flax_sg._bodies import Body, Question, WatchedInfo, relative
+from flax_sg._contexts import Context, Contexts, no_blocks
+from flax_sg._errors import UsageError
+from flax_sg._info import Path, VariableInfo
 from flax_sg._lines import Frame, here
 from flax_sg._marks import tracing
-from flax_sg._unmatched import unmatched
+from flax_sg._met import Met
 
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
 __all__ = [
-    'AT', 'NAME', 'Application', 'Entry', 'claim_key', 'lifted', 'named', 'opened', 'read_from',
-    'relative', 'state',
+    'AT', 'NAME', 'Application', 'Entry', 'claim', 'close', 'context', 'enter', 'named', 'opened',
+    'opening_of', 'read_from', 'reopened', 'set_context', 'state', 'under',
 ]
-
-
-class _SharedKey:
-    """A key of JAX's caches that one thread at a time uses, and whose it is; see `_key`."""
-
-    free: list[_SharedKey] = []
-
-    def __init__(self) -> None:
-        self.owners: dict[Any, Any] = {}
-
-    @classmethod
-    def lend(cls, borrower: Any) -> _SharedKey:
-        """Return a key until the borrower is gone: so there are never more keys than threads."""
-        try:
-            key = cls.free.pop()
-        except IndexError:
-            key = cls()
-        weakref.finalize(borrower, cls.free.append, key).atexit = False
-        return key
-
-
-class _Life:
-    """An identity that is gone when what holds it is gone."""
 
 
 class _State(threading.local):
     """What is open in this thread."""
 
     def __init__(self) -> None:
-        self.stack: tuple[Entry, ...] = ()
-        self.blocks: list[tuple[Transform, Any]] = []  # `with` blocks, to be left in order
+        self.around: tuple[Entry, ...] = ()  # in a rule: what was open where its function was called
+        self.openings: list[Opening] = []
+        self.left: list[Opening] = []  # with a block around them; their own `with` is still to end
+        self.stack: tuple[Entry, ...] = ()  # the entries of both, the outermost first
+        self.inside = False  # in a rule: its function was called by a running module
         self.setups: list[Any] = []  # runs of `setup` in progress, see _setup
-        self.lifted: tuple[Any, ...] = ()  # what lifted transforms add to the keys of caches
+        self.bodies: tuple[Body, ...] = ()  # of nn.jit, which JAX is tracing
+        self.appending: tuple | None = None  # a variable that is read in order to be stored
         self.publishing = False  # Flax writes back what the body of a lifted transform returned
-        self.thread = _Life()
-        self.shared = _SharedKey.lend(self.thread)
+        self.contexts = Contexts()
 
 
 state = _State()
+
+
+class _Life:
+    """An identity that is gone when what holds it is gone."""
 
 
 class Application:
@@ -76,19 +66,21 @@ class Application:
       trace: the JAX trace in which it began.
       life: its identity.
       linearizing: it began while the target of views was differentiated, in a rule of the user's.
+      inner: a running module applies the model by itself, so that it is that module's own affair.
     """
 
-    __slots__ = ('life', 'linearizing', 'trace')
+    __slots__ = ('inner', 'life', 'linearizing', 'trace')
 
-    def __init__(self) -> None:
+    def __init__(self, *, inner: bool = False) -> None:
         self.trace, self.life = _compat.trace_state(), _Life()
         self.linearizing = tracing.linearizing
+        self.inner = inner
 
     def __eq__(self, other: object) -> bool:  # it is in the flags of scopes, a key of nn.jit
-        return isinstance(other, Application)
+        return isinstance(other, Application) and self.inner == other.inner
 
     def __hash__(self) -> int:
-        return hash(Application)
+        return hash((Application, self.inner))
 
 
 class Entry:
@@ -97,36 +89,43 @@ class Entry:
     Attributes:
       transform: what is applied.
       opener: the absolute path of the module that opened it; paths are relative to it.
-      family: the identity of the root variables it covers, or None to cover every root.
+      family: the identity of the root variables it covers, or None to cover every root that is
+        applied from outside all modules.
       line: where in the user's code that was.
-      attached: it belongs to a lifted module, and is open whenever that module is used.
+      attached: it belongs to the lifted class `owner`, and is open whenever its module is used.
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
-      sharing: it may share a key of JAX's caches with other blocks, see `_key`.
+      bodies: the bodies of nn.jit in which it was opened.
+      context: the context in force since, see _contexts.
       reads: what variables were read as, for each application of a model.
+      met: what it has met, for patterns that select nothing.
     """
 
     __slots__ = (
-        'attached', 'family', 'kept', 'key', 'line', 'met', 'missing', 'names', 'opener', 'quiet',
-        'reads', 'roots', 'sharing', 'trace', 'transform')
+        '__weakref__', 'answers', 'attached', 'bodies', 'context', 'family', 'kept', 'key', 'line',
+        'met', 'opener', 'owner', 'reads', 'trace', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: dict | None, *,
-                 attached: bool = False, initializing: bool = False):
+                 owner: Any = None, initializing: bool = False):
         self.transform = transform
         self.opener = opener
         self.family = family
-        self.attached = attached
+        self.owner = owner
+        self.attached = owner is not None
         self.line = here()
-        self.key = (transform.key(), opener, family is None)
         self.trace = _compat.trace_state()
-        self.sharing = family is not None or not _compat.outside_traces()
+        self.bodies = state.bodies
+        self.context: Context | None = None
+        self.answers: Answers | None = None
+        source = (transform.key(callable_source), opener, family is None)
+        if transform.asks():
+            self.answers = answers_of(source, self)
+            source = (*source, self.answers)
+        self.key = source
         self.kept: dict[int, tuple] = {}  # see _setup
         # A module may create a variable after its block, so blocks inside do not check at init.
-        self.quiet = transform.allow_unmatched or (initializing and family is not None)
-        self.missing = () if self.quiet else tuple(dict.fromkeys(transform.filter.patterns()))
-        self.names: dict[VariableInfo, None] = {}
-        self.roots: weakref.WeakSet = weakref.WeakSet()
-        self.met = family is not None
+        quiet = transform.allow_unmatched or (initializing and family is not None)
+        self.met = Met(transform, opener, family, self.key, self.line, quiet=quiet)
         self.reads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def read(self, application: Application, info: VariableInfo, value: Any, other: Callable
@@ -136,20 +135,40 @@ class Entry:
         All reads in one application give one value, so that its cotangent is that of their sum. A
         value made in another trace, in a function that JAX traces meanwhile, must stay in there.
         """
-        if _compat.trace_state() != application.trace:
-            return self._read(info, value, other)
         reads = self.reads.setdefault(application.life, {})
         name = (info.collection, info.absolute_path)
-        if name not in reads or reads[name][0] is not value:
-            reads[name] = (value, self._read(info, value, other))
-        return reads[name][1]
+        if _compat.trace_state() != application.trace:
+            reads.setdefault(name, _ELSEWHERE)
+            return self._read(info, value, other)
+        depends = (value, *(_or_none(other, col) for col in self.transform.read_from()))
+        found = reads.get(name, _ELSEWHERE)
+        if len(found[0]) != len(depends) or not all(map(operator.is_, found[0], depends)):
+            found = reads[name] = depends, self._read(info, value, other)
+        return found[1]
 
     def _read(self, info: VariableInfo, value: Any, other: Callable) -> Any:
         with named(self.transform, self.line):
-            return self.transform.read(info, value, other)
+            return self.transform.read(self._watched(info), value, other)
 
-    def covers(self, family: dict) -> bool:
-        return self.family is None or self.family is family
+    def has_read(self, application: Application, collection: str, path: Path) -> Any:
+        """Return what a variable was last read as in this application's trace, or None."""
+        return self.reads.get(application.life, {}).get((collection, path), _ELSEWHERE)[1]
+
+    def was_read(self, application: Application, collection: str, path: Path) -> bool:
+        """Say whether a variable was read in this application."""
+        return (collection, path) in self.reads.get(application.life, {})
+
+    def _watched(self, info: VariableInfo) -> VariableInfo:
+        """Return the info, which tells the bodies that are being traced when a name is used."""
+        if not state.bodies:
+            return info
+        inside = tuple(body for body in state.bodies if body not in self.bodies)
+        around = tuple(body for body in state.bodies if body in self.bodies)
+        return WatchedInfo.of(info, inside, around)
+
+    def covers(self, family: dict, inner: bool) -> bool:
+        """Say whether the block is about a root."""
+        return not inner if self.family is None else self.family is family
 
     def info(self, path: Path, collection: str, value: Any) -> VariableInfo:
         return VariableInfo.of(relative(path, self.opener), path, collection, value)
@@ -158,48 +177,39 @@ class Entry:
         """Say whether the transform applies, and cross off the patterns it meets."""
         if not self.transform.in_collections(info.collection):
             return False
-        if self.missing:
-            self.cross_off(info)
+        self.met.variable(info)
+        if self.answers is not None or state.bodies:
+            answer = self.says(info)
+            for body in state.bodies:
+                question = Question(self.key, self.transform.says, self.opener, info, answer)
+                body.questions[question] = None
         return self.transform.filter.selects(info)
 
-    def cross_off(self, info: VariableInfo) -> None:
-        self.names[info] = None
-        self.missing = tuple(p for p in self.missing if not p.selects(info))
+    def says(self, info: VariableInfo) -> Hashable:
+        """Return what the transform says of a variable, and note it for JAX's caches."""
+        answer = self.transform.says(info)
+        if self.answers is not None:
+            self.answers.note(info, answer, self.transform)
+        return answer
 
-    def meet(self, root: Scope, variables: dict[str, Any]) -> None:
-        """Let a block around whole programs see the variables of a root that it has come to."""
-        if self.missing and self.family is None and root not in self.roots:
-            self.roots.add(root)
-            self.met = True
-            self.cross_off_tree(variables)
+    def closed(self) -> None:
+        """Forget what was only of use while the block was open."""
+        self.kept.clear()
+        if not self.attached:
+            self.reads.clear()
+        self.met.closed()
+        if self.answers is not None:
+            self.answers.users.discard(self)
 
-    def cross_off_tree(self, variables: dict[str, Any]) -> None:
-        """Cross off what stored variables meet, read or not; look first where patterns point."""
-        starts = [pattern.start(self.opener) for pattern in self.missing]
-        for start in dict.fromkeys((*starts, ())):
-            for collection in variables:
-                if not self.missing:
-                    return
-                if self.transform.in_collections(collection):
-                    self._cross_off_below(start, variables[collection], collection)
 
-    def _cross_off_below(self, start: Path, tree: Any, collection: str) -> None:
-        for name in start:
-            if not isinstance(tree, Mapping) or name not in tree:
-                return
-            tree = tree[name]
-        for info, value in walk(tree, collection, start):
-            self.cross_off(self.info(info.absolute_path, collection, value))
-            if not self.missing:
-                return
+_ELSEWHERE = ((), None)  # for a read in another trace, whose value must stay in there
 
-    def check(self) -> None:
-        """Raise UnmatchedPathError if a pattern selects nothing."""
-        if self.missing and self.family is not None:
-            self.cross_off_tree(self.family)
-        if self.missing and self.met:
-            opener = f"'/{'/'.join(self.opener)}'"
-            raise unmatched(self.missing[0], self.names, where=repr(self.transform), of=opener)
+
+def _or_none(other: Callable[[str], Any], collection: str) -> Any:
+    try:
+        return other(collection)
+    except KeyError:
+        return None
 
 
 # By this name an equation of a jaxpr tells which block made it, and where; see _obstacles.
@@ -211,28 +221,120 @@ def named(transform: Transform, line: Frame | None) -> contextlib.AbstractContex
     return jax.named_scope(f'{NAME}{transform!r}{AT}{line or ""}')
 
 
-def relative(path: Path, start: Path) -> Path:
-    """Return ``path`` as seen from ``start``, with '..' parts for what lies outside."""
-    common = 0
-    for a, b in zip(path, start, strict=False):
-        if a != b:
-            break
-        common += 1
-    return ('..',) * (len(start) - common) + path[common:]
+class Opening:
+    """An entry on the stack of a thread, until it is left.
+
+    Attributes:
+      entry: the entry.
+      left: it is not on the stack any more.
+      by: the transform whose `with` opened it, or None.
+      frame: that of the `with`.
+    """
+
+    __slots__ = ('by', 'entry', 'frame', 'left')
+
+    def __init__(self, entry: Entry, by: Transform | None, frame: FrameType | None):
+        self.entry, self.by, self.frame, self.left = entry, by, frame, False
+
+
+def enter(entry: Entry, by: Transform | None = None, frame: FrameType | None = None) -> Opening:
+    """Open a block; it has to be left with `close`."""
+    opening = Opening(entry, by, frame)
+    state.openings.append(opening)
+    _restack()
+    return opening
+
+
+def opening_of(transform: Transform, frame: FrameType) -> Opening:
+    """Return which opening of a transform a `with` is about to leave: that of its own frame.
+
+    Several may be open at once, as in generators. An ExitStack leaves from another frame than it
+    enters, the innermost first.
+    """
+    mine = [o for o in (*state.left, *state.openings) if o.by is transform]
+    here = [o for o in mine if o.frame is frame]
+    found = here or [o for o in mine if not o.left]
+    if not found:
+        raise UsageError(
+            f'{transform!r} was left without being open in this thread. Leave a block once, where '
+            'it was entered.')
+    if found[-1].left:
+        state.left.remove(found[-1])
+    return found[-1]
+
+
+def close(opening: Opening, *, failed: bool) -> None:
+    """Leave a block, and what is still open inside of it.
+
+    Args:
+      opening: what `enter` returned.
+      failed: an exception leaves the block; there is no other one about the block then.
+
+    Raises:
+      UnmatchedPathError: a pattern of the block selected nothing.
+      UsageError: a block inside of it was still open, as a generator's that waits in it.
+    """
+    if opening.left:  # with the block around it, which said so
+        return
+    if opening not in state.openings:
+        raise UsageError(
+            f'{opening.entry.transform!r} was left in another thread than it was opened in.')
+    start = state.openings.index(opening)
+    gone, state.openings[start:] = state.openings[start:], []
+    for each in gone:
+        each.left = True
+    state.left.extend(each for each in gone[1:] if each.by is not None)
+    _restack()
+    try:
+        if not failed:
+            _check_closed(gone)
+    finally:
+        for each in gone:
+            each.entry.closed()
+
+
+def _check_closed(gone: list[Opening]) -> None:
+    opening = gone[0]
+    if len(gone) > 1:
+        raise UsageError(
+            f'{opening.entry.transform!r} was left while {gone[-1].entry.transform!r} was still '
+            'open inside of it; both are closed now. Leave blocks in the reverse order of entry: '
+            'a generator that yields inside a block must be finished before the block around it '
+            'ends.')
+    if not opening.entry.attached:
+        opening.entry.met.check()
 
 
 @contextlib.contextmanager
 def opened(entry: Entry) -> Iterator[None]:
     """Run a block inside the entry; an UnmatchedPathError gives way to the block's own error."""
-    with _with(stack=(*state.stack, entry)):
+    opening = enter(entry)
+    try:
         yield
-    if not entry.attached:
-        entry.check()
+    except BaseException:
+        close(opening, failed=True)
+        raise
+    close(opening, failed=False)
 
 
-def lifted(key: Any) -> contextlib.AbstractContextManager[None]:
-    """Run the body of a lifted transform with more in the keys of JAX's caches."""
-    return _with(lifted=(*state.lifted, key))
+@contextlib.contextmanager
+def reopened(stack: tuple[Entry, ...], *, inside: bool) -> Iterator[None]:
+    """Run a rule in the blocks in which its function was called, and in no others."""
+    with _with(around=stack, openings=[], bodies=(), inside=inside, setups=[], publishing=False):
+        _restack()
+        try:
+            yield
+        finally:
+            for opening in state.openings:
+                opening.left = True
+    _restack()
+
+
+@contextlib.contextmanager
+def under(**changes: Any) -> Iterator[None]:
+    """Run a part with some of the thread's state changed."""
+    with _with(**changes):
+        yield
 
 
 @contextlib.contextmanager
@@ -240,49 +342,52 @@ def _with(**changes: Any) -> Iterator[None]:
     before = {name: getattr(state, name) for name in changes}
     vars(state).update(changes)
     try:
-        with _compat.cache_keys(_key()):
-            yield
+        yield
     finally:
         vars(state).update(before)
-        if state.stack:  # whose key may have been claimed meanwhile, by a block inside it
-            _compat.cache_keys(_key()).__enter__()
 
 
-# JAX traces its own jitted helpers anew for every key, and many of its functions are such helpers.
-# So blocks of modules, and those opened in a function that is being traced, share one key, as long
-# as no trace under it depends on which block is open. The first stack of blocks that has such a
-# trace, made by a read in another trace than that of the block, keeps the key as its own; all
-# others have keys of their own from then on.
+def _restack() -> None:
+    """Set what follows from what is open: the stack, and the key of JAX's caches."""
+    state.stack = (*state.around, *(opening.entry for opening in state.openings))
+    set_context()
 
 
-def _key() -> Any:
-    """Return the key of the open blocks: equal only where traces may be shared."""
-    keys = tuple(entry.key for entry in state.stack)
-    start, end = _sharing()
-    if start < end == len(keys) and state.shared.owners.get(keys[:start], keys) == keys:
-        keys = (state.shared, *keys[:start])
-    return (keys, state.lifted) if keys or state.lifted else ()
-
-
-def _sharing() -> tuple[int, int]:
-    """Return where in the stack the blocks are that may share a key.
-
-    They begin with the first that a module or a function being traced opened, and were all opened
-    in its trace. Blocks opened inside a function that JAX traces meanwhile have keys of their own.
-    """
+def context() -> Context:
+    """Return what JAX's caches know the open blocks by."""
     stack = state.stack
-    start = end = next((i for i, entry in enumerate(stack) if entry.sharing), len(stack))
-    while end < len(stack) and stack[end].trace == stack[start].trace:
-        end += 1
-    return start, end
+    if not stack:
+        return no_blocks
+    share = not state.around and len(_first_group()) == len(stack)
+    return state.contexts.of(_key(stack), share=share)
 
 
-def claim_key() -> None:
-    """Say that a trace in progress, or about to begin, depends on the open blocks."""
-    start, end = _sharing()
-    if start < end:
-        keys = tuple(entry.key for entry in state.stack[:end])
-        state.shared.owners.setdefault(keys[:start], keys)
+def set_context(*more: Any) -> None:
+    """Set the key of JAX's caches to the open blocks, and to what else a trace depends on."""
+    now = context()
+    if state.stack:
+        state.stack[-1].context = now
+    _compat.set_cache_key((now, *more) if more or now is not no_blocks else ())
+
+
+def _key(stack: tuple[Entry, ...]) -> tuple:
+    return tuple(entry.key for entry in stack)
+
+
+def _first_group() -> tuple[Entry, ...]:
+    """Return the outermost entries, those that were opened in one trace."""
+    stack = state.stack
+    end = next((i for i, e in enumerate(stack) if e.trace != stack[0].trace), len(stack))
+    return stack[:end]
+
+
+def claim() -> None:
+    """Say that traces in progress, other than that of the blocks, depend on the open blocks."""
+    if state.around:  # a rule has contexts of its own
+        return
+    group = _first_group()
+    if group:
+        state.contexts.claim(group[-1].context, _key(group))
 
 
 def read_from(trace: Any) -> None:
@@ -292,6 +397,5 @@ def read_from(trace: Any) -> None:
       trace: the trace of the lifted body that the variable's scope was made for, or None.
     """
     now = _compat.trace_state()
-    start, end = _sharing()
-    if trace != now and start < end and state.stack[start].trace != now:
-        claim_key()
+    if state.stack and trace != now and state.stack[0].trace != now:
+        claim()

@@ -10,9 +10,10 @@ import functools
 import weakref
 from typing import Any
 
+from flax_sg import _compat
 from flax_sg._active import state
 from flax_sg._compat import Module
-from flax_sg._scope import effective
+from flax_sg._scope import APPLICATION, effective
 
 __all__ = ['watch']
 
@@ -31,11 +32,19 @@ class _CachedProperty:
             return self
         for run in state.setups:
             run.read = True
-        entries = () if module.scope is None else effective(module.scope)
+        if module.scope is None:
+            return self._first(module, ())[1]
+        entries, now = effective(module.scope), _compat.trace_state()
+        before, value, trace = self._first(module, entries)
+        # What was computed in a function that JAX traced, the body of a scan, stays in there.
+        valid = before == entries and trace in (now, module.scope.flags[APPLICATION].trace)
+        return value if valid else self.wrapped.func(module)
+
+    def _first(self, module: Module, entries: tuple) -> tuple:
         if self.slot not in vars(module):
-            vars(module)[self.slot] = (entries, self.wrapped.func(module))
-        first, value = vars(module)[self.slot]
-        return value if first == entries else self.wrapped.func(module)
+            vars(module)[self.slot] = (
+                entries, self.wrapped.func(module), _compat.trace_state())
+        return vars(module)[self.slot]
 
     def __set__(self, module: Module, value: Any) -> None:  # so as to come before the instance
         raise AttributeError(f'{self.wrapped.attrname!r} is a cached property.')

@@ -12,7 +12,10 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-__all__ = ['callable_key', 'cell_contents', 'describe_callable', 'value_key']
+__all__ = [
+    'callable_identity', 'callable_key', 'callable_source', 'cell_contents', 'describe_callable',
+    'value_key',
+]
 
 
 class _Identity:
@@ -64,6 +67,28 @@ def callable_key(fn: Callable, _seen: tuple[int, ...] = ()) -> Hashable:
     return _hashable(fn)
 
 
+def callable_source(fn: Callable) -> Hashable:
+    """Return a hashable value of a callable's code, whatever it holds."""
+    if isinstance(fn, functools.partial):
+        return ('partial', callable_source(fn.func))
+    if inspect.ismethod(fn):
+        return ('method', callable_source(fn.__func__))
+    if isinstance(fn, types.FunctionType):
+        return ('function', fn.__code__, fn.__code__.co_filename, fn.__qualname__)
+    return ('object', type(fn))
+
+
+def callable_identity(fn: Any) -> Hashable:
+    """Return a hashable value that only callables share which will always be equal.
+
+    What a closure or an object holds may change. This is for what outlives the moment.
+    """
+    if isinstance(fn, types.FunctionType) and not (
+            fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__):
+        return callable_key(fn)
+    return _Identity(fn)
+
+
 def value_key(value: Any, _seen: tuple[int, ...] = ()) -> Hashable:
     """Return a hashable value that equal values share; arrays and trees count by identity."""
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
@@ -78,6 +103,8 @@ def value_key(value: Any, _seen: tuple[int, ...] = ()) -> Hashable:
 
 
 def _hashable(value: Any) -> Hashable:
+    if type(value).__hash__ is object.__hash__:  # which may hold arrays, as a trainer does
+        return _Identity(value)
     try:
         hash(value)
     except TypeError:

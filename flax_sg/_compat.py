@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.custom_batching
+import jax.custom_derivatives
 from flax.core import lift, tracers
 from flax.core.scope import Scope, Variable
 from flax.linen import Module
@@ -27,16 +29,16 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import ClosedJaxpr, DebugInfo
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root', 'is_ref',
+    'Module', 'Scope', 'Variable', 'current_module', 'in_scratch_root', 'is_ref',
     'lifted_call', 'operation_of', 'outside_traces', 'packed_scopes', 'rewound_counters',
-    'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'setup_pending',
-    'snapshot_counters', 'stored', 'tap', 'tap_pack', 'trace_state', 'traced', 'varying',
-    'written_at',
+    'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
+    'setup_pending', 'snapshot_counters', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
+    'tap_pack', 'tap_rules', 'trace_state', 'traced', 'varying', 'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
 # cache of traces, so that one function traced in different blocks is never mistaken for another.
-cache_keys = jax.make_user_context(())
+_cache_keys = jax.make_user_context(())
 
 
 def trace_state() -> Any:
@@ -167,6 +169,44 @@ def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:
 def tap_pack(fn: Callable) -> Callable:
     """Tap `flax.core.lift.pack`, through which every lifted transform hands variables on."""
     return tap(lift, 'pack')(fn)
+
+
+def tap_map_variables(fn: Callable) -> Callable:
+    """Tap `flax.core.lift.map_variables`, which gives variables to a function of the user's."""
+    return tap(lift, 'map_variables')(fn)
+
+
+_RULES = (  # classes of functions with rules of the user's own, and the attributes that have them
+    (jax.custom_vjp, ('fwd', 'bwd')),
+    (jax.custom_jvp, ('jvp',)),
+    (jax.custom_batching.custom_vmap, ('vmap_rule',)),
+)
+
+
+def tap_rules(fn: Callable) -> Callable:
+    """Tap calls of functions with rules of the user's own; ``fn`` gets the rules' names too."""
+    for cls, names in _RULES:
+        def call(original, self, *args, names=names, **kwargs):
+            if _is_jax(self.fun):  # JAX's own functions, such as relu, apply no model
+                return original(self, *args, **kwargs)
+            return fn(original, self, names, *args, **kwargs)
+        tap(cls, '__call__')(call)
+    return fn
+
+
+def tap_linear_call(fn: Callable) -> Callable:
+    """Tap `jax.custom_derivatives.linear_call`, which gets a transpose of the user's own."""
+    tap(jax.custom_derivatives, 'linear_call')(fn)
+    return fn
+
+
+def _is_jax(fn: Callable) -> bool:
+    return (getattr(fn, '__module__', None) or '').startswith('jax.')
+
+
+def set_cache_key(value: Any) -> None:
+    """Make a value part of the keys of this thread's trace caches, until another one is set."""
+    _cache_keys(value).__enter__()
 
 
 def traced(fn: Callable, *args: Any) -> ClosedJaxpr:

@@ -4,7 +4,7 @@ from flax.errors import ModifyScopeVariableError
 
 __all__ = [
     'FrozenVariableError', 'LabelError', 'PredicateError', 'UnknownRecordError',
-    'UnmatchedPathError', 'UsageError',
+    'UnmatchedPathError', 'UnreadBlockWarning', 'UsageError',
 ]
 
 
@@ -25,6 +25,16 @@ class UnmatchedPathError(ValueError):
     ``allow_unmatched=True`` says that a pattern may be idle, as in a block shared by several
     architectures. Callables and bools are never unmatched. While a module is being initialised
     its blocks do not check, since a variable may be created after the block.
+    """
+
+
+class UnreadBlockWarning(UserWarning):
+    """A block outside of all modules has ended, and no model was read in it: it did nothing.
+
+    Blocks act on reads of Flax Linen variables. Around plain functions of parameters, the models
+    of other libraries, and a step that was compiled before, there is none. An equal block in which
+    a model was read before may find its traces in JAX's caches, and does not warn; nor does one
+    with ``allow_unmatched=True``.
     """
 
 

@@ -53,18 +53,18 @@ class Filter:
         """Say whether the variable is in the set."""
         raise NotImplementedError
 
-    def key(self) -> Hashable:
+    def key(self, of_callable: Callable[[Callable], Hashable] = callable_key) -> Hashable:
         """Return what the filter says now, as a value; closures are read at the call."""
         raise NotImplementedError
+
+    @property
+    def asks(self) -> bool:
+        """Whether there are callables in it."""
+        return False
 
     def patterns(self) -> Iterator[Filter]:
         """Yield the globs and regexes inside, each of which has to select something."""
         return iter(())
-
-    @property
-    def positional(self) -> bool:
-        """Whether the answer may depend on where in the tree the opening module stands."""
-        return False
 
     def mask(self, params: Any, *, allow_unmatched: bool = False) -> Any:
         """Return a tree of bools with the structure of ``params``: True where a leaf is selected.
@@ -135,7 +135,7 @@ class _Constant(Filter):
     def selects(self, info: VariableInfo) -> bool:
         return self.value
 
-    def key(self) -> Hashable:
+    def key(self, of_callable: Callable = callable_key) -> Hashable:
         return ('constant', self.value)
 
     def __repr__(self) -> str:
@@ -158,7 +158,7 @@ class _Glob(Filter):
         name = info.absolute_name if self.pattern.startswith('/') else info.name
         return compile_glob(self.pattern).match(name) is not None
 
-    def key(self) -> Hashable:
+    def key(self, of_callable: Callable = callable_key) -> Hashable:
         return ('path', self.pattern)
 
     def patterns(self) -> Iterator[Filter]:
@@ -167,10 +167,6 @@ class _Glob(Filter):
     def start(self, opener: Path) -> Path:
         """Return where in a tree to look first for what the pattern selects."""
         return literal_start(self.pattern, opener)
-
-    @property
-    def positional(self) -> bool:
-        return self.pattern.startswith(('/', '..', '**'))
 
     def __repr__(self) -> str:
         return f'path({self.pattern!r})'
@@ -187,7 +183,7 @@ class _Regex(Filter):
     def selects(self, info: VariableInfo) -> bool:
         return self.pattern.search(info.name) is not None
 
-    def key(self) -> Hashable:
+    def key(self, of_callable: Callable = callable_key) -> Hashable:
         return ('regex', self.pattern.pattern, self.pattern.flags)
 
     def patterns(self) -> Iterator[Filter]:
@@ -196,10 +192,6 @@ class _Regex(Filter):
     def start(self, opener: Path) -> Path:
         """As for a glob; an expression does not say."""
         return ()
-
-    @property
-    def positional(self) -> bool:
-        return True
 
     def __repr__(self) -> str:
         flags = re.RegexFlag(self.pattern.flags & ~re.UNICODE)
@@ -218,11 +210,11 @@ class _Where(Filter):
                 'sees names, shapes and dtypes; it cannot depend on a traced value.')
         return bool(chosen)
 
-    def key(self) -> Hashable:
-        return ('where', callable_key(self.fn))
+    def key(self, of_callable: Callable = callable_key) -> Hashable:
+        return ('where', of_callable(self.fn))
 
     @property
-    def positional(self) -> bool:
+    def asks(self) -> bool:
         return True
 
     def __repr__(self) -> str:
@@ -234,16 +226,16 @@ class _Many(Filter):
     filters: tuple[Filter, ...]
     symbol = ''
 
-    def key(self) -> Hashable:
-        return (self.symbol, tuple(f.key() for f in self.filters))
+    def key(self, of_callable: Callable = callable_key) -> Hashable:
+        return (self.symbol, tuple(f.key(of_callable) for f in self.filters))
+
+    @property
+    def asks(self) -> bool:
+        return any(f.asks for f in self.filters)
 
     def patterns(self) -> Iterator[Filter]:
         for item in self.filters:
             yield from item.patterns()
-
-    @property
-    def positional(self) -> bool:
-        return any(item.positional for item in self.filters)
 
     def __repr__(self) -> str:
         inner = (f'({f!r})' if isinstance(f, _Many) else repr(f) for f in self.filters)
@@ -271,15 +263,15 @@ class _Not(Filter):
     def selects(self, info: VariableInfo) -> bool:
         return not self.inner.selects(info)
 
-    def key(self) -> Hashable:
-        return ('~', self.inner.key())
+    def key(self, of_callable: Callable = callable_key) -> Hashable:
+        return ('~', self.inner.key(of_callable))
+
+    @property
+    def asks(self) -> bool:
+        return self.inner.asks
 
     def patterns(self) -> Iterator[Filter]:
         return self.inner.patterns()
-
-    @property
-    def positional(self) -> bool:
-        return self.inner.positional
 
     def __repr__(self) -> str:
         return f'~({self.inner!r})' if isinstance(self.inner, _Many) else f'~{self.inner!r}'

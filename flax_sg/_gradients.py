@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching
 
+from flax_sg._bodies import plain
 from flax_sg._callables import value_key
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
@@ -39,7 +40,7 @@ class ScaleGradient(Transform):
             return map_traced(jax.lax.stop_gradient, value)
         return map_traced(lambda leaf: _scaled(leaf, self.factor), value)
 
-    def more(self) -> tuple[Hashable, ...]:
+    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         return (value_key(self.factor),)
 
     def shown(self) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ class MapGradient(Mapped):
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         def read(leaf: jax.Array) -> jax.Array:
             pull, consts = closed_over(functools.partial(self._call, info), leaf)
-            return _mapped_p.bind(leaf, *consts, pull=pull, name=info.absolute_name)
+            return _mapped_p.bind(leaf, *consts, pull=pull, name=plain(info).absolute_name)
 
         return map_traced(read, value)
 

@@ -1,54 +1,89 @@
 """What Flax's lifted transforms hand to their bodies while blocks are open.
 
-A lifted transform is a read of all that it hands in, outside its loop or checkpoint: the values of
-collections that the body cannot write are transformed there. What it may write goes in as it is and
-is transformed at each read inside (`_scope`), or the body would hand transformed values back.
+A lifted transform is a read of all that it hands in, outside its loop or checkpoint. The values of
+collections that the body cannot write are transformed there. What it may write goes in as it is, or
+the body would hand transformed values back; what a read of it gives goes in beside it, under a name
+that the body does not see, and is sliced by a scan as it is. So a predicate and a function see the
+stored variable, whatever the body may write.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 from flax.core.scope import DenyList, in_filter
 
-from flax_sg import _compat, _scope
-from flax_sg._active import Application, claim_key, lifted, state
+from flax_sg import _compat
+from flax_sg._active import Application, context, set_context, state, under
+from flax_sg._bodies import Body, Question
 from flax_sg._compat import Scope
-from flax_sg._scope import (
-    APPLICATION,
-    FLAG,
-    Mark,
-    effective,
-    mark_of,
-    meet,
-    set_mark,
-    transformed,
-)
+from flax_sg._info import Path, walk
+from flax_sg._scope import APPLICATION, FLAG, Mark, Reads, effective, mark_of, set_mark
 
 __all__: list[str] = []  # it taps Flax
+
+_BESIDE = 'flax_sg: '  # before the name of a collection: what reads of its variables give
+_CARRY = {'scan': 1, 'while_loop': 0}  # the group of variables that change from step to step
+_DERIVES = ('vjp', 'jvp', 'custom_vjp')
+_SPLITS = ('scan', 'vmap')
 
 
 @_compat.tap_pack
 def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_kwargs=False):
+    jitted = _Jitted() if name == 'jit' else None  # JAX keeps traces of fn for all its calls
+
     def packed(scope_tree, *args, **kwargs):
         def body(scope_fn, repack_fn, groups, rngs, *args, **kwargs):
             lift = _Lifted(scope_tree, in_filters, out_filters, name)
             groups = lift.read(groups)
-            with lift.keyed():
-                out = fn(lift.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
+            call = functools.partial(
+                fn, lift.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
+            out, written = jitted.run(call, lift.paths()) if jitted else call()
             state.publishing = True
-            return out
+            return out, _seen(written)
         run = original(body, in_filters, out_filters, rng_filters, name, enable_kwargs)
-        before = state.publishing
-        try:
+        with under(publishing=state.publishing):
             return run(scope_tree, *args, **kwargs)
-        finally:
-            state.publishing = before
     return packed
+
+
+@_compat.tap_map_variables
+def _map_variables(original, fn, mapped_collections, map_in_fn=lambda x: x, *args, **kwargs):
+    def map_in(variables):
+        # What reads give is mapped as what is stored is.
+        beside = {name: variables[name] for name in variables if name.startswith(_BESIDE)}
+        out = map_in_fn({name: variables[name] for name in variables if name not in beside})
+        if beside:
+            seen = map_in_fn(_beside_in_place(variables))
+            out = {**out, **{_BESIDE + name: tree for name, tree in seen.items()}}
+        return out
+    return original(fn, mapped_collections, map_in, *args, **kwargs)
+
+
+def _seen(written: tuple) -> tuple:
+    """Leave out of what a body returns the collections that it does not see."""
+    return jax.tree.map(
+        lambda group: {col: tree for col, tree in group.items() if not col.startswith(_BESIDE)},
+        written, is_leaf=lambda node: isinstance(node, Mapping))
+
+
+def _beside_in_place(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return collections with what reads of their variables give in place of what is stored."""
+    out = {}
+    for name, tree in variables.items():
+        if not name.startswith(_BESIDE):
+            beside = variables.get(_BESIDE + name)
+            out[name] = tree if beside is None else _laid_over(tree, beside)
+    return out
+
+
+def _laid_over(tree: Any, over: Any) -> Any:
+    if not isinstance(over, Mapping):
+        return over
+    return {**tree, **{name: _laid_over(tree[name], value) for name, value in over.items()}}
 
 
 class _Lifted:
@@ -58,15 +93,21 @@ class _Lifted:
         self.scopes, self.treedef = jax.tree.flatten(scope_tree)
         self.packed = _compat.packed_scopes(self.scopes)
         self.out_filters = out_filters
-        derives = name in ('vjp', 'jvp', 'custom_vjp')
-        self.given = in_filters[0] if derives and self._in_block() else False
-        self.stack = state.stack  # JAX traces the rules of a custom_vjp after the block has ended
-        self.applied: frozenset[str] = frozenset()
+        self.carry = _CARRY.get(name)
+        self.split = name in _SPLITS
+        self.given = in_filters[0] if name in _DERIVES and self._in_block() else False
+        self.applied: list[frozenset[str]] = [frozenset() for _ in self.packed]
+        self.carried: set[str] = set()
+        self.open = [self._open_about(scope) for scope in self.packed]
 
     def _in_block(self) -> bool:
         """Say whether variables that exist, and may be read in the body, are in an open block."""
-        return any(effective(scope, own=False) and not scope.get_flag('initializing', False)
+        return any(effective(scope) and not scope.get_flag('initializing', False)
                    for scope in self.packed)
+
+    def _open_about(self, scope: Scope) -> tuple:
+        reads = Reads(scope, '', own=False)
+        return (*reads.mark.outer, *reads.inside)
 
     def _writable(self, scope: Scope, collection: str) -> bool:
         # A derivative in a block is one with respect to what the block hands in, and that cannot be
@@ -75,20 +116,34 @@ class _Lifted:
             collection) and any(in_filter(f, collection) for f in self.out_filters)
 
     def read(self, groups: tuple) -> tuple:
-        """Transform the values that the body cannot write."""
-        def read(scope: Scope, collection: str, tree: Any) -> Any:
-            if self._writable(scope, collection):
-                return tree
-            self.applied |= {collection}
-            entries = effective(scope, collection, own=False)
-            if not entries:
-                return tree
-            meet(scope, entries)
-            return transformed(entries, scope, _compat.scope_path(scope), collection, tree)
+        """Transform the values that the body cannot write, and lay what reads give beside others.
+
+        Args:
+          groups: for each filter of the transform, for each scope, variables by collection.
+        """
         return tuple(
-            tuple({col: read(scope, col, tree) for col, tree in group.items()}
-                  for scope, group in zip(self.packed, groups_of_scopes, strict=True))
-            for groups_of_scopes in groups)
+            tuple(self._read_group(i, variables, carried=number == self.carry)
+                  for i, variables in enumerate(group))
+            for number, group in enumerate(groups))
+
+    def _read_group(self, i: int, variables: Mapping[str, Any], *, carried: bool) -> dict:
+        scope, out = self.packed[i], dict(variables)
+        for collection, tree in variables.items():
+            writable = self._writable(scope, collection)
+            if not writable:
+                self.applied[i] |= {collection}
+            if writable and carried:  # each step sees what the one before has written
+                self.carried.add(collection)
+                continue
+            reads = Reads(scope, collection, own=False)
+            if reads.idle:
+                continue
+            seen = reads.of(_compat.scope_path(scope), tree)
+            if not writable:
+                out[collection] = seen
+            elif (changed := _changed(tree, seen)) is not None:
+                out[_BESIDE + collection] = changed
+        return out
 
     def bind(self, scope_fn: Callable) -> Callable:
         """Make ``scope_fn`` mark the body's scopes with what was done and what is left to do."""
@@ -97,38 +152,102 @@ class _Lifted:
 
         def bound(*args, **kwargs):
             inner = self.treedef.flatten_up_to(scope_fn(*args, **kwargs))
+            roots = {id(root): root for root in map(_root, inner)}
+            for i, root in enumerate(roots.values()):
+                self._mark(i, root)
             return self.treedef.unflatten(map(self._bind, self.scopes, inner))
         return bound
 
+    def _mark(self, i: int, root: Scope) -> None:
+        """Mark a scope that was handed in, and all below it."""
+        outer = mark_of(self.packed[i])
+        mark = Mark(outer.family, self.applied[i], self._copies(i, root), self.open[i],
+                    trace=_compat.trace_state(), split=outer.split or self.split)
+        inner = self.packed[i].flags[APPLICATION].inner
+        root.flags = root.flags.copy({FLAG: mark, APPLICATION: Application(inner=inner)})
+
+    def _copies(self, i: int, root: Scope) -> dict[tuple, tuple]:
+        """Take what lies beside the stored variables out of a body's scope."""
+        variables = _compat.root_variables(root)
+        copies: dict[tuple, tuple] = {}
+        if not self.open[i]:
+            return copies
+        start = _compat.scope_path(root)
+        for collection in [name for name in variables if not name.startswith(_BESIDE)]:
+            beside = variables.pop(_BESIDE + collection, {})
+            if collection in self.applied[i] or collection in self.carried:
+                continue
+            for info, stored in walk(variables[collection], collection, start):
+                path = info.absolute_path
+                copies[collection, path] = stored, _at(beside, path[len(start):], stored)
+        return copies
+
     def _bind(self, outer: Scope, inner: Scope) -> Scope:
-        mark = mark_of(outer)
-        open_now = tuple(e for e in self.stack if e.covers(mark.family))
-        done = tuple(dict.fromkeys((*mark.done, *open_now)))
-        pending = tuple(dict.fromkeys((*mark.pending, *open_now)))
-        plain = Mark(mark.family, self.applied, done, pending, trace=_compat.trace_state())
-        flags = {FLAG: plain, APPLICATION: Application()}
-        scope: Scope | None = inner
-        while scope is not None:
-            scope.flags = scope.flags.copy(flags)
+        root, scope = _root(inner), inner
+        while scope is not root:
+            scope.flags = scope.flags.copy({name: root.flags[name] for name in (FLAG, APPLICATION)})
             scope = scope.parent
-        if mark.own:
+        own = mark_of(outer).own
+        if own:
             # The same scope may be handed in twice, as a live module's and as its mirror's.
             inner = inner.rewound()
-            set_mark(inner, plain.with_own(mark.own))
+            set_mark(inner, mark_of(root).with_own(own))
         return inner
 
-    def keyed(self) -> contextlib.AbstractContextManager:
-        """Add the scopes' paths to JAX's cache keys where the body's trace depends on them.
+    def paths(self) -> tuple[Path, ...]:
+        """Return where the scopes are."""
+        return tuple(map(_compat.scope_path, self.scopes))
 
-        nn.jit shares one trace among modules that differ in their path alone.
-        """
-        pending = any(
-            entry.transform.in_collections(col)
-            for scope in self.packed
-            for entry in effective(scope, own=False)
-            for col in _compat.root_variables(scope) if self._writable(scope, col))
-        if pending:
-            claim_key()
-        if not (pending or _scope.positional()):
-            return contextlib.nullcontext()
-        return lifted(tuple(map(_compat.scope_path, self.scopes)))
+
+def _root(scope: Scope) -> Scope:
+    while scope.parent is not None:
+        scope = scope.parent
+    return scope
+
+
+def _changed(tree: Any, seen: Any) -> Any:
+    """Return the part of a tree in which reads give something else, or None."""
+    if not isinstance(tree, Mapping):
+        return None if seen is tree else seen
+    parts = {name: _changed(value, seen[name]) for name, value in tree.items()}
+    return {name: part for name, part in parts.items() if part is not None} or None
+
+
+def _at(tree: Any, path: Path, default: Any) -> Any:
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return default
+        tree = tree[name]
+    return tree
+
+
+class _Jitted:
+    """A function under nn.jit, of which JAX shares a trace among modules at different paths."""
+
+    def run(self, call: Callable[[], Any], paths: tuple[Path, ...]) -> Any:
+        """Call it in a context in which JAX finds no trace that is wrong at these paths."""
+        around, body = state.bodies, Body(paths)
+        asked = context().asked
+        known: Body | None = asked.get(self)
+        serves = known is None or known.serves(paths, _ask)
+        try:
+            set_context(*() if serves else (paths,))
+            with under(bodies=(*around, body)):
+                return call()
+        finally:
+            set_context()
+            if not serves:
+                Body(paths, named=paths).used_in(around, paths)
+            elif known is not None:
+                known.add(body)
+                known.used_in(around, paths)
+            elif body.questions or body.named is not None:
+                asked[self] = body
+
+
+def _ask(question: Question) -> Hashable:
+    """Ask the block that is open now, or the one that was open in the body."""
+    for entry in state.stack:
+        if entry.key == question.key:
+            return entry.says(question.info)
+    return question.says(question.info)

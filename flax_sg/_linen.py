@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flax_sg import _compat
-from flax_sg._active import opened, state
+from flax_sg._active import Entry, opened, state
+from flax_sg._callables import callable_identity
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
-from flax_sg._scope import attach, attached_entries, open_at
+from flax_sg._inside import run_inside
+from flax_sg._scope import attach, attached_entries, entry_at, open_at
 from flax_sg._setup import LIVE
 
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
-__all__ = ['fields_of', 'lift_class', 'lift_function', 'lift_instance', 'open_block']
+__all__ = ['block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance']
 
-_OWN = '_flax_sg_transforms'
+_OWN, _OWNERS = '_flax_sg_transforms', '_flax_sg_owners'
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
 # A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
@@ -37,10 +39,10 @@ _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, typ
     weakref.WeakKeyDictionary())
 
 
-def open_block(transform: Transform) -> contextlib.AbstractContextManager[None]:
-    """Open a transform at the module whose method is running, or outside all modules."""
+def block_entry(transform: Transform) -> Entry:
+    """Return an opening of a transform at the module that is running, or outside all modules."""
     module = _compat.current_module()
-    return open_at(transform, None if module is None else module.scope)
+    return entry_at(transform, None if module is None else module.scope)
 
 
 def lift_function(transform: Transform, fn: Callable) -> Callable:
@@ -56,11 +58,14 @@ def lift_function(transform: Transform, fn: Callable) -> Callable:
                 f'{transform!r} decorates {getattr(fn, "__name__", fn)!r}, whose first argument '
                 f'should be a flax.linen Module; got {got}. Decorate a method of a Module, or open '
                 'a block with `with`.')
-        scope = args[0].scope
-        with contextlib.nullcontext() if scope is None else open_at(transform, scope):
-            return fn(*args, **kwargs)
+        return inside(*args, **kwargs)
 
+    inside = run_inside(fn, functools.partial(_block_of, transform))
     return wrapped
+
+
+def _block_of(transform: Transform, module: Module) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if module.scope is None else open_at(transform, module.scope)
 
 
 def lift_class(transform: Transform, cls: type[Module]) -> type[Module]:
@@ -75,20 +80,19 @@ def _parts(cls: type[Module]) -> tuple[type[Module], tuple[Transform, ...]]:
 
 
 def _subclass(base: type[Module], transforms: tuple[Transform, ...]) -> type[Module]:
-    """Make the lifted class; equal transforms of one class give one class, so caches stay warm."""
+    """Make the lifted class; the same transforms of a class give one class, so caches stay warm."""
     made = _classes.setdefault(base, weakref.WeakValueDictionary())
-    key = tuple(t.key() for t in transforms)
+    key = tuple(t.key(callable_identity, callable_identity) for t in transforms)
     cls = made.get(key)
     if cls is None:
-        lifted = {name: _lift_member(member, transforms) for name, member in _members(base).items()}
+        lifted = {name: _lift_member(member) for name, member in _members(base).items()}
         cls = type(base.__name__, (base,), {
             **{name: member for name, member in lifted.items() if member is not None},
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
             '__init_subclass__': classmethod(_init_subclass), '__reduce__': _reduce,
             _OWN: (base, transforms)})
-        inherited = getattr(inspect.getattr_static(base, 'scope'), 'transforms', ())
-        cls.scope = _AttachedScope((*inherited, *transforms))
+        _set_owners(cls, (*_owners(base), (cls, transforms)))
         made[key] = cls
     return cls
 
@@ -104,58 +108,65 @@ def _members(base: type[Module]) -> dict[str, Any]:
     return found
 
 
-def _lift_member(member: Any, transforms: tuple[Transform, ...]) -> Any:
+def _lift_member(member: Any) -> Any:
     """Lift a method or a property; return None for what is neither."""
     member = getattr(member, 'wrapped', member)  # Flax wraps descriptors
-    lift = functools.partial(_lift_method, transforms)
     if inspect.isfunction(member):
-        return lift(member)
+        return _lift_method(member)
     if isinstance(member, property):
-        return property(lift(member.fget), member.fset, member.fdel, member.__doc__)
+        return property(_lift_method(member.fget), member.fset, member.fdel, member.__doc__)
     if isinstance(member, functools.cached_property):
-        return functools.cached_property(lift(member.func))
+        return functools.cached_property(_lift_method(member.func))
     return None
 
 
-def _lift_method(transforms: tuple[Transform, ...], fn: Callable) -> Callable:
-    @functools.wraps(fn)
-    def wrapped(self, *args, **kwargs):
-        with _own_block(self.scope, transforms):
-            return fn(self, *args, **kwargs)
-    return wrapped
+def _lift_method(fn: Callable) -> Callable:
+    return run_inside(fn, _own_block)
 
 
 @contextlib.contextmanager
-def _own_block(scope: Scope | None, transforms: tuple[Transform, ...]) -> Iterator[None]:
+def _own_block(module: Module) -> Iterator[None]:
     """Open a lifted module's own entries, unless one of its methods is running already."""
-    own = () if scope is None else attached_entries(scope, transforms)
+    scope = module.scope
+    own = () if scope is None else tuple(
+        entry for owner, _ in reversed(_owners(type(module)))
+        for entry in attached_entries(scope, (owner, module.name)))
     new = [entry for entry in own if entry not in state.stack]
     with contextlib.ExitStack() as stack:
         for entry in new:
             stack.enter_context(opened(entry))
         yield
     for entry in new:
-        entry.check()
+        entry.met.check()
+
+
+def _owners(cls: type[Module]) -> tuple[tuple[type[Module], tuple[Transform, ...]], ...]:
+    """Return the lifted classes among a class and its bases, the innermost first."""
+    return getattr(cls, _OWNERS, ())
+
+
+def _set_owners(cls: type[Module], owners: tuple) -> None:
+    setattr(cls, _OWNERS, owners)
+    cls.scope = _AttachedScope()
 
 
 class _AttachedScope:
     """The attribute `scope` of a lifted module: a scope, once set, carries the transforms."""
 
-    def __init__(self, transforms: tuple[Transform, ...]):
-        self.transforms = transforms
-
     def __get__(self, module: Module | None, owner: type) -> Scope | None:
         return None if module is None else vars(module).get('scope')
 
     def __set__(self, module: Module, scope: Scope | None) -> None:
-        vars(module)['scope'] = None if scope is None else attach(scope, self.transforms)
+        for owner, transforms in reversed(_owners(type(module))) if scope is not None else ():
+            scope = attach(scope, (owner, module.name), transforms)
+        vars(module)['scope'] = scope
 
 
 def _init_subclass(cls: type[Module], **kwargs: Any) -> None:
     """Keep a user's subclass of a lifted class masked; Flax sets `scope` anew on each class."""
     lifted = next(base for base in cls.__mro__[1:] if _OWN in vars(base))
     super(lifted, cls).__init_subclass__(**kwargs)
-    cls.scope = _AttachedScope(vars(lifted)['scope'].transforms)
+    _set_owners(cls, _owners(lifted))
 
 
 def _reduce(self):

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from flax_sg._callables import callable_key, describe_callable
+from flax_sg._callables import describe_callable
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
@@ -23,8 +23,8 @@ class Mapped(Transform):
 
     fn: Callable[[VariableInfo, jax.Array], jax.Array]
 
-    def more(self) -> tuple[Hashable, ...]:
-        return (callable_key(self.fn),)
+    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
+        return (of_function(self.fn),)
 
     def shown(self) -> tuple[str, ...]:
         return (describe_callable(self.fn),)

@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax.core import FrozenDict, meta
 
 from flax_sg import _compat
-from flax_sg._active import Application, Entry, opened, read_from, state
-from flax_sg._compat import Scope
+from flax_sg._active import Application, Entry, claim, opened, read_from, state, under
+from flax_sg._compat import Module, Scope
 from flax_sg._errors import FrozenVariableError, UsageError
-from flax_sg._info import Path, walk
+from flax_sg._info import Path, VariableInfo, walk
 from flax_sg._marks import tracing
 
 __all__ = [
-    'APPLICATION', 'FLAG', 'Mark', 'attach', 'attached_entries', 'check_write', 'effective',
-    'family_of', 'mark_of', 'meet', 'open_at', 'positional', 'set_mark', 'transformed',
+    'APPLICATION', 'FLAG', 'Mark', 'Reads', 'attach', 'attached_entries', 'effective', 'entry_at',
+    'mark_of', 'open_at', 'set_mark', 'write',
 ]
 
 FLAG, APPLICATION = 'flax_sg', 'flax_sg_application'
 _MISSING = object()
-
-_positional = False  # True for good once that is so
-
-
-def positional() -> bool:
-    """Say whether a block inside a lifted body has asked for absolute paths."""
-    return _positional
 
 
 class Mark:
@@ -43,27 +38,31 @@ class Mark:
     Attributes:
       family: the root variables outside all lifted transforms.
       applied: collections whose values were transformed when a lifted transform handed them in.
-      done: the entries that were applied to those.
-      pending: the entries that apply inside the body to the others, which it may write.
+      copies: for the others, by collection and path: the stored value that was handed in, and what
+        a read of it gave.
+      outer: the entries that were applied to those; the body applies them to what it creates or
+        writes.
       own: entries of lifted modules, for every read through the scope and below.
       trace: the JAX trace of the lifted body.
+      split: a body around sees a part of each variable: one layer of a scan, one example of a map.
     """
 
-    __slots__ = ('applied', 'done', 'family', 'own', 'pending', 'trace')
+    __slots__ = ('applied', 'copies', 'family', 'outer', 'own', 'split', 'trace')
 
     def __init__(self, family: dict, applied: frozenset[str] = frozenset(),
-                 done: tuple[Entry, ...] = (), pending: tuple[Entry, ...] = (),
-                 own: tuple[Entry, ...] = (), trace: Any = None):
-        self.family, self.applied, self.trace = family, applied, trace
-        self.done, self.pending, self.own = done, pending, own
+                 copies: Mapping[tuple, tuple] = FrozenDict(), outer: tuple[Entry, ...] = (),
+                 own: tuple[Entry, ...] = (), trace: Any = None, split: bool = False):
+        self.family, self.applied, self.copies = family, applied, copies
+        self.outer, self.own, self.trace, self.split = outer, own, trace, split
 
     def with_own(self, own: tuple[Entry, ...]) -> Mark:
-        return Mark(self.family, self.applied, self.done, self.pending, own, self.trace)
+        return Mark(self.family, self.applied, self.copies, self.outer, own, self.trace, self.split)
 
-    # nn.jit hashes a scope's flags into its cache key: marks compare by meaning.
+    # nn.jit hashes a scope's flags into its cache key: marks compare by meaning. Which variables
+    # there are copies of is in the structure of what nn.jit hands to its function.
     def _value(self) -> tuple:
-        entries = (tuple(e.key for e in es) for es in (self.done, self.pending, self.own))
-        return (self.applied, *entries)
+        entries = (tuple(e.key for e in es) for es in (self.outer, self.own))
+        return (self.applied, self.split, *entries)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mark) and self._value() == other._value()
@@ -82,126 +81,216 @@ def set_mark(scope: Scope, mark: Mark) -> None:
     scope.flags = scope.flags.copy({FLAG: mark})
 
 
-def family_of(scope: Scope) -> dict:
-    """Return the identity of the scope's root, the same inside and outside lifted transforms."""
-    return mark_of(scope).family
+@_compat.tap(Scope, '__init__')
+def _init(original, self, *args, **kwargs):
+    original(self, *args, **kwargs)
+    if self.parent is None and APPLICATION not in self.flags:
+        inner = state.inside or _compat.current_module() is not None
+        self.flags = self.flags.copy({APPLICATION: Application(inner=inner)})
 
 
-def effective(scope: Scope, collection: str | None = None, *, own: bool = True
-              ) -> tuple[Entry, ...]:
-    """Return the entries to apply to a read through the scope, outermost first.
+def _inside(scope: Scope, mark: Mark, own: bool) -> tuple[Entry, ...]:
+    """Return the entries about a scope that no lifted transform has seen to."""
+    inner = scope.flags[APPLICATION].inner
+    return tuple(dict.fromkeys(
+        e for e in (*state.stack, *mark.own * own)
+        if e not in mark.outer and e.covers(mark.family, inner)))
 
-    Args:
-      scope: the scope that is read.
-      collection: the collection; None asks for all entries that may apply to any.
-      own: include entries of lifted modules that are not running.
-    """
+
+def effective(scope: Scope) -> tuple[Entry, ...]:
+    """Return the entries that apply to reads through the scope, outermost first."""
     if _compat.in_scratch_root(scope):
         return ()
     mark = mark_of(scope)
     if state.stack:
         read_from(mark.trace)
-    pending = () if collection in mark.applied else mark.pending
-    skip = mark.done if collection is None or collection in mark.applied else ()
-    inside = [e for e in (*state.stack, *mark.own * own) if e not in skip]
-    return tuple(dict.fromkeys(e for e in (*pending, *inside) if e.covers(mark.family)))
+    return (*mark.outer, *_inside(scope, mark, own=True))
 
 
-@_compat.tap(Scope, '__init__')
-def _init(original, self, *args, **kwargs):
-    original(self, *args, **kwargs)
-    if self.parent is None and APPLICATION not in self.flags:
-        self.flags = self.flags.copy({APPLICATION: Application()})
+class Reads:
+    """Reads of a collection through a scope: what the open entries make of its variables.
+
+    Attributes:
+      idle: nothing is open that concerns them.
+    """
+
+    def __init__(self, scope: Scope, collection: str, *, own: bool = True):
+        """Ask what is open; ``own=False`` leaves out lifted modules that are not running."""
+        self.scope, self.collection = scope, collection
+        self.mark = mark_of(scope)
+        self.inside: tuple[Entry, ...] = ()
+        self.idle = True
+        if _compat.in_scratch_root(scope):
+            return
+        if state.stack:
+            read_from(self.mark.trace)
+        self.inside = _inside(scope, self.mark, own)
+        applied = collection in self.mark.applied
+        self.outer = () if applied else self.mark.outer
+        self.idle = not self.outer and not self.inside
+        for entry in (*self.outer, *self.inside):
+            entry.met.root(self.mark.family)
+
+    def of(self, path: Path, value: Any) -> Any:
+        """Return what a read gives of a stored variable, or of the variables below a name."""
+        if self.idle:
+            return value
+        if isinstance(value, Mapping):
+            items = {k: self.of((*path, k), v) for k, v in value.items()}
+            return FrozenDict(items) if isinstance(value, FrozenDict) else items
+        return self._of_variable(path, value)
+
+    def handed_in(self, path: Path, value: Any) -> tuple[Any, tuple[Entry, ...]]:
+        """Return what a lifted transform made of a stored value, and what it left to do."""
+        stored, copy = self.mark.copies.get((self.collection, path), (_MISSING, None))
+        if stored is value:
+            return copy, self.inside
+        if self.outer and state.bodies != self.outer[0].bodies:
+            claim()  # a trace under nn.jit depends on blocks around it
+        return value, (*self.outer, *self.inside)
+
+    def _of_variable(self, path: Path, value: Any) -> Any:
+        value, left = self.handed_in(path, value)
+        return self._apply(left, path, value)
+
+    def _apply(self, entries: tuple[Entry, ...], path: Path, value: Any) -> Any:
+        initializing = self.scope.get_flag('initializing', False)
+        application = self.scope.flags[APPLICATION]
+        for entry in entries:
+            info = entry.info(path, self.collection, value)
+            if not entry.selects(info) or initializing and not entry.transform.at_init:
+                continue
+            other = functools.partial(self._other, entry, path)
+            read = functools.partial(entry.read, application, info, value, other)
+            part = initializing and self.mark.split and entry in self.mark.outer
+            value = _read_part(read, value) if part else read()
+        return value
+
+    def _other(self, entry: Entry, path: Path, collection: str) -> Any:
+        """Read the variable at the same path in another collection, in the blocks around one.
+
+        Raises KeyError if there is none.
+        """
+        value = _compat.stored(self.scope, collection, path)
+        if isinstance(value, Mapping):
+            return value
+        order = (*self.mark.outer, *self.inside)
+        reads = Reads(self.scope, collection)
+        value, left = reads.handed_in(path, value)
+        around = order[:order.index(entry)]
+        return reads._apply(tuple(e for e in left if e in around), path, value)
+
+    def given(self, path: Path, stored: Any) -> Any:
+        """Return what a stored variable was last read as in this application."""
+        value, left = self.handed_in(path, stored)
+        for entry in left:
+            was = entry.has_read(self.scope.flags[APPLICATION], self.collection, path)
+            value = value if was is None else was
+        return value
 
 
-def transformed(entries: tuple[Entry, ...], scope: Scope, path: Path, collection: str, value: Any
-                 ) -> Any:
-    """Apply entries to a stored variable, or to the mapping of variables below a name."""
-    if isinstance(value, Mapping):
-        items = {k: transformed(entries, scope, (*path, k), collection, v)
-                 for k, v in value.items()}
-        return FrozenDict(items) if isinstance(value, FrozenDict) else items
-    initializing = scope.get_flag('initializing', False)
-    for i, entry in enumerate(entries):
-        info = entry.info(path, collection, value)
-        if entry.selects(info) and (entry.transform.at_init or not initializing):
-            other = functools.partial(_other, entries[:i], scope, path)
-            value = entry.read(scope.flags[APPLICATION], info, value, other)
-    return value
-
-
-def _other(entries: tuple[Entry, ...], scope: Scope, path: Path, collection: str) -> Any:
-    """Read the variable at the same path in another collection; KeyError if there is none."""
-    value = _compat.stored(scope, collection, path)
-    return transformed(entries, scope, path, collection, value)
+def _read_part(read: Any, value: Any) -> Any:
+    """Read a part of a variable that is being created: there is no whole yet for a function."""
+    try:
+        out = read()
+    except Exception:  # of a function that needs the whole, as at each later read
+        return value
+    shapes = lambda tree: [jax.numpy.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    return out if shapes(out) == shapes(value) else value
 
 
 def open_at(transform: Any, scope: Scope | None) -> contextlib.AbstractContextManager[None]:
     """Open a transform at a module's scope, or outside all modules."""
-    global _positional
+    return opened(entry_at(transform, scope))
+
+
+def entry_at(transform: Any, scope: Scope | None, owner: Any = None) -> Entry:
+    """Return an opening of a transform at a module's scope, or outside all modules."""
     if scope is None:
-        return opened(Entry(transform, (), None))
-    if FLAG in scope.flags and transform.filter.positional:
-        _positional = True
-    initializing = bool(scope.get_flag('initializing', False))
-    return opened(Entry(
-        transform, _compat.scope_path(scope), family_of(scope), initializing=initializing))
+        return Entry(transform, (), None)
+    return Entry(transform, _compat.scope_path(scope), mark_of(scope).family, owner=owner,
+                 initializing=bool(scope.get_flag('initializing', False)))
 
 
-def attach(scope: Scope, transforms: tuple[Any, ...]) -> Scope:
+def attach(scope: Scope, owner: Any, transforms: tuple[Any, ...]) -> Scope:
     """Return a view of the scope through which every read is transformed.
 
     The view shares variables, names and random streams with the scope. A scope that carries the
-    transforms already, as inside a lifted method, is returned as it is.
+    owner's transforms already, as inside a lifted method, is returned as it is.
     """
-    if _compat.in_scratch_root(scope):
+    if _compat.in_scratch_root(scope) or attached_entries(scope, owner):
         return scope
-    mark, path = mark_of(scope), _compat.scope_path(scope)
-    found = attached_entries(scope, transforms)
-    have, missing = [e.transform for e in found], []
-    for transform in reversed(transforms):
-        if transform in have:
-            have.remove(transform)
-        else:
-            missing.append(transform)
-    if not missing:
-        return scope
-    initializing = bool(scope.get_flag('initializing', False))
-    new = tuple(Entry(t, path, mark.family, attached=True, initializing=initializing)
-                for t in missing)
-    outer = tuple(e for e in mark.own if e not in found)
-    inner = tuple(e for e in mark.own if e in found)
-    own = outer + new + inner
+    mark = mark_of(scope)
+    new = tuple(entry_at(transform, scope, owner) for transform in reversed(transforms))
     view = scope.rewound()
     view.reservations = scope.reservations
-    set_mark(view, mark.with_own(own))
+    set_mark(view, mark.with_own((*mark.own, *new)))
     return view
 
 
-def attached_entries(scope: Scope, transforms: tuple[Any, ...]) -> tuple[Entry, ...]:
-    """Return the entries that `attach` gave the scope for these transforms, outermost first."""
+def attached_entries(scope: Scope, owner: Any) -> tuple[Entry, ...]:
+    """Return the entries that `attach` gave the scope for an owner, outermost first."""
     mark, path = mark_of(scope), _compat.scope_path(scope)
-    entries = dict.fromkeys((*mark.own, *mark.done, *mark.pending))
-    return tuple(e for e in entries
-                 if e.attached and e.opener == path and e.transform in transforms)
+    return tuple(e for e in dict.fromkeys((*mark.own, *mark.outer))
+                 if e.owner == owner and e.opener == path and e.family is mark.family)
 
 
-def check_write(scope: Scope, collection: str, name: str) -> None:
-    """Raise FrozenVariableError if an open transform forbids to change a variable."""
+def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
+    """Return what to store where a module writes a value.
+
+    What a read in a block gave is not what is stored, and must not be stored in its place: a module
+    that writes back what it has read changes nothing.
+
+    Raises:
+      FrozenVariableError: an open transform forbids to change the variable.
+      UsageError: the value may have been made of what a block reads in its place.
+    """
     if state.publishing or not state.stack and FLAG not in scope.flags:
+        return value
+    if not scope.has_variable(collection, name):
+        return value
+    reads = Reads(scope, collection)
+    if reads.idle:
+        return value
+    path = (*_compat.scope_path(scope), name)
+    tree = _compat.stored(scope, collection, path)
+    found = [(info.absolute_path, stored) for info, stored in walk(tree, collection, path)]
+    originals = {}
+    for at, stored in found:
+        pairs = zip(jax.tree.leaves(reads.given(at, stored)), jax.tree.leaves(stored), strict=False)
+        originals.update((id(given), (given, old)) for given, old in pairs)
+    restored = jax.tree.map(lambda leaf: originals.get(id(leaf), (leaf, leaf))[1], value)
+    if _identical(restored, tree):
+        return tree
+    for at, stored in found:
+        for entry in (*reads.mark.outer, *reads.inside):
+            _check_write(entry, scope, entry.info(at, collection, stored), name)
+    return value if _identical(restored, value) else restored
+
+
+def _identical(a: Any, b: Any) -> bool:
+    (a, kind_a), (b, kind_b) = jax.tree.flatten(a), jax.tree.flatten(b)
+    return kind_a == kind_b and all(map(operator.is_, a, b))
+
+
+def _check_write(entry: Entry, scope: Scope, info: VariableInfo, name: str) -> None:
+    """Raise an error if an entry is against a change of a variable."""
+    transform = entry.transform
+    if not (transform.freezes or transform.changes_values) or not entry.selects(info):
         return
-    entries = [e for e in effective(scope, collection) if e.transform.freezes]
-    if not entries or not scope.has_variable(collection, name):
-        return
-    path = _compat.scope_path(scope)
-    tree = _compat.stored(scope, collection, (*path, name))
-    for info, value in walk(tree, collection, (*path, name)):
-        for entry in entries:
-            if entry.selects(entry.info(info.absolute_path, collection, value)):
-                raise FrozenVariableError(
-                    f'{entry.transform!r}: {name!r} of module \'/{"/".join(path)}\' (collection '
-                    f'{collection!r}) was to be written in this block, in which it is constant. '
-                    'Write it outside of the block, or narrow the predicate or collections=.')
+    what = (f"{transform!r}: {name!r} of module '/{'/'.join(_compat.scope_path(scope))}' "
+            f'(collection {info.collection!r}) was to be written in this block, ')
+    if transform.freezes:
+        raise FrozenVariableError(
+            f'{what}in which it is constant. Write it outside of the block, or narrow the '
+            'predicate or collections=.')
+    application = scope.flags[APPLICATION]
+    key = (info.collection, info.absolute_path)
+    if entry.was_read(application, *key) or key in mark_of(scope).copies:
+        raise UsageError(
+            f'{what}which reads something else in its place: what was made of that would replace '
+            'what is stored. Write it outside of the block, let the module not update it '
+            '(use_running_average=True), or narrow the predicate or collections=.')
 
 
 def _check_open(scope: Scope, collection: str, name: str) -> None:
@@ -214,12 +303,6 @@ def _check_open(scope: Scope, collection: str, name: str) -> None:
             'Read the variable in the target, and give its value to the function as an argument.')
 
 
-def meet(scope: Scope, entries: tuple[Entry, ...]) -> None:
-    """Let entries see the variables of the scope's root, for patterns that select nothing."""
-    for entry in entries:
-        entry.meet(scope.root, _compat.root_variables(scope))
-
-
 @_compat.tap(Scope, 'get_variable')
 def _get_variable(original, self, col, name, default=None):
     _check_open(self, col, name)
@@ -230,11 +313,10 @@ def _get_variable(original, self, col, name, default=None):
         return default
     for run in state.setups:
         value = run.saw(self, col, name, value)
-    entries = effective(self, col)
-    if not entries:
+    path = (*_compat.scope_path(self), name)
+    if state.appending == (col, path):
         return value
-    meet(self, entries)
-    return transformed(entries, self, (*_compat.scope_path(self), name), col, value)
+    return Reads(self, col).of(path, value)
 
 
 @_compat.tap(Scope, 'param')
@@ -257,8 +339,16 @@ def _variables(original, self):
     for col, tree in variables.items():
         for run in state.setups:
             run.read = True
-        entries = effective(self, col)
-        meet(self, entries)
-        out[col] = transformed(entries, self, path, col, tree) if entries else tree
-        changed |= bool(entries)
+        reads = Reads(self, col)
+        out[col] = reads.of(path, tree)
+        changed |= not reads.idle
     return type(variables)(out) if changed else variables
+
+
+@_compat.tap(Module, 'sow')
+def _sow(original, self, col, name, *args, **kwargs):
+    if self.scope is None or not state.stack and FLAG not in self.scope.flags:
+        return original(self, col, name, *args, **kwargs)
+    # It stores what it reads, and adds to it.
+    with under(appending=(col, (*_compat.scope_path(self.scope), name))):
+        return original(self, col, name, *args, **kwargs)

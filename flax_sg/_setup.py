@@ -26,7 +26,7 @@ from flax_sg._cached import watch
 from flax_sg._callables import cell_contents
 from flax_sg._compat import Module, Scope, Variable
 from flax_sg._errors import UsageError
-from flax_sg._scope import check_write, effective
+from flax_sg._scope import APPLICATION, effective, write
 
 LIVE = '_flax_sg_live'
 _START = '_flax_sg_start'
@@ -80,13 +80,14 @@ class _Table:
         self.kept: dict[int, tuple] = {}
 
     def read(self, module: Module, name: str) -> Any:
-        entries = effective(module.scope)
-        if entries == self.entries:
+        entries, now = effective(module.scope), _compat.trace_state()
+        # What setup computed in a function that JAX traced, the body of a scan, stays in there.
+        if entries == self.entries and self.trace in (now, module.scope.flags[APPLICATION].trace):
             return module.__dict__[name]
         # Values computed here are tracers of the current trace. They are kept only where what
         # keeps them cannot outlive it: by the innermost block, or by a module of the same trace.
         keeper = state.stack[-1] if state.stack else self
-        kept = keeper.kept if keeper.trace == _compat.trace_state() else {}
+        kept = keeper.kept if keeper.trace == now else {}
         if kept.get(id(module), _NOTHING)[:2] != (module, entries):
             kept[id(module)] = (module, entries, self.replay(module))
         return kept[id(module)][2][name]
@@ -166,8 +167,7 @@ def _put_variable(original, self, col, name, value):
         if run.replayed is not None:
             run.written[_address(self, col, name)] = value
             return
-    check_write(self, col, name)
-    original(self, col, name, value)
+    original(self, col, name, write(self, col, name, value))
 
 
 class _SetupAttribute:

@@ -16,10 +16,12 @@ from flax import linen
 from flax.core.scope import DenyList, in_filter
 
 from flax_sg import _linen
-from flax_sg._active import named, state
+from flax_sg._active import close, enter, named, opening_of
+from flax_sg._callables import callable_key, value_key
 from flax_sg._errors import PredicateError, UsageError
 from flax_sg._filters import Filter, Predicate, as_filter, written
 from flax_sg._info import VariableInfo, map_tree, walk
+from flax_sg._inside import caller, check_frame
 from flax_sg._lines import here
 from flax_sg._unmatched import check_matched
 
@@ -39,6 +41,7 @@ class Transform:
     allow_unmatched: bool
     name = 'transform'
     freezes = False  # a write to a selected variable is an error
+    changes_values = False  # a read gives something else than what is stored
     at_init = True  # it applies while variables are created
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
@@ -56,11 +59,36 @@ class Transform:
         """Say whether variables of a collection can be selected."""
         return in_filter(self.collections, collection)
 
-    def key(self) -> Hashable:
-        """Return what the transform says now, as a value."""
-        return (type(self), self.filter.key(), self.collections, self.allow_unmatched, *self.more())
+    def named_collections(self) -> tuple[str, ...]:
+        """Return the collections that have to exist: those named, but for 'params'."""
+        names = (self.collections,) if isinstance(self.collections, str) else self.collections
+        named = names if isinstance(names, (tuple, frozenset)) else ()
+        return tuple(sorted(set(named) - {'params'}))
 
-    def more(self) -> tuple[Hashable, ...]:
+    def says(self, info: VariableInfo) -> Hashable:
+        """Return what the predicate says of a variable."""
+        return self.filter.selects(info)
+
+    def asks(self) -> bool:
+        """Say whether the predicate has callables, which are known by what they say."""
+        return self.filter.asks
+
+    def read_from(self) -> tuple[str, ...]:
+        """Return the other collections that `read` asks for."""
+        return ()
+
+    def key(self, of_predicate: Callable[[Callable], Hashable] = callable_key,
+            of_function: Callable[[Any], Hashable] = value_key) -> Hashable:
+        """Return what the transform says now, as a value.
+
+        Args:
+          of_predicate: makes a value of a callable in the predicate.
+          of_function: makes one of what else the user gave.
+        """
+        return (type(self), self.filter.key(of_predicate), self.collections, self.allow_unmatched,
+                *self.more(of_predicate, of_function))
+
+    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         """Return what else the transform says, as values."""
         return ()
 
@@ -94,17 +122,12 @@ class Transform:
             return map_tree(read, tree)
 
     def __enter__(self) -> None:
-        block = _linen.open_block(self)
-        block.__enter__()
-        state.blocks.append((self, block))
+        frame = caller()
+        check_frame(frame, self)
+        enter(_linen.block_entry(self), self, frame)
 
     def __exit__(self, *error: Any) -> None:
-        if not state.blocks or state.blocks[-1][0] is not self:
-            raise UsageError(
-                f'{self!r} was left while it is not the innermost open block of this thread. Leave '
-                'blocks in the reverse order of entry; a generator that yields inside a block must '
-                'be finished before the block around it ends.')
-        state.blocks.pop()[1].__exit__(*error)
+        close(opening_of(self, caller()), failed=error[0] is not None)
 
     def __eq__(self, other: object) -> bool:
         return self.key() == other.key() if isinstance(other, Transform) else NotImplemented

@@ -9,7 +9,7 @@ from typing import Protocol
 from flax_sg._errors import UnmatchedPathError
 from flax_sg._info import VariableInfo
 
-__all__ = ['check_matched', 'unmatched']
+__all__ = ['check_matched', 'unmatched', 'unmatched_collection']
 
 
 class Pattern(Protocol):
@@ -42,6 +42,14 @@ def unmatched(
     return UnmatchedPathError(
         f'{where}: no variable of {of} matches {pattern.text!r}. {_suggest(pattern.text, names)} '
         'Fix the pattern, or pass allow_unmatched=True.')
+
+
+def unmatched_collection(
+        name: str, there: Iterable[str], *, where: str, of: str) -> UnmatchedPathError:
+    """Build the error for a collection that does not exist."""
+    return UnmatchedPathError(
+        f'{where}: {of} has no collection {name!r}. There are: '
+        f'{", ".join(map(repr, there)) or "none"}. Fix collections=, or pass allow_unmatched=True.')
 
 
 def _suggest(pattern: str, names: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ class MapValues(Mapped):
     """The transform that :func:`map_values` makes."""
 
     name = 'map_values'
+    changes_values = True
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         out = map_arrays(lambda leaf: self.fn(info, leaf), value)
@@ -78,6 +79,7 @@ class ReplaceValues(Transform):
 
     source: str | Mapping[str, Any]
     name = 'replace_values'
+    changes_values = True
     at_init = False  # when there may be nothing yet to read instead
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
@@ -118,9 +120,14 @@ class ReplaceValues(Transform):
         return (f'It has: {names}. Its paths are those of the module that opens the block, without '
                 "a collection's name; or narrow the predicate.")
 
-    def more(self) -> tuple[Hashable, ...]:
+    def read_from(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else ()
+
+    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         if isinstance(self.source, str):
             return (self.source,)
+        if of_function is not value_key:
+            return (of_function(self.source),)
         leaves, structure = jax.tree.flatten(self.source)
         return (structure, tuple(map(value_key, leaves)))
 

@@ -43,8 +43,14 @@ class Marked(Transform):
             return map_traced(jax.lax.stop_gradient, value)
         return map_traced(lambda leaf: mark(leaf, lanes, self.level), value)
 
-    def more(self) -> tuple[Hashable, ...]:
-        return (self.level, *(filter.key() for _, filter in self.views.entries))
+    def says(self, info: VariableInfo) -> Hashable:
+        return tuple(filter.selects(info) for _, filter in self.views.entries)
+
+    def asks(self) -> bool:
+        return any(filter.asks for _, filter in self.views.entries)
+
+    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
+        return (self.level, *(filter.key(of_predicate) for _, filter in self.views.entries))
 
     def __repr__(self) -> str:
         return repr(self.views)

@@ -1,0 +1,105 @@
+"""Functions whose body runs inside a block; and those whose body would run after it.
+
+A generator runs when it is asked for its next value, and a coroutine when it is awaited: then a
+block around the call has been left. Each step of a generator runs in the block by itself. What
+cannot be run so is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from flax_sg._errors import UsageError
+
+__all__ = ['caller', 'check_frame', 'run_inside']
+
+_LATER = (
+    types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter,
+    itertools.starmap, itertools.accumulate, itertools.takewhile, itertools.dropwhile,
+    contextlib._GeneratorContextManagerBase)
+_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+
+
+def run_inside(fn: Callable, block: Callable[[Any], contextlib.AbstractContextManager]) -> Callable:
+    """Wrap a method so that its body runs inside ``block(module)``.
+
+    Raises:
+      UsageError: it is a coroutine function; or, at a call, it returns what runs later.
+    """
+    name = getattr(fn, '__qualname__', repr(fn))
+    if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+        raise UsageError(
+            f'{name} is a coroutine function: its body would run after the block was left, when it '
+            'is awaited, and other tasks would run inside of the block. Decorate a function that '
+            'it calls.')
+    if inspect.isgeneratorfunction(fn):
+        return _stepped(fn, block)
+
+    @functools.wraps(fn)
+    def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
+        with block(module):
+            out = fn(module, *args, **kwargs)
+        if isinstance(out, _LATER):
+            raise UsageError(
+                f'{name} returned an object of type {type(out).__name__}, which runs after the '
+                'block around the function was left. Return a list, or make the function a '
+                'generator function itself.')
+        return out
+
+    return wrapped
+
+
+def _stepped(fn: Callable, block: Callable[[Any], contextlib.AbstractContextManager]) -> Callable:
+    """Wrap a generator function so that each of its steps runs inside the block."""
+    @functools.wraps(fn)
+    def wrapped(module: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        steps = fn(module, *args, **kwargs)
+        step, value = steps.send, None
+        while True:
+            with block(module):
+                try:
+                    out = step(value)
+                except StopIteration as stop:
+                    return stop.value
+            try:
+                step, value = steps.send, (yield out)
+            except GeneratorExit:
+                with block(module):
+                    steps.close()
+                raise
+            except BaseException as error:
+                step, value = steps.throw, error
+
+    return wrapped
+
+
+def check_frame(frame: FrameType | None, what: Any) -> None:
+    """Raise UsageError where a block would stay open while a coroutine waits.
+
+    Args:
+      frame: where a `with` opens the block. Generators and contextlib may stand in between.
+      what: the transform.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code.co_flags & _ASYNC:
+            raise UsageError(
+                f'{what!r} was to be opened in the coroutine {code.co_qualname}: while it waits, '
+                'other tasks of the thread would run inside of the block. Open it in a function '
+                'that the coroutine calls.')
+        if not code.co_flags & inspect.CO_GENERATOR and code.co_filename != contextlib.__file__:
+            return
+        frame = frame.f_back
+
+
+def caller() -> FrameType:
+    """Return the frame that called the function that calls this one."""
+    return sys._getframe(2)

@@ -1,0 +1,176 @@
+"""What a block has met, and what it says at its end if that is nothing.
+
+A block around whole programs may find JAX's caches warm: then a model is run and nothing is read.
+So what equal blocks met before counts too.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import warnings
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from flax_sg._bodies import relative
+from flax_sg._errors import UnmatchedPathError, UnreadBlockWarning
+from flax_sg._info import Path, VariableInfo, walk
+from flax_sg._lines import Frame
+from flax_sg._unmatched import unmatched, unmatched_collection
+
+if TYPE_CHECKING:
+    from flax_sg._transform import Transform
+
+__all__ = ['Met']
+
+
+class Met:
+    """What one block has met.
+
+    Attributes:
+      patterns: those that have selected nothing so far.
+      roots: the variables of the models that were read in it.
+    """
+
+    __slots__ = ('family', 'key', 'line', 'names', 'opener', 'patterns', 'quiet', 'roots',
+                 'transform')
+
+    def __init__(self, transform: Transform, opener: Path, family: dict | None, key: Hashable,
+                 line: Frame | None, *, quiet: bool):
+        self.transform, self.opener, self.family, self.key = transform, opener, family, key
+        self.line, self.quiet = line, quiet
+        self.patterns = () if quiet else tuple(dict.fromkeys(transform.filter.patterns()))
+        self.names: dict[VariableInfo, None] = {}
+        self.roots: dict[int, dict] = {}
+
+    def variable(self, info: VariableInfo) -> None:
+        """Cross off the patterns that a variable meets."""
+        if self.patterns:
+            self.names[info] = None
+            self.patterns = tuple(p for p in self.patterns if not p.selects(info))
+
+    def root(self, variables: dict[str, Any]) -> None:
+        """Note a model that is read, and what there is in it."""
+        if self.family is None and not self.quiet and id(variables) not in self.roots:
+            self.roots[id(variables)] = variables
+            self._cross_off(variables)
+
+    def _cross_off(self, variables: dict[str, Any]) -> None:
+        """Cross off what stored variables meet, read or not; look first where patterns point."""
+        starts = [pattern.start(self.opener) for pattern in self.patterns]
+        for start in dict.fromkeys((*starts, ())):
+            for collection in variables:
+                if not self.patterns:
+                    return
+                if self.transform.in_collections(collection):
+                    self._cross_off_below(start, variables[collection], collection)
+
+    def _cross_off_below(self, start: Path, tree: Any, collection: str) -> None:
+        for name in start:
+            if not isinstance(tree, Mapping) or name not in tree:
+                return
+            tree = tree[name]
+        for info, value in walk(tree, collection, start):
+            path = info.absolute_path
+            self.variable(VariableInfo.of(relative(path, self.opener), path, collection, value))
+            if not self.patterns:
+                return
+
+    def check(self) -> None:
+        """Raise UnmatchedPathError if a pattern selects nothing, or warn if nothing was read."""
+        if self.quiet:
+            return
+        roots = [self.family] if self.family is not None else list(self.roots.values())
+        for variables in roots:
+            self._cross_off(variables)
+        error = self._error(roots)
+        if self.family is None:
+            error = _memory.judge(self.key, roots, error)
+        if error is not None:
+            raise error
+        if not roots and _memory.of(self.key) is None:
+            self._warn()
+
+    def _error(self, roots: list[dict]) -> UnmatchedPathError | None:
+        if not roots:
+            return None
+        where, of = repr(self.transform), f"'/{'/'.join(self.opener)}'"
+        there = sorted({collection for variables in roots for collection in variables})
+        for name in self.transform.named_collections():
+            if name not in there:
+                return unmatched_collection(name, there, where=where, of=of)
+        if self.patterns:
+            return unmatched(self.patterns[0], self.names, where=where, of=of)
+        return None
+
+    def _warn(self) -> None:
+        message = (
+            f'{self.transform!r}: no variable of a Flax Linen model was read in this block, so '
+            'that it did nothing. It has no effect on plain functions, on other libraries\' models '
+            'and on a step that was compiled before; hand a tree of parameters to the transform, '
+            'open the block where the model is applied, or pass allow_unmatched=True.')
+        line = self.line or Frame('<unknown>', 1, '')
+        warnings.warn_explicit(
+            message, UnreadBlockWarning, line.file, line.line, registry=_warned)
+
+    def closed(self) -> None:
+        """Forget the models."""
+        self.roots.clear()
+
+
+_warned: dict = {}
+
+
+@dataclasses.dataclass(slots=True)
+class _Past:
+    """What equal blocks met before.
+
+    Attributes:
+      right: the structures of the models in each block in which all was met.
+      wrong: the message of a block in which something was not.
+    """
+
+    right: set[frozenset] = dataclasses.field(default_factory=set)
+    wrong: str | None = None
+
+
+class _Memory:
+    """What blocks around whole programs met, for the latest of them."""
+
+    size = 2048
+
+    def __init__(self) -> None:
+        self.past: collections.OrderedDict[Hashable, _Past] = collections.OrderedDict()
+        self.lock = threading.Lock()
+
+    def of(self, key: Hashable) -> _Past | None:
+        return self.past.get(key)
+
+    def judge(self, key: Hashable, roots: list[dict], error: UnmatchedPathError | None
+              ) -> UnmatchedPathError | None:
+        """Return the error of a block, given what it met and what equal blocks met before."""
+        with self.lock:
+            past = self.past.get(key)
+            if not roots:
+                # A function that is in JAX's caches: the block has what it had when it was traced.
+                wrong = past is not None and not past.right and past.wrong
+                return UnmatchedPathError(wrong) if wrong else None
+            models = frozenset(jax.tree.structure(variables) for variables in roots)
+            if past is None:
+                past = self.past[key] = _Past()
+            self.past.move_to_end(key)
+            if len(self.past) > self.size:
+                self.past.popitem(last=False)
+            if error is None:
+                past.right.add(models)
+            elif any(models <= earlier for earlier in past.right):
+                return None  # the others were read before, and are in JAX's caches
+            else:
+                past.wrong = str(error)
+            return error
+
+
+_memory = _Memory()
