@@ -197,7 +197,6 @@ class Entry:
         self.kept.clear()
         if not self.attached:
             self.reads.clear()
-        self.met.closed()
         if self.answers is not None:
             self.answers.users.discard(self)
 

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import threading
 import warnings
+import weakref
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,12 @@ class Met:
 
     Attributes:
       patterns: those that have selected nothing so far.
-      roots: the variables of the models that were read in it.
+      models: the structures of the variables of the models that were read in it.
+      there: the collections that they have.
     """
 
-    __slots__ = ('family', 'key', 'line', 'names', 'opener', 'patterns', 'quiet', 'roots',
-                 'transform')
+    __slots__ = ('family', 'key', 'line', 'models', 'names', 'opener', 'patterns', 'quiet', 'seen',
+                 'there', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: dict | None, key: Hashable,
                  line: Frame | None, *, quiet: bool):
@@ -44,7 +46,9 @@ class Met:
         self.line, self.quiet = line, quiet
         self.patterns = () if quiet else tuple(dict.fromkeys(transform.filter.patterns()))
         self.names: dict[VariableInfo, None] = {}
-        self.roots: dict[int, dict] = {}
+        self.models: set[Any] = set()
+        self.there: set[str] = set()
+        self.seen: weakref.WeakSet = weakref.WeakSet()
 
     def variable(self, info: VariableInfo) -> None:
         """Cross off the patterns that a variable meets."""
@@ -52,10 +56,17 @@ class Met:
             self.names[info] = None
             self.patterns = tuple(p for p in self.patterns if not p.selects(info))
 
-    def root(self, variables: dict[str, Any]) -> None:
-        """Note a model that is read, and what there is in it."""
-        if self.family is None and not self.quiet and id(variables) not in self.roots:
-            self.roots[id(variables)] = variables
+    def model(self, life: Any, variables: dict[str, Any]) -> None:
+        """Note that a model is read, and what there is in it.
+
+        Nothing of it is kept, as it may hold values of a trace that ends before the block does.
+        """
+        if self.family is not None or self.quiet:
+            return
+        self.there.update(variables)
+        if life not in self.seen:
+            self.seen.add(life)
+            self.models.add(jax.tree.structure(variables))
             self._cross_off(variables)
 
     def _cross_off(self, variables: dict[str, Any]) -> None:
@@ -83,25 +94,23 @@ class Met:
         """Raise UnmatchedPathError if a pattern selects nothing, or warn if nothing was read."""
         if self.quiet:
             return
-        roots = [self.family] if self.family is not None else list(self.roots.values())
-        for variables in roots:
-            self._cross_off(variables)
-        error = self._error(roots)
-        if self.family is None:
-            error = _memory.judge(self.key, roots, error)
+        if self.family is not None:
+            self.there.update(self.family)
+            self._cross_off(self.family)
+            error = self._error()
+        else:
+            error = self._error() if self.models else None
+            past, error = _memory.judge(self.key, frozenset(self.models), error)
+            if not self.models and past is None:
+                self._warn()
         if error is not None:
             raise error
-        if not roots and _memory.of(self.key) is None:
-            self._warn()
 
-    def _error(self, roots: list[dict]) -> UnmatchedPathError | None:
-        if not roots:
-            return None
+    def _error(self) -> UnmatchedPathError | None:
         where, of = repr(self.transform), f"'/{'/'.join(self.opener)}'"
-        there = sorted({collection for variables in roots for collection in variables})
         for name in self.transform.named_collections():
-            if name not in there:
-                return unmatched_collection(name, there, where=where, of=of)
+            if name not in self.there:
+                return unmatched_collection(name, sorted(self.there), where=where, of=of)
         if self.patterns:
             return unmatched(self.patterns[0], self.names, where=where, of=of)
         return None
@@ -115,10 +124,6 @@ class Met:
         line = self.line or Frame('<unknown>', 1, '')
         warnings.warn_explicit(
             message, UnreadBlockWarning, line.file, line.line, registry=_warned)
-
-    def closed(self) -> None:
-        """Forget the models."""
-        self.roots.clear()
 
 
 _warned: dict = {}
@@ -146,19 +151,15 @@ class _Memory:
         self.past: collections.OrderedDict[Hashable, _Past] = collections.OrderedDict()
         self.lock = threading.Lock()
 
-    def of(self, key: Hashable) -> _Past | None:
-        return self.past.get(key)
-
-    def judge(self, key: Hashable, roots: list[dict], error: UnmatchedPathError | None
-              ) -> UnmatchedPathError | None:
-        """Return the error of a block, given what it met and what equal blocks met before."""
+    def judge(self, key: Hashable, models: frozenset, error: UnmatchedPathError | None
+              ) -> tuple[_Past | None, UnmatchedPathError | None]:
+        """Return what is known of equal blocks, and the error of one that met some models."""
         with self.lock:
             past = self.past.get(key)
-            if not roots:
-                # A function that is in JAX's caches: the block has what it had when it was traced.
-                wrong = past is not None and not past.right and past.wrong
-                return UnmatchedPathError(wrong) if wrong else None
-            models = frozenset(jax.tree.structure(variables) for variables in roots)
+            if not models:
+                # What it ran was in JAX's caches: the block met what it met when that was traced.
+                wrong = past.wrong if past is not None and not past.right else None
+                return past, wrong and UnmatchedPathError(wrong)
             if past is None:
                 past = self.past[key] = _Past()
             self.past.move_to_end(key)
@@ -167,10 +168,10 @@ class _Memory:
             if error is None:
                 past.right.add(models)
             elif any(models <= earlier for earlier in past.right):
-                return None  # the others were read before, and are in JAX's caches
+                error = None  # the others were read before, and are in JAX's caches
             else:
                 past.wrong = str(error)
-            return error
+            return past, error
 
 
 _memory = _Memory()

@@ -128,8 +128,9 @@ class Reads:
         applied = collection in self.mark.applied
         self.outer = () if applied else self.mark.outer
         self.idle = not self.outer and not self.inside
-        for entry in (*self.outer, *self.inside):
-            entry.met.root(self.mark.family)
+        if self.mark.trace is None:  # in a lifted body it was met on the way in
+            for entry in self.inside:
+                entry.met.model(scope.flags[APPLICATION].life, self.mark.family)
 
     def of(self, path: Path, value: Any) -> Any:
         """Return what a read gives of a stored variable, or of the variables below a name."""

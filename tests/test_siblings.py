@@ -870,7 +870,7 @@ def test_an_error_of_the_function_leaves_nothing_open():
         Reads().apply({'params': AB})
     with pytest.raises(RuntimeError, match='^a'):
         grads_of(sg.map_gradient('a', fail))
-    assert not _active.state.stack and not _active.state.blocks
+    assert not _active.state.stack and not _active.state.openings
     assert grads_of(sg.stop_gradient(sg.nothing)) == {'a': 3, 'b': 3}
 
 

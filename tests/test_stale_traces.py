@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import flax_sg as sg
-from flax_sg import _active, _scope, nn
+from flax_sg import _active, _contexts, nn
 
 MASKS = {'live': None, 'a': sg.stop_gradient('a'), 'b': sg.stop_gradient(lambda v: v.name == 'b')}
 WANT = {'live': (2, 3), 'a': (0, 3), 'b': (2, 0)}
@@ -171,17 +171,21 @@ def meant(plan, held):
             yield from meant(item[1], held | set(item[0]))
 
 
+def fresh_contexts():
+    """Forget which blocks have contexts of JAX's caches of their own."""
+    _contexts._owned.clear()
+    _active.state.contexts = _contexts.Contexts()
+
+
 @pytest.fixture(params=['unclaimed', 'claimed'])
 def shared_key(request):
     """Begin with a shared key that no earlier test has claimed, or that is another's for good."""
-    _active.state.shared.owners.clear()
+    fresh_contexts()
     if request.param == 'claimed':
         with sg.stop_gradient('a'):
             jax.vmap(lambda x: Two().bind({'params': PARAMS})(x))(jnp.ones(1))
         jax.grad(lambda p: run_in('a', jax.jit(lambda: Two().apply({'params': p}, 1.0))))(PARAMS)
-        assert _active.state.shared.owners
-    yield
-    _active.state.shared.owners.clear()
+        assert len(_contexts._owned)
 
 
 @pytest.mark.parametrize('seed, jit', [(0, True), (1, True), (1, False)])
@@ -371,7 +375,7 @@ def test_an_equal_filter_does_not_trace_again_inside_a_module_run_eagerly():
 @pytest.mark.parametrize('blocks', ['inside', 'around'])
 def test_blocks_share_the_traces_of_helpers(blocks):
     """JAX's own jitted helpers must not be traced once more for each block."""
-    _active.state.shared.owners.clear()
+    fresh_contexts()
     traces = []
     helper = jax.jit(lambda x: (traces.append(x), x * 2)[1])
 
@@ -408,7 +412,7 @@ def test_a_thread_takes_over_the_shared_key_of_one_that_has_ended():
         @nn.compact
         def __call__(self, x):
             with sg.stop_gradient('a'):
-                keys.add(_active.state.shared)
+                keys.add(_active.context())
                 return helper(Two(name='a')(x))
 
     def request():
@@ -421,9 +425,8 @@ def test_a_thread_takes_over_the_shared_key_of_one_that_has_ended():
     assert len(traces) == len(keys) == 1
 
 
-def test_a_shared_trace_of_equal_layers_stays_shared(monkeypatch):
+def test_a_shared_trace_of_equal_layers_stays_shared():
     """Twelve equal nn.jit layers are traced once; a block around them does not change that."""
-    monkeypatch.setattr(_scope, '_positional', False)  # which a test above has set for good
     traces = []
 
     class Inner(nn.Module):
