@@ -18,8 +18,8 @@ import jax
 
 from flax_sg import _compat
 from flax_sg._answers import Answers, answers_of
-from flax_sg._callables import callable_source
 from flax_sg._bodies import Body, Question, WatchedInfo, relative
+from flax_sg._callables import callable_source
 from flax_sg._contexts import Context, Contexts, no_blocks
 from flax_sg._errors import UsageError
 from flax_sg._info import Path, VariableInfo
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
 __all__ = [
-    'AT', 'NAME', 'Application', 'Entry', 'claim', 'close', 'context', 'enter', 'named', 'opened',
+    'AT', 'NAME', 'Application', 'Entry', 'claim', 'close', 'context', 'enter', 'in_body',
+    'named', 'opened',
     'opening_of', 'read_from', 'reopened', 'set_context', 'state', 'under',
 ]
 
@@ -40,7 +41,7 @@ class _State(threading.local):
     """What is open in this thread."""
 
     def __init__(self) -> None:
-        self.around: tuple[Entry, ...] = ()  # in a rule: what was open where its function was called
+        self.around: tuple[Entry, ...] = ()  # of a rule: what was open at the call
         self.openings: list[Opening] = []
         self.left: list[Opening] = []  # with a block around them; their own `with` is still to end
         self.stack: tuple[Entry, ...] = ()  # the entries of both, the outermost first
@@ -95,6 +96,7 @@ class Entry:
       attached: it belongs to the lifted class `owner`, and is open whenever its module is used.
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
+      staging: the trace to a jaxpr in which that was, which JAX may keep.
       bodies: the bodies of nn.jit in which it was opened.
       context: the context in force since, see _contexts.
       reads: what variables were read as, for each application of a model.
@@ -103,7 +105,7 @@ class Entry:
 
     __slots__ = (
         '__weakref__', 'answers', 'attached', 'bodies', 'context', 'family', 'kept', 'key', 'line',
-        'met', 'opener', 'owner', 'reads', 'trace', 'transform')
+        'met', 'opener', 'owner', 'reads', 'staging', 'trace', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: dict | None, *,
                  owner: Any = None, initializing: bool = False):
@@ -113,7 +115,7 @@ class Entry:
         self.owner = owner
         self.attached = owner is not None
         self.line = here()
-        self.trace = _compat.trace_state()
+        self.trace, self.staging = _compat.trace_state(), _compat.staging_trace()
         self.bodies = state.bodies
         self.context: Context | None = None
         self.answers: Answers | None = None
@@ -220,6 +222,9 @@ def named(transform: Transform, line: Frame | None) -> contextlib.AbstractContex
     return jax.named_scope(f'{NAME}{transform!r}{AT}{line or ""}')
 
 
+_STACK = object()  # stands for the frames of an ExitStack, which enters and leaves from two
+
+
 class Opening:
     """An entry on the stack of a thread, until it is left.
 
@@ -227,18 +232,18 @@ class Opening:
       entry: the entry.
       left: it is not on the stack any more.
       by: the transform whose `with` opened it, or None.
-      frame: that of the `with`.
+      place: the frame of the `with`, or _STACK.
     """
 
-    __slots__ = ('by', 'entry', 'frame', 'left')
+    __slots__ = ('by', 'entry', 'left', 'place')
 
-    def __init__(self, entry: Entry, by: Transform | None, frame: FrameType | None):
-        self.entry, self.by, self.frame, self.left = entry, by, frame, False
+    def __init__(self, entry: Entry, by: Transform | None, place: Any):
+        self.entry, self.by, self.place, self.left = entry, by, place, False
 
 
 def enter(entry: Entry, by: Transform | None = None, frame: FrameType | None = None) -> Opening:
     """Open a block; it has to be left with `close`."""
-    opening = Opening(entry, by, frame)
+    opening = Opening(entry, by, frame and _place(frame))
     state.openings.append(opening)
     _restack()
     return opening
@@ -247,11 +252,11 @@ def enter(entry: Entry, by: Transform | None = None, frame: FrameType | None = N
 def opening_of(transform: Transform, frame: FrameType) -> Opening:
     """Return which opening of a transform a `with` is about to leave: that of its own frame.
 
-    Several may be open at once, as in generators. An ExitStack leaves from another frame than it
-    enters, the innermost first.
+    Several may be open at once, as in generators.
     """
+    place = _place(frame)
     mine = [o for o in (*state.left, *state.openings) if o.by is transform]
-    here = [o for o in mine if o.frame is frame]
+    here = [o for o in mine if o.place is place]
     found = here or [o for o in mine if not o.left]
     if not found:
         raise UsageError(
@@ -260,6 +265,10 @@ def opening_of(transform: Transform, frame: FrameType) -> Opening:
     if found[-1].left:
         state.left.remove(found[-1])
     return found[-1]
+
+
+def _place(frame: FrameType) -> Any:
+    return _STACK if frame.f_code.co_filename == contextlib.__file__ else frame
 
 
 def close(opening: Opening, *, failed: bool) -> None:
@@ -319,7 +328,7 @@ def opened(entry: Entry) -> Iterator[None]:
 @contextlib.contextmanager
 def reopened(stack: tuple[Entry, ...], *, inside: bool) -> Iterator[None]:
     """Run a rule in the blocks in which its function was called, and in no others."""
-    with _with(around=stack, openings=[], bodies=(), inside=inside, setups=[], publishing=False):
+    with _with(around=stack, openings=[], inside=inside, setups=[], publishing=False):
         _restack()
         try:
             yield
@@ -374,9 +383,9 @@ def _key(stack: tuple[Entry, ...]) -> tuple:
 
 
 def _first_group() -> tuple[Entry, ...]:
-    """Return the outermost entries, those that were opened in one trace."""
+    """Return the outermost entries, those that were opened in one trace to a jaxpr."""
     stack = state.stack
-    end = next((i for i, e in enumerate(stack) if e.trace != stack[0].trace), len(stack))
+    end = next((i for i, e in enumerate(stack) if e.staging != stack[0].staging), len(stack))
     return stack[:end]
 
 
@@ -389,12 +398,17 @@ def claim() -> None:
         state.contexts.claim(group[-1].context, _key(group))
 
 
+def in_body() -> bool:
+    """Say whether a body of nn.jit is being traced, inside of the outermost open block."""
+    return bool(state.stack) and state.stack[0].bodies != state.bodies
+
+
 def read_from(trace: Any) -> None:
     """Say that a variable is read in the current trace.
 
     Args:
       trace: the trace of the lifted body that the variable's scope was made for, or None.
     """
-    now = _compat.trace_state()
-    if state.stack and trace != now and state.stack[0].trace != now:
+    now = _compat.staging_trace()
+    if trace != now and state.stack[0].staging != now:
         claim()

@@ -30,9 +30,9 @@ from jax.extend.core import ClosedJaxpr, DebugInfo
 
 __all__ = [
     'Module', 'Scope', 'Variable', 'current_module', 'in_scratch_root', 'is_ref',
-    'lifted_call', 'operation_of', 'outside_traces', 'packed_scopes', 'rewound_counters',
-    'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
-    'setup_pending', 'snapshot_counters', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
+    'lifted_call', 'operation_of', 'packed_scopes', 'rewound_counters', 'root_variables',
+    'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending',
+    'snapshot_counters', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
     'tap_pack', 'tap_rules', 'trace_state', 'traced', 'varying', 'written_at',
 ]
 
@@ -46,9 +46,15 @@ def trace_state() -> Any:
     return tracers.current_trace()  # wraps jax's get_opaque_trace_state, which moved in 0.10
 
 
-def outside_traces() -> bool:
-    """Say whether no function is being traced in this thread."""
-    return _core.trace_state_clean()  # no public name as of 0.12
+def staging_trace() -> Any:
+    """Return a value that is equal as long as the same function is being traced to a jaxpr.
+
+    Traces of derivatives and batches inside it do not count: JAX keeps nothing of these.
+    """
+    trace = _core.trace_ctx.trace  # no public name as of 0.12
+    while not isinstance(trace, _partial_eval.DynamicJaxprTrace) and hasattr(trace, 'parent_trace'):
+        trace = trace.parent_trace
+    return trace._weakref
 
 
 def current_module() -> Module | None:
@@ -187,7 +193,7 @@ def tap_rules(fn: Callable) -> Callable:
     """Tap calls of functions with rules of the user's own; ``fn`` gets the rules' names too."""
     for cls, names in _RULES:
         def call(original, self, *args, names=names, **kwargs):
-            if _is_jax(self.fun):  # JAX's own functions, such as relu, apply no model
+            if _applies_nothing(self.fun, args):
                 return original(self, *args, **kwargs)
             return fn(original, self, names, *args, **kwargs)
         tap(cls, '__call__')(call)
@@ -200,8 +206,10 @@ def tap_linear_call(fn: Callable) -> Callable:
     return fn
 
 
-def _is_jax(fn: Callable) -> bool:
-    return (getattr(fn, '__module__', None) or '').startswith('jax.')
+def _applies_nothing(fn: Callable, args: tuple) -> bool:
+    """Say whether it is a function of JAX's own, such as relu, that is given none of the user's."""
+    return ((getattr(fn, '__module__', None) or '').startswith('jax.')
+            and getattr(fn, '__closure__', None) is None and not any(map(callable, args)))
 
 
 def set_cache_key(value: Any) -> None:

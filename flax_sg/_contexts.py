@@ -8,7 +8,7 @@ the context as its own, and the thread goes on with a fresh one:
 
     with a: f(x)          # f, under jax.jit, reads no variable: traced in context 0
     with b: f(x)          # context 0 still: not traced again
-    with a: model(x)      # under jax.jit: its trace depends on a. Context 0 is that of a from now on
+    with a: model(x)      # under jax.jit: its trace depends on a, whose context 0 is now
     with b: model(x)      # context 1
     with a: model(x)      # context 0: not traced again
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Hashable
-from typing import Any
 
 __all__ = ['Context', 'Contexts', 'no_blocks']
 

@@ -22,8 +22,8 @@ from flax_sg._errors import UsageError
 __all__ = ['caller', 'check_frame', 'run_inside']
 
 _LATER = (
-    types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter,
-    itertools.starmap, itertools.accumulate, itertools.takewhile, itertools.dropwhile,
+    types.CoroutineType, types.AsyncGeneratorType, map, filter, itertools.starmap,
+    itertools.accumulate, itertools.takewhile, itertools.dropwhile,
     contextlib._GeneratorContextManagerBase)
 _ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
 
@@ -35,50 +35,46 @@ def run_inside(fn: Callable, block: Callable[[Any], contextlib.AbstractContextMa
       UsageError: it is a coroutine function; or, at a call, it returns what runs later.
     """
     name = getattr(fn, '__qualname__', repr(fn))
-    if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+    inner = inspect.unwrap(fn)  # Flax wraps methods
+    if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
         raise UsageError(
             f'{name} is a coroutine function: its body would run after the block was left, when it '
             'is awaited, and other tasks would run inside of the block. Decorate a function that '
             'it calls.')
-    if inspect.isgeneratorfunction(fn):
-        return _stepped(fn, block)
 
     @functools.wraps(fn)
     def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
         with block(module):
             out = fn(module, *args, **kwargs)
+        if isinstance(out, types.GeneratorType):
+            return _stepped(out, functools.partial(block, module))
         if isinstance(out, _LATER):
             raise UsageError(
                 f'{name} returned an object of type {type(out).__name__}, which runs after the '
-                'block around the function was left. Return a list, or make the function a '
-                'generator function itself.')
+                'block around the function was left. Return a list or a generator.')
         return out
 
     return wrapped
 
 
-def _stepped(fn: Callable, block: Callable[[Any], contextlib.AbstractContextManager]) -> Callable:
-    """Wrap a generator function so that each of its steps runs inside the block."""
-    @functools.wraps(fn)
-    def wrapped(module: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        steps = fn(module, *args, **kwargs)
-        step, value = steps.send, None
-        while True:
-            with block(module):
-                try:
-                    out = step(value)
-                except StopIteration as stop:
-                    return stop.value
+def _stepped(steps: types.GeneratorType, block: Callable[[], contextlib.AbstractContextManager]
+             ) -> Iterator[Any]:
+    """Run each step of a generator inside the block."""
+    step, value = steps.send, None
+    while True:
+        with block():
             try:
-                step, value = steps.send, (yield out)
-            except GeneratorExit:
-                with block(module):
-                    steps.close()
-                raise
-            except BaseException as error:
-                step, value = steps.throw, error
-
-    return wrapped
+                out = step(value)
+            except StopIteration as stop:
+                return stop.value
+        try:
+            step, value = steps.send, (yield out)
+        except GeneratorExit:
+            with block():
+                steps.close()
+            raise
+        except BaseException as error:
+            step, value = steps.throw, error
 
 
 def check_frame(frame: FrameType | None, what: Any) -> None:

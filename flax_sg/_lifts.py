@@ -21,7 +21,7 @@ from flax_sg._active import Application, context, set_context, state, under
 from flax_sg._bodies import Body, Question
 from flax_sg._compat import Scope
 from flax_sg._info import Path, walk
-from flax_sg._scope import APPLICATION, FLAG, Mark, Reads, effective, mark_of, set_mark
+from flax_sg._scope import APPLICATION, FLAG, Mark, Reads, mark_of, set_mark
 
 __all__: list[str] = []  # it taps Flax
 
@@ -95,15 +95,15 @@ class _Lifted:
         self.out_filters = out_filters
         self.carry = _CARRY.get(name)
         self.split = name in _SPLITS
+        self.open = [self._open_about(scope) for scope in self.packed]
         self.given = in_filters[0] if name in _DERIVES and self._in_block() else False
         self.applied: list[frozenset[str]] = [frozenset() for _ in self.packed]
         self.carried: set[str] = set()
-        self.open = [self._open_about(scope) for scope in self.packed]
 
     def _in_block(self) -> bool:
         """Say whether variables that exist, and may be read in the body, are in an open block."""
-        return any(effective(scope) and not scope.get_flag('initializing', False)
-                   for scope in self.packed)
+        return any(entries and not scope.get_flag('initializing', False)
+                   for scope, entries in zip(self.packed, self.open, strict=True))
 
     def _open_about(self, scope: Scope) -> tuple:
         reads = Reads(scope, '', own=False)
@@ -162,7 +162,7 @@ class _Lifted:
         """Mark a scope that was handed in, and all below it."""
         outer = mark_of(self.packed[i])
         mark = Mark(outer.family, self.applied[i], self._copies(i, root), self.open[i],
-                    trace=_compat.trace_state(), split=outer.split or self.split)
+                    trace=_compat.staging_trace(), split=outer.split or self.split)
         inner = self.packed[i].flags[APPLICATION].inner
         root.flags = root.flags.copy({FLAG: mark, APPLICATION: Application(inner=inner)})
 

@@ -17,7 +17,16 @@ import jax
 from flax.core import FrozenDict, meta
 
 from flax_sg import _compat
-from flax_sg._active import Application, Entry, claim, opened, read_from, state, under
+from flax_sg._active import (
+    Application,
+    Entry,
+    claim,
+    in_body,
+    opened,
+    read_from,
+    state,
+    under,
+)
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import FrozenVariableError, UsageError
 from flax_sg._info import Path, VariableInfo, walk
@@ -43,7 +52,7 @@ class Mark:
       outer: the entries that were applied to those; the body applies them to what it creates or
         writes.
       own: entries of lifted modules, for every read through the scope and below.
-      trace: the JAX trace of the lifted body.
+      trace: the JAX trace of the lifted body, of those to a jaxpr.
       split: a body around sees a part of each variable: one layer of a scan, one example of a map.
     """
 
@@ -135,6 +144,8 @@ class Reads:
     def of(self, path: Path, value: Any) -> Any:
         """Return what a read gives of a stored variable, or of the variables below a name."""
         if self.idle:
+            if self.collection not in self.mark.applied and in_body():
+                claim()
             return value
         if isinstance(value, Mapping):
             items = {k: self.of((*path, k), v) for k, v in value.items()}
@@ -146,8 +157,8 @@ class Reads:
         stored, copy = self.mark.copies.get((self.collection, path), (_MISSING, None))
         if stored is value:
             return copy, self.inside
-        if self.outer and state.bodies != self.outer[0].bodies:
-            claim()  # a trace under nn.jit depends on blocks around it
+        if self.collection not in self.mark.applied and in_body():
+            claim()  # a trace under nn.jit depends on the blocks around it
         return value, (*self.outer, *self.inside)
 
     def _of_variable(self, path: Path, value: Any) -> Any:
@@ -250,6 +261,8 @@ def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
         return value
     if not scope.has_variable(collection, name):
         return value
+    if in_body():
+        claim()
     reads = Reads(scope, collection)
     if reads.idle:
         return value
@@ -285,9 +298,8 @@ def _check_write(entry: Entry, scope: Scope, info: VariableInfo, name: str) -> N
         raise FrozenVariableError(
             f'{what}in which it is constant. Write it outside of the block, or narrow the '
             'predicate or collections=.')
-    application = scope.flags[APPLICATION]
-    key = (info.collection, info.absolute_path)
-    if entry.was_read(application, *key) or key in mark_of(scope).copies:
+    mark, key = mark_of(scope), (info.collection, info.absolute_path)
+    if entry.was_read(scope.flags[APPLICATION], *key) or entry in mark.outer and key in mark.copies:
         raise UsageError(
             f'{what}which reads something else in its place: what was made of that would replace '
             'what is stored. Write it outside of the block, let the module not update it '

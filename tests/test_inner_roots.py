@@ -1,0 +1,167 @@
+"""Roots that a running module applies by itself: what they are handed was read, and transformed.
+
+The oracle is the tree: a block around apply, the lifted class and ``t(params)`` mean the same.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_sg as sg
+from flax_sg import nn
+
+IDS = jnp.arange(5)
+
+
+class ByApply(nn.Module):
+    """Ties its head as T5, BART and GPT-2 of Hugging Face do."""
+
+    def setup(self):
+        self.shared, self.lm_head = nn.Embed(7, 4), nn.Dense(7, use_bias=False)
+
+    def __call__(self, ids):
+        h = self.shared(ids)
+        w = self.shared.variables['params']['embedding']
+        return (self.lm_head.apply({'params': {'kernel': w.T}}, h) ** 2).mean()
+
+
+class InScan(ByApply):
+    """The same in the body of a scan."""
+
+    def __call__(self, ids):
+        h = self.shared(ids)
+        head = nn.Dense(7, use_bias=False, parent=None)
+
+        def step(total, row):
+            w = self.shared.embedding
+            return total + (head.apply({'params': {'kernel': w.T}}, row) ** 2).sum(), None
+        return jax.lax.scan(step, 0.0, h)[0]
+
+
+class InJit(nn.Module):
+    """An inner model, applied under nn.jit, with parameters that the outer one keeps as one."""
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, ids):
+        inner = nn.Dense(2, parent=None)
+        x = jnp.ones((1, 3)) * ids.size
+        p = self.param('inner', lambda key: inner.init(key, x)['params'])
+        shared = self.param('shared', nn.initializers.ones, ())
+        return (inner.apply({'params': p}, x * shared) ** 2).sum()
+
+
+class ByBind(ByApply):
+    def __call__(self, ids):
+        h = self.shared(ids)
+        w = self.shared.variables['params']['embedding']
+        return (nn.Dense(7, use_bias=False, parent=None).bind({'params': {'kernel': w.T}})(h)
+                ** 2).mean()
+
+
+class ByDerivative(ByApply):
+    """The inner model is applied in a function that the module differentiates."""
+
+    def __call__(self, ids):
+        h = self.shared(ids)
+        w = self.shared.variables['params']['embedding']
+        head = nn.Dense(7, use_bias=False, parent=None)
+        inner = lambda h: (head.apply({'params': {'kernel': w.T}}, h) ** 2).mean()
+        return (jax.grad(inner)(h) ** 2).sum()
+
+
+class ByRule(ByApply):
+    """The inner model is applied by a rule of a derivative, after the module has returned."""
+
+    def __call__(self, ids):
+        h = self.shared(ids)
+        w = self.shared.variables['params']['embedding']
+        head = nn.Dense(7, use_bias=False, parent=None)
+        run = lambda w, h: head.apply({'params': {'kernel': w.T}}, h)
+        f = jax.custom_vjp(run)
+        f.defvjp(lambda w, h: (run(w, h), (w, h)), lambda res, ct: jax.vjp(run, *res)[1](ct))
+        return (f(w, h) ** 2).mean()
+
+
+MODELS = [ByApply, InScan, InJit, ByBind, ByDerivative, ByRule]
+TRANSFORMS = [
+    sg.stop_gradient(~sg.path('shared')), sg.stop_gradient('shared'), sg.stop_gradient(True),
+    sg.scale_gradient(True, 2.0), sg.map_values(True, lambda info, w: w * 0.5),
+    sg.map_gradient(True, lambda info, ct: 2 * ct), sg.constant('shared')]
+
+
+@pytest.mark.parametrize('t', TRANSFORMS, ids=repr)
+@pytest.mark.parametrize('model', MODELS)
+def test_block_class_and_tree_agree(model, t):
+    params = model().init(jax.random.key(0), IDS)['params']
+    loss = lambda model, p: model.apply({'params': p}, IDS)
+
+    def around(p):
+        with t:
+            return loss(model(), p)
+    want = jax.value_and_grad(lambda p: loss(model(), t(p)))(params)
+    for way in (around, jax.jit(around), lambda p: loss(t(model)(), p)):
+        got = jax.value_and_grad(way)(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_replaced_values(model):
+    params = model().init(jax.random.key(0), IDS)['params']
+    target = jax.tree.map(lambda w: 2 * w, params)
+    with sg.replace_values(True, target):
+        got = model().apply({'params': params}, IDS)
+    np.testing.assert_allclose(got, model().apply({'params': target}, IDS), rtol=1e-6)
+
+
+def test_a_block_that_a_module_opens_does_not_reach_the_root_it_applies():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param('w', nn.initializers.ones, ())
+            with nn.stop_gradient(True):
+                return Scale(parent=None).apply({'params': {'w': w}}, x)
+    assert jax.grad(lambda p: Net().apply({'params': p}, 1.0))({'w': 1.0})['w'] == 1
+
+
+class Scale(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return self.param('w', nn.initializers.ones, ()) * x
+
+
+def test_a_lifted_class_applied_by_a_module_is_its_own_affair_and_masked():
+    held = sg.stop_gradient('w')(Scale)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param('w', nn.initializers.ones, ())
+            return held(parent=None).apply({'params': {'w': w}}, x) + 3 * w
+    assert jax.grad(lambda p: Net().apply({'params': p}, 1.0))({'w': 1.0})['w'] == 3
+
+
+@pytest.mark.parametrize('bound', [False, True], ids=['applied', 'bound'])
+def test_models_applied_from_outside_are_covered_though_a_module_ran_before(bound):
+    def loss(p):
+        with sg.stop_gradient(True):
+            a = Scale().apply({'params': p}, 1.0)
+            if bound:
+                return a + Scale().bind({'params': p})(1.0)
+            return a + Scale().apply({'params': p}, 1.0)
+    assert jax.grad(loss)({'w': 1.0})['w'] == 0
+
+
+def test_a_model_bound_outside_and_used_by_a_module_is_covered():
+    class Student(nn.Module):
+        @nn.compact
+        def __call__(self, x, teacher):
+            return Scale(name='d')(x) + teacher(x)
+
+    def loss(p, q):
+        teacher = Scale().bind({'params': q})
+        with sg.stop_gradient('w', allow_unmatched=True):
+            return Student().apply({'params': p}, 1.0, teacher)
+    grads = jax.grad(loss, (0, 1))({'d': {'w': 1.0}}, {'w': 1.0})
+    assert grads[0]['d']['w'] == 1 and grads[1]['w'] == 0

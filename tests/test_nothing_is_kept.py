@@ -1,0 +1,299 @@
+"""Predicates and functions that hold objects: what changes is seen, and nothing is kept for good."""
+
+import dataclasses
+import functools
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flax_sg as sg
+from flax_sg import nn
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        a, b = (self.param(name, nn.initializers.ones, ()) for name in 'ab')
+        return (a + b) * x
+
+
+PARAMS = {'params': {'a': 1.0, 'b': 1.0}}
+
+
+def held(grads):
+    return {name for name, g in grads['params'].items() if float(g) == 0}
+
+
+# What a predicate holds may change ---------------------------------------------------------------
+
+class Trainer:
+    """Its predicate looks at an attribute, which a later stage changes."""
+
+    def __init__(self, names):
+        self.names, self.big = names, jnp.ones(1000)
+
+    def selects(self, v):
+        return v.name in self.names
+
+
+def by_list(names, box=[]):  # noqa: B006
+    box[:] = names
+    return lambda v: v.name in box
+
+
+def by_cell(names):
+    current = ()
+
+    def predicate(v):
+        return v.name in current
+
+    def change(new):
+        nonlocal current
+        current = new
+    change(names)
+    return predicate
+
+
+def by_default(names):
+    return lambda v, names=tuple(names): v.name in names
+
+
+class Callable:
+    def __init__(self, names):
+        self.names = names
+
+    def __call__(self, v):
+        return v.name in self.names
+
+
+@dataclasses.dataclass(eq=True)
+class Unhashable:
+    names: list
+
+    def __call__(self, v):
+        return v.name in self.names
+
+
+FORMS = {
+    'attribute': lambda names: (lambda t: lambda v: v.name in t.names)(Trainer(names)),
+    'method': lambda names: Trainer(names).selects,
+    'partial': lambda names: functools.partial(lambda names, v: v.name in names, names),
+    'list': by_list, 'cell': by_cell, 'default': by_default, 'object': Callable,
+    'unhashable': Unhashable}
+ORDER = ['a', 'b', 'a', 'ab', 'a']
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_new_predicate_in_each_step(form):
+    """One jitted step, in blocks that select something else each time."""
+    step = jax.jit(jax.grad(Two().apply))
+    for names in ORDER:
+        with sg.stop_gradient(FORMS[form](list(names))):
+            assert held(step(PARAMS, 1.0)) == set(names)
+
+
+def changing():
+    trainer, names, cell, obj = Trainer(()), [], [()], Callable(())
+    partial = functools.partial(lambda names, v: v.name in names, names)
+
+    def change(new):
+        trainer.names, obj.names, cell[0] = new, new, new
+        names[:] = new
+    return change, {
+        'attribute': lambda v: v.name in trainer.names, 'method': trainer.selects,
+        'list': lambda v: v.name in names, 'cell': lambda v: v.name in cell[0], 'object': obj,
+        'partial': partial}
+
+
+@pytest.mark.parametrize('form', ['attribute', 'method', 'list', 'cell', 'object', 'partial'])
+@pytest.mark.parametrize('use', ['block', 'inside', 'class', 'method'])
+def test_one_predicate_whose_object_changes_between_steps(use, form):
+    change, forms = changing()
+    t = sg.stop_gradient(forms[form])
+    if use == 'class':
+        model = t(Two)()
+    elif use == 'inside':
+        class Net(Two):
+            def __call__(self, x):
+                with t:
+                    return super().__call__(x)
+        model = Net()
+    elif use == 'method':
+        model = type('Net', (Two,), {'__call__': t(Two.__call__), '__module__': __name__})()
+    else:
+        model = Two()
+
+    def step():
+        if use != 'block':  # what is jitted outside of all blocks is the user's to trace again
+            return jax.grad(model.apply)(PARAMS, 1.0)
+        with t:
+            return jitted(PARAMS, 1.0)
+    jitted = jax.jit(jax.grad(model.apply))
+    for names in ORDER:
+        change(list(names))
+        assert held(step()) == set(names)
+
+
+def test_a_global_that_a_predicate_looks_at():
+    step = jax.jit(jax.grad(Two().apply))
+    for names in ORDER:
+        globals()['FROZEN'] = names
+        with sg.stop_gradient(lambda v: v.name in FROZEN):  # noqa: F821
+            assert held(step(PARAMS, 1.0)) == set(names)
+
+
+def test_a_predicate_that_changes_inside_a_block_is_an_error():
+    names = ['a']
+    with pytest.raises(sg.UsageError, match=r"its predicate said True of 'a' before, and now False, "
+                       'in one block. A predicate may change between blocks, not inside one.'):
+        with sg.stop_gradient(lambda v: v.name in names):
+            Two().apply(PARAMS, 1.0)
+            names[:] = 'b'
+            Two().apply(PARAMS, 1.0)
+
+
+def test_nested_blocks_of_one_line():
+    """They say the same of what was asked so far, and then not."""
+    def block(names):
+        return sg.stop_gradient(lambda v: v.name in names, allow_unmatched=True)
+    f = jax.jit(jax.grad(Two().apply))
+    for outer, inner in (('a', 'b'), ('b', 'a'), ('', 'a'), ('a', ''), ('a', 'b')):
+        with block(outer):
+            first = held(f(PARAMS, 1.0))
+            with block(inner):
+                both = held(f(PARAMS, 1.0))
+            again = held(f(PARAMS, 1.0))
+        assert (first, both, again) == (set(outer), {*outer, *inner}, set(outer))
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_lifted_class_is_made_of_the_predicate_at_hand(form):
+    make = FORMS[form]
+    first = make(['a'])
+    lifted = sg.stop_gradient(first)(Two)
+    for names in ('b', 'a'):
+        other = sg.stop_gradient(make(list(names)))(Two)
+        assert held(jax.grad(other().apply)(PARAMS, 1.0)) == set(names)
+    if form != 'list':  # where all predicates share one list
+        assert held(jax.grad(lifted().apply)(PARAMS, 1.0)) == {'a'}
+
+
+@pytest.mark.parametrize('kind', ['map_values', 'map_gradient', 'replace_values'])
+def test_a_lifted_class_is_made_of_the_function_at_hand(kind):
+    def lift(box):
+        return {
+            'map_values': lambda: sg.map_values('a', lambda i, w: w * box['a']),
+            'map_gradient': lambda: sg.map_gradient('a', lambda i, ct: ct * box['a']),
+            'replace_values': lambda: sg.replace_values('a', box)}[kind]()(Two)
+    value = lambda cls: (float(jax.grad(cls().apply)(PARAMS, 1.0)['params']['a'])
+                         if kind != 'replace_values' else float(cls().apply(PARAMS, 1.0)))
+    first = {'a': 5.0}
+    lift(first)
+    first['a'] = 7.0
+    want = 5 if kind != 'replace_values' else 6
+    assert value(lift({'a': 5.0})) == want
+
+
+def test_equal_globs_and_plain_lambdas_give_one_class():
+    lift = lambda: sg.stop_gradient('a')(Two)
+    assert lift() is lift()
+    lift = lambda: sg.stop_gradient(lambda v: v.name == 'a')(Two)
+    assert lift() is lift()
+
+
+# A loop neither traces again nor grows -----------------------------------------------------------
+
+helper = jax.jit(jnp.tanh)
+
+
+class Counter(nn.Module):
+    """A module whose own predicate looks at itself."""
+
+    prefix: str = 'a'
+
+    @nn.compact
+    def __call__(self, x):
+        with sg.stop_gradient(lambda v: v.name.startswith(self.prefix)):
+            return helper(Two(name='a')(x)) + jnp.linspace(0, 1, 3).sum()
+
+
+@dataclasses.dataclass
+class State:
+    """A trainer that is made anew in each step."""
+    names: tuple
+    params: dict
+    step: int
+
+
+def loops():
+    jitted = jax.jit(jax.grad(Two().apply))
+    trainer = Trainer('a')
+
+    def own_predicate(i):
+        trainer.steps = i
+        with sg.stop_gradient(trainer.selects):
+            jitted(PARAMS, 1.0)
+
+    def new_object(i):
+        state = State(('a',), jax.tree.map(lambda x: x + i, PARAMS), i)
+        with sg.stop_gradient(lambda v: v.name in state.names):
+            jitted(PARAMS, 1.0)
+
+    def in_a_module(i):
+        jax.grad(Counter().apply)({'params': {'a': PARAMS['params']}}, 1.0)
+
+    def eager_function(i):
+        array = jnp.ones(()) * i
+        with sg.map_gradient('a', lambda info, ct: ct * array), sg.replace_values(
+                'b', {'a': array, 'b': array}):
+            jax.grad(Two().apply)(PARAMS, 1.0)
+
+    def eager_factor(i):
+        with sg.scale_gradient('a', jnp.ones(()) * i):
+            jax.grad(Two().apply)(PARAMS, 1.0)
+    return {f.__name__: f for f in (
+        own_predicate, new_object, in_a_module, eager_function, eager_factor)}
+
+
+@pytest.mark.parametrize('loop', loops())
+def test_a_loop_does_not_compile_again(loop, compiles):
+    step = loops()[loop]
+    for i in range(3):
+        step(i)
+    compiles.clear()
+    for i in range(3, 20):
+        step(i)
+    assert compiles == []
+
+
+@pytest.fixture
+def compiles():
+    """The names of what JAX compiles."""
+    names = []
+    listen = lambda event, seconds, **kwargs: (
+        names.append(kwargs.get('fun_name')) if event.endswith('backend_compile_duration') else None)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize('jit', [False, True])
+def test_what_a_predicate_holds_can_be_collected(jit):
+    gone = []
+    f = jax.grad(Two().apply)
+    f = jax.jit(f) if jit else f
+    for _ in range(3):
+        trainer = Trainer('a')
+        with sg.stop_gradient(trainer.selects):
+            f(PARAMS, 1.0)
+        with sg.stop_gradient(lambda v, trainer=trainer: v.name in trainer.names):
+            f(PARAMS, 1.0)
+        with sg.map_values('a', lambda i, w, trainer=trainer: w * trainer.big[0]):
+            jax.grad(Two().apply)(PARAMS, 1.0)
+        gone += [weakref.ref(trainer), weakref.ref(trainer.big)]
+        del trainer
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 6
