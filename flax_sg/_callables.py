@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 __all__ = [
-    'callable_identity', 'callable_key', 'callable_source', 'cell_contents', 'describe_callable',
-    'value_key',
+    'callable_key', 'callable_source', 'cell_contents', 'describe_callable', 'identity_key',
+    'lasting_key', 'value_key',
 ]
 
 
@@ -78,15 +78,29 @@ def callable_source(fn: Callable) -> Hashable:
     return ('object', type(fn))
 
 
-def callable_identity(fn: Any) -> Hashable:
-    """Return a hashable value that only callables share which will always be equal.
+def lasting_key(fn: Any) -> Hashable:
+    """Return a hashable value that only callables share which stay equal.
 
-    What a closure or an object holds may change. This is for what outlives the moment.
+    What a list or an object holds may change, and a closure's variable may be bound anew, which
+    `callable_key` shows at the moment. So a function counts by value if all that it holds is plain.
     """
-    if isinstance(fn, types.FunctionType) and not (
-            fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__):
-        return callable_key(fn)
+    if isinstance(fn, types.FunctionType):
+        cells = map(cell_contents, fn.__closure__ or ())
+        held = (*cells, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
+        if all(map(_is_plain, held)):
+            return callable_key(fn)
     return _Identity(fn)
+
+
+def identity_key(fn: Any) -> Hashable:
+    """Return a hashable value that nothing but the callable itself has."""
+    return _Identity(fn)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, bytes, bool, int, float, complex)
 
 
 def value_key(value: Any, _seen: tuple[int, ...] = ()) -> Hashable:

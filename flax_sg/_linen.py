@@ -19,7 +19,7 @@ import jax
 
 from flax_sg import _compat
 from flax_sg._active import Entry, opened, state
-from flax_sg._callables import callable_identity
+from flax_sg._callables import identity_key, lasting_key
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
 from flax_sg._inside import run_inside
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ['block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance']
 
 _OWN, _OWNERS = '_flax_sg_transforms', '_flax_sg_owners'
+_MADE_OF, _SHARED = '_flax_sg_made_of', '_flax_sg_shared'
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
 # A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
@@ -80,21 +81,31 @@ def _parts(cls: type[Module]) -> tuple[type[Module], tuple[Transform, ...]]:
 
 
 def _subclass(base: type[Module], transforms: tuple[Transform, ...]) -> type[Module]:
-    """Make the lifted class; the same transforms of a class give one class, so caches stay warm."""
+    """Make the lifted class; equal transforms of one class give one class, so caches stay warm."""
     made = _classes.setdefault(base, weakref.WeakValueDictionary())
-    key = tuple(t.key(callable_identity, callable_identity) for t in transforms)
+    key, itself = (tuple(t.key(of, of) for t in transforms) for of in (lasting_key, identity_key))
     cls = made.get(key)
-    if cls is None:
+    if cls is not None and vars(cls)[_MADE_OF] != itself:  # of other callables, that are equal
+        setattr(cls, _SHARED, key)
+    if cls is None or _changed(cls):
         lifted = {name: _lift_member(member) for name, member in _members(base).items()}
         cls = type(base.__name__, (base,), {
             **{name: member for name, member in lifted.items() if member is not None},
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
             '__init_subclass__': classmethod(_init_subclass), '__reduce__': _reduce,
-            _OWN: (base, transforms)})
+            _OWN: (base, transforms), _MADE_OF: itself, _SHARED: None})
         _set_owners(cls, (*_owners(base), (cls, transforms)))
         made[key] = cls
     return cls
+
+
+def _changed(cls: type[Module]) -> bool:
+    """Say whether what a class's callables say has changed since others shared it."""
+    shared = vars(cls)[_SHARED]
+    _, transforms = _parts(cls)
+    return shared is not None and shared != tuple(
+        t.key(lasting_key, lasting_key) for t in transforms)
 
 
 def _members(base: type[Module]) -> dict[str, Any]:
@@ -158,6 +169,11 @@ class _AttachedScope:
 
     def __set__(self, module: Module, scope: Scope | None) -> None:
         for owner, transforms in reversed(_owners(type(module))) if scope is not None else ():
+            if _changed(owner):
+                raise UsageError(
+                    f'{owner.__name__}, lifted by {transforms[-1]!r}: a variable that its callable '
+                    'closes over was bound anew since, and an equal one shares the class. Lift the '
+                    'class again, or let the callable look at an object that changes.')
             scope = attach(scope, (owner, module.name), transforms)
         vars(module)['scope'] = scope
 

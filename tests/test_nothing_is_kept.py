@@ -200,8 +200,29 @@ def test_a_lifted_class_is_made_of_the_function_at_hand(kind):
 def test_equal_globs_and_plain_lambdas_give_one_class():
     lift = lambda: sg.stop_gradient('a')(Two)
     assert lift() is lift()
-    lift = lambda: sg.stop_gradient(lambda v: v.name == 'a')(Two)
-    assert lift() is lift()
+    lift = lambda name: sg.stop_gradient(lambda v: v.name == name)(Two)
+    assert lift('a') is lift('a') is not lift('b')
+
+
+def test_a_variable_that_the_callable_of_a_class_closes_over_is_bound_anew():
+    def make(name):
+        def rename(new):
+            nonlocal name
+            name = new
+        return sg.stop_gradient(lambda v: v.name == name)(Two), rename
+    grads = lambda cls: held(jax.grad(cls().apply)(PARAMS, 1.0))
+    alone, rename = make('a')
+    rename('b')                      # nobody else has the class: it follows, as a block does
+    assert grads(alone) == {'b'}
+    del alone, rename
+    gc.collect()
+    (first, rename), (second, _) = make('a'), make('a')
+    assert first is second and grads(first) == {'a'}
+    rename('b')
+    with pytest.raises(sg.UsageError, match=r'Two, lifted by stop_gradient\(where\(.*\)\): a variable '
+                       'that its callable closes over was bound anew since, and an equal one shares'):
+        grads(second)
+    assert grads(make('a')[0]) == {'a'} and grads(make('b')[0]) == {'b'}
 
 
 # A loop neither traces again nor grows -----------------------------------------------------------
