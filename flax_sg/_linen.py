@@ -23,7 +23,7 @@ from flax_sg._callables import identity_key, lasting_key
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
 from flax_sg._inside import run_inside
-from flax_sg._scope import attach, attached_entries, entry_at, open_at
+from flax_sg._scope import attach, attached_entry, entry_at, open_at
 from flax_sg._setup import LIVE
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ['block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance']
 
-_OWN, _OWNERS = '_flax_sg_transforms', '_flax_sg_owners'
+# Of a lifted class: its base and transform, all lifted classes among it and its bases, the identity
+# of what it was made of, and its key once equal callables share it.
+_LAYER, _LIFTED = '_flax_sg_layer', '_flax_sg_lifted'
 _MADE_OF, _SHARED = '_flax_sg_made_of', '_flax_sg_shared'
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
@@ -69,23 +71,15 @@ def _block_of(transform: Transform, module: Module) -> contextlib.AbstractContex
     return contextlib.nullcontext() if module.scope is None else open_at(transform, module.scope)
 
 
-def lift_class(transform: Transform, cls: type[Module]) -> type[Module]:
-    """Return a subclass of the same name whose every read goes through the transform."""
-    base, transforms = _parts(cls)
-    return _subclass(base, (*transforms, transform))
+def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
+    """Return a subclass of the same name whose every read goes through the transform.
 
-
-def _parts(cls: type[Module]) -> tuple[type[Module], tuple[Transform, ...]]:
-    """Split a lifted class into the class as it was written and its transforms."""
-    return vars(cls).get(_OWN, (cls, ()))
-
-
-def _subclass(base: type[Module], transforms: tuple[Transform, ...]) -> type[Module]:
-    """Make the lifted class; equal transforms of one class give one class, so caches stay warm."""
+    Equal transforms of one class give one class, so that caches stay warm.
+    """
     made = _classes.setdefault(base, weakref.WeakValueDictionary())
-    key, itself = (tuple(t.key(of, of) for t in transforms) for of in (lasting_key, identity_key))
+    key, itself = (transform.key(of, of) for of in (lasting_key, identity_key))
     cls = made.get(key)
-    if cls is not None and vars(cls)[_MADE_OF] != itself:  # of other callables, that are equal
+    if cls is not None and vars(cls)[_MADE_OF] != itself:  # of another callable, that is equal
         setattr(cls, _SHARED, key)
     if cls is None or _changed(cls):
         lifted = {name: _lift_member(member) for name, member in _members(base).items()}
@@ -94,18 +88,16 @@ def _subclass(base: type[Module], transforms: tuple[Transform, ...]) -> type[Mod
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
             '__init_subclass__': classmethod(_init_subclass), '__reduce__': _reduce,
-            _OWN: (base, transforms), _MADE_OF: itself, _SHARED: None})
-        _set_owners(cls, (*_owners(base), (cls, transforms)))
+            _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None})
+        _set_lifted(cls, (*_lifted(base), cls))
         made[key] = cls
     return cls
 
 
 def _changed(cls: type[Module]) -> bool:
-    """Say whether what a class's callables say has changed since others shared it."""
-    shared = vars(cls)[_SHARED]
-    _, transforms = _parts(cls)
-    return shared is not None and shared != tuple(
-        t.key(lasting_key, lasting_key) for t in transforms)
+    """Say whether what a class's callable says has changed since others shared the class."""
+    shared, (_, transform) = vars(cls)[_SHARED], vars(cls)[_LAYER]
+    return shared is not None and shared != transform.key(lasting_key, lasting_key)
 
 
 def _members(base: type[Module]) -> dict[str, Any]:
@@ -139,9 +131,9 @@ def _lift_method(fn: Callable) -> Callable:
 def _own_block(module: Module) -> Iterator[None]:
     """Open a lifted module's own entries, unless one of its methods is running already."""
     scope = module.scope
-    own = () if scope is None else tuple(
-        entry for owner, _ in reversed(_owners(type(module)))
-        for entry in attached_entries(scope, (owner, module.name)))
+    own = () if scope is None else [
+        entry for owner in reversed(_lifted(type(module)))
+        if (entry := attached_entry(scope, (owner, module.name))) is not None]
     new = [entry for entry in own if entry not in state.stack]
     with contextlib.ExitStack() as stack:
         for entry in new:
@@ -151,13 +143,13 @@ def _own_block(module: Module) -> Iterator[None]:
         entry.met.check()
 
 
-def _owners(cls: type[Module]) -> tuple[tuple[type[Module], tuple[Transform, ...]], ...]:
+def _lifted(cls: type[Module]) -> tuple[type[Module], ...]:
     """Return the lifted classes among a class and its bases, the innermost first."""
-    return getattr(cls, _OWNERS, ())
+    return getattr(cls, _LIFTED, ())
 
 
-def _set_owners(cls: type[Module], owners: tuple) -> None:
-    setattr(cls, _OWNERS, owners)
+def _set_lifted(cls: type[Module], lifted: tuple[type[Module], ...]) -> None:
+    setattr(cls, _LIFTED, lifted)
     cls.scope = _AttachedScope()
 
 
@@ -168,34 +160,39 @@ class _AttachedScope:
         return None if module is None else vars(module).get('scope')
 
     def __set__(self, module: Module, scope: Scope | None) -> None:
-        for owner, transforms in reversed(_owners(type(module))) if scope is not None else ():
+        for owner in reversed(_lifted(type(module))) if scope is not None else ():
+            transform = vars(owner)[_LAYER][1]
             if _changed(owner):
                 raise UsageError(
-                    f'{owner.__name__}, lifted by {transforms[-1]!r}: a variable that its callable '
+                    f'{owner.__name__}, lifted by {transform!r}: a variable that its callable '
                     'closes over was bound anew since, and an equal one shares the class. Lift the '
                     'class again, or let the callable look at an object that changes.')
-            scope = attach(scope, (owner, module.name), transforms)
+            scope = attach(scope, (owner, module.name), transform)
         vars(module)['scope'] = scope
 
 
 def _init_subclass(cls: type[Module], **kwargs: Any) -> None:
     """Keep a user's subclass of a lifted class masked; Flax sets `scope` anew on each class."""
-    lifted = next(base for base in cls.__mro__[1:] if _OWN in vars(base))
+    lifted = next(base for base in cls.__mro__[1:] if _LAYER in vars(base))
     super(lifted, cls).__init_subclass__(**kwargs)
-    _set_owners(cls, _owners(lifted))
+    _set_lifted(cls, _lifted(lifted))
 
 
 def _reduce(self):
-    if _OWN not in vars(type(self)):  # a user's subclass, which pickle finds by its name
-        return copyreg.__newobj__, (type(self),), vars(self)
-    return _rebuild, _parts(type(self)), vars(self)
+    cls, transforms = type(self), []
+    while _LAYER in vars(cls):
+        cls, transform = vars(cls)[_LAYER]
+        transforms.insert(0, transform)
+    if not transforms:  # a user's subclass, which pickle finds by its name
+        return copyreg.__newobj__, (cls,), vars(self)
+    return _rebuild, (cls, transforms), vars(self)
 
 
 _reduce.nowrap = True  # Flax would run setup first
 
 
-def _rebuild(base: type[Module], transforms: tuple[Transform, ...]) -> Module:
-    cls = _subclass(base, transforms)
+def _rebuild(base: type[Module], transforms: list[Transform]) -> Module:
+    cls = functools.reduce(lambda cls, transform: lift_class(transform, cls), transforms, base)
     return cls.__new__(cls)
 
 

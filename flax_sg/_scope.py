@@ -33,7 +33,7 @@ from flax_sg._info import Path, VariableInfo, walk
 from flax_sg._marks import tracing
 
 __all__ = [
-    'APPLICATION', 'FLAG', 'Mark', 'Reads', 'attach', 'attached_entries', 'effective', 'entry_at',
+    'APPLICATION', 'FLAG', 'Mark', 'Reads', 'attach', 'attached_entry', 'effective', 'entry_at',
     'mark_of', 'open_at', 'set_mark', 'write',
 ]
 
@@ -224,27 +224,26 @@ def entry_at(transform: Any, scope: Scope | None, owner: Any = None) -> Entry:
                  initializing=bool(scope.get_flag('initializing', False)))
 
 
-def attach(scope: Scope, owner: Any, transforms: tuple[Any, ...]) -> Scope:
+def attach(scope: Scope, owner: Any, transform: Any) -> Scope:
     """Return a view of the scope through which every read is transformed.
 
     The view shares variables, names and random streams with the scope. A scope that carries the
-    owner's transforms already, as inside a lifted method, is returned as it is.
+    owner's transform already, as inside a lifted method, is returned as it is.
     """
-    if _compat.in_scratch_root(scope) or attached_entries(scope, owner):
+    if _compat.in_scratch_root(scope) or attached_entry(scope, owner) is not None:
         return scope
     mark = mark_of(scope)
-    new = tuple(entry_at(transform, scope, owner) for transform in reversed(transforms))
     view = scope.rewound()
     view.reservations = scope.reservations
-    set_mark(view, mark.with_own((*mark.own, *new)))
+    set_mark(view, mark.with_own((*mark.own, entry_at(transform, scope, owner))))
     return view
 
 
-def attached_entries(scope: Scope, owner: Any) -> tuple[Entry, ...]:
-    """Return the entries that `attach` gave the scope for an owner, outermost first."""
+def attached_entry(scope: Scope, owner: Any) -> Entry | None:
+    """Return the entry that `attach` gave the scope for an owner, or None."""
     mark, path = mark_of(scope), _compat.scope_path(scope)
-    return tuple(e for e in dict.fromkeys((*mark.own, *mark.outer))
-                 if e.owner == owner and e.opener == path and e.family is mark.family)
+    return next((e for e in (*mark.own, *mark.outer) if e.owner == owner and e.opener == path
+                 and e.family is mark.family), None)
 
 
 def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
