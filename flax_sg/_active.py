@@ -48,7 +48,7 @@ class _State(threading.local):
         self.inside = False  # in a rule: its function was called by a running module
         self.setups: list[Any] = []  # runs of `setup` in progress, see _setup
         self.bodies: tuple[Body, ...] = ()  # of nn.jit, which JAX is tracing
-        self.appending: tuple | None = None  # a variable that is read in order to be stored
+        self.storing: tuple | None = None  # a variable that is read in order to be stored
         self.publishing = False  # Flax writes back what the body of a lifted transform returned
         self.contexts = Contexts()
 

@@ -33,7 +33,7 @@ __all__ = [
     'lifted_call', 'operation_of', 'packed_scopes', 'rewound_counters', 'root_variables',
     'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending',
     'snapshot_counters', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
-    'tap_pack', 'tap_rules', 'trace_state', 'traced', 'varying', 'written_at',
+    'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -170,6 +170,19 @@ def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:
         return fn
 
     return install
+
+
+def tap_value(fn: Callable) -> Callable:
+    """Tap assignments to `Variable.value`, which look at what is stored for a box around it."""
+    getter = Variable.value.fget
+    original = getattr(Variable.value.fset, '_flax_sg_original', Variable.value.fset)
+
+    def setter(self: Variable, value: Any) -> None:
+        fn(original, self, value)
+
+    setter._flax_sg_original = original
+    Variable.value = property(getter, setter, doc=Variable.value.__doc__)
+    return fn
 
 
 def tap_pack(fn: Callable) -> Callable:

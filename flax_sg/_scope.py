@@ -155,7 +155,7 @@ class Reads:
     def handed_in(self, path: Path, value: Any) -> tuple[Any, tuple[Entry, ...]]:
         """Return what a lifted transform made of a stored value, and what it left to do."""
         stored, copy = self.mark.copies.get((self.collection, path), (_MISSING, None))
-        if stored is value:
+        if stored is not _MISSING and _identical(stored, value):  # boxes are made anew
             return copy, self.inside
         if self.collection not in self.mark.applied and in_body():
             claim()  # a trace under nn.jit depends on the blocks around it
@@ -326,7 +326,7 @@ def _get_variable(original, self, col, name, default=None):
     for run in state.setups:
         value = run.saw(self, col, name, value)
     path = (*_compat.scope_path(self), name)
-    if state.appending == (col, path):
+    if state.storing == (col, path):
         return value
     return Reads(self, col).of(path, value)
 
@@ -357,10 +357,21 @@ def _variables(original, self):
     return type(variables)(out) if changed else variables
 
 
+# Both read a variable in order to store it: that read gives what is stored.
+
 @_compat.tap(Module, 'sow')
 def _sow(original, self, col, name, *args, **kwargs):
-    if self.scope is None or not state.stack and FLAG not in self.scope.flags:
+    with _storing(self.scope, col, name):
         return original(self, col, name, *args, **kwargs)
-    # It stores what it reads, and adds to it.
-    with under(appending=(col, (*_compat.scope_path(self.scope), name))):
-        return original(self, col, name, *args, **kwargs)
+
+
+@_compat.tap_value
+def _set_value(original, self, value):
+    with _storing(self.scope, self.collection, self.name):
+        original(self, value)
+
+
+def _storing(scope: Scope | None, collection: str, name: str) -> contextlib.AbstractContextManager:
+    if scope is None or not state.stack and FLAG not in scope.flags:
+        return contextlib.nullcontext()
+    return under(storing=(collection, (*_compat.scope_path(scope), name)))

@@ -1,0 +1,390 @@
+"""What may be written, what is written back, and what a block's functions see of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+import flax_sg as sg
+from flax_sg import nn
+
+ones, one, S = nn.initializers.ones, jnp.ones(()), jax.lax.stop_gradient
+MUTABLE = [False, True, ['params'], ['intermediates']]
+
+
+class Scale(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return self.param('w', ones, ()) * x
+
+
+def output(model, variables, *args, mutable=False, **kwargs):
+    out = model.apply(variables, *args, mutable=mutable, **kwargs)
+    return out if mutable is False else out[0]
+
+
+# Two roots in one lifted call --------------------------------------------------------------------
+
+LIFTS = {
+    'remat': lambda f: nn.remat(f), 'jit': lambda f: nn.jit(f),
+    'vmap': lambda f: nn.vmap(f, variable_axes={'params': None}, split_rngs={}, in_axes=(None, None),
+                              axis_size=1),
+    'cond': lambda f: lambda d, t, x: nn.cond(x > 0, lambda m, x: f(*m, x), lambda m, x: 0 * x,
+                                              (d, t), x)}
+
+
+@pytest.mark.parametrize('student', MUTABLE)
+@pytest.mark.parametrize('teacher', [False, True, ['params']])
+@pytest.mark.parametrize('lift', ['remat', 'jit', 'vmap'])
+def test_two_roots_with_different_mutable_collections(lift, teacher, student):
+    class Student(nn.Module):
+        @nn.compact
+        def __call__(self, x, other):
+            return jnp.sum(LIFTS[lift](lambda d, t, x: d(x) + t(x))(Scale(name='d'), other, x))
+
+    def loss(p, q, t):
+        other = Scale().bind({'params': q}, mutable=teacher)
+        with t:
+            return output(Student(), {'params': p}, 1.0, other, mutable=student)
+    for t, want in ((sg.stop_gradient(True), (0, 0)), (sg.scale_gradient(True, 5.0), (5, 5)),
+                    (sg.stop_gradient('d', allow_unmatched=True), (0, 1)),
+                    (sg.stop_gradient('w', allow_unmatched=True), (1, 0))):
+        grads = jax.grad(loss, (0, 1))({'d': {'w': one}}, {'w': one}, t)
+        assert (float(grads[0]['d']['w']), float(grads[1]['w'])) == want
+
+
+# A stack of layers, and a function or a predicate that looks at all of it ----------------------------
+
+class Layer(nn.Module):
+    boxed: bool = False
+
+    @nn.compact
+    def __call__(self, h, _):
+        init = nn.initializers.normal()
+        init = nn.with_partitioning(init, (None, None)) if self.boxed else init
+        kernel = self.param('kernel', init, (4, 4))
+        self.sow('intermediates', 'h', h)
+        return h + nn.tanh(h @ kernel + self.param('bias', nn.initializers.zeros, (4,))), None
+
+
+HELD = np.arange(6) < 2
+INNER = {
+    'scan': lambda boxed: nn.scan(Layer, variable_axes={'params': 0, 'intermediates': 0}, length=6,
+                                  split_rngs={'params': True},
+                                  metadata_params={nn.PARTITION_NAME: None})(boxed, name='layers'),
+    'remat scan': lambda boxed: nn.scan(
+        nn.remat(Layer, prevent_cse=False), variable_axes={'params': 0, 'intermediates': 0},
+        length=6, split_rngs={'params': True},
+        metadata_params={nn.PARTITION_NAME: None})(boxed, name='layers')}
+HOLD = {
+    'map_values': sg.map_values('layers', lambda info, w: jnp.where(by_layer(w), S(w), w)),
+    'map_gradient': sg.map_gradient('layers', lambda info, ct: jnp.where(by_layer(ct), 0, ct)),
+    'shape': sg.stop_gradient(lambda v: v.shape == (6, 4), allow_unmatched=True),
+    'replace': sg.replace_values('layers', {'layers': {
+        'kernel': jnp.ones((6, 4, 4)), 'bias': jnp.arange(24.0).reshape(6, 4)}})}
+
+
+def by_layer(w):
+    return HELD.reshape(-1, *[1] * (w.ndim - 1))
+
+
+class Stack(nn.Module):
+    kind: str = 'scan'
+    boxed: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return (INNER[self.kind](self.boxed)(x, None)[0] ** 2).sum()
+
+
+class Inside(Stack):
+    hold: str = 'map_values'
+
+    @nn.compact
+    def __call__(self, x):
+        with HOLD[self.hold]:
+            return Stack.__call__.__wrapped__(self, x)
+
+
+@pytest.mark.parametrize('boxed', [False, True], ids=['plain', 'boxed'])
+@pytest.mark.parametrize('kind', INNER)
+@pytest.mark.parametrize('hold', HOLD)
+def test_a_stack_is_seen_whole_whatever_may_be_written(hold, kind, boxed):
+    if hold == 'replace' and boxed:
+        pytest.skip('the source has no boxes')
+    x = jnp.linspace(-1, 1, 20).reshape(5, 4)
+    plain, inside = Stack(kind, boxed), Inside(kind, boxed, hold)
+    variables = {'params': plain.init(jax.random.key(0), x)['params']}
+
+    def by_hand(v):
+        tree = meta.unbox(v['params'])
+        def layer(name, w):
+            if hold == 'map_values':
+                return jnp.where(by_layer(w), S(w), w)
+            if hold == 'shape':
+                return S(w) if w.shape == (6, 4) else w
+            if hold == 'replace':
+                return HOLD['replace'].source['layers'][name]
+            return w
+        tree = {'layers': {k: layer(k, w) for k, w in tree['layers'].items()}}
+        return Stack(kind).apply({'params': tree}, x)
+    want = meta.unbox(jax.value_and_grad(by_hand)(variables))
+    if hold == 'map_gradient':
+        want = want[0], jax.tree.map(lambda g: jnp.where(by_layer(g), 0, g), want[1])
+    for mutable in MUTABLE:
+        def around(v, mutable=mutable):
+            with HOLD[hold]:
+                return output(plain, v, x, mutable=mutable)
+        for way in (around, lambda v, mutable=mutable: output(inside, v, x, mutable=mutable)):
+            got = meta.unbox(jax.value_and_grad(way)(variables))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+                         got, want)
+
+
+@pytest.mark.parametrize('kind', INNER)
+@pytest.mark.parametrize('hold', HOLD)
+def test_init_does_not_break_and_makes_the_same(hold, kind):
+    x = jnp.ones((5, 4))
+    want = Stack(kind).init(jax.random.key(0), x)
+    got = Inside(kind, False, hold).init(jax.random.key(0), x)
+    with HOLD[hold]:
+        around = Stack(kind).init(jax.random.key(0), x)
+    for tree in (got, around):
+        jax.tree.map(np.testing.assert_array_equal, tree, want)
+
+
+@pytest.mark.parametrize('mutable', [['params'], True])
+def test_a_step_that_writes_reads_what_it_wrote(mutable):
+    class Writes(nn.Module):
+        @nn.compact
+        def __call__(self, c, _):
+            w = self.variable('params', 'w', lambda: one)
+            before = w.value
+            w.value = 10 * c
+            return c + before * w.value, before
+    model = nn.scan(Writes, variable_axes={'params': 0}, split_rngs={'params': True}, length=3)
+
+    def loss(p, c, t):
+        with t:
+            (out, _), new = model().apply({'params': p}, c, None, mutable=mutable)
+        return out + new['params']['w'].sum()
+
+    def by_hand(p, c, hold):
+        total = 0
+        for i in range(3):
+            w = hold(p['w'][i])
+            total, c = total + 10 * c, c + w * hold(10 * c)
+        return c + total
+    p = {'w': jnp.array([1.0, 2.0, 3.0])}
+    for t, hold in ((sg.stop_gradient('w'), S), (sg.stop_gradient(sg.nothing), lambda w: w)):
+        got, want = (jax.grad(f, (0, 1))(p, 0.5, h) for f, h in ((loss, t), (by_hand, hold)))
+        jax.tree.map(np.testing.assert_allclose, got, want)
+
+
+# What is written back -------------------------------------------------------------------------------
+
+class Norm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False, momentum=0.9, name='bn')(x)
+
+
+def stacked(cls):
+    return nn.scan(cls, variable_axes={'params': 0, 'batch_stats': 0}, length=2,
+                   split_rngs={'params': True})
+
+
+class Carried(nn.Module):
+    """The statistics of one layer, which each step of a loop reads and updates."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = Norm(name='norm')
+        if self.is_initializing():
+            return norm(x)
+        body = lambda norm, c: (c[0] + 1, norm(c[1]))
+        return nn.while_loop(lambda norm, c: c[0] < 2, body, norm, (0, x),
+                             carry_variables='batch_stats')[1]
+
+
+class NormLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return Norm(name='norm')(x), None
+
+
+STATISTICS = {'mean': jnp.full(1, 100.0), 'var': jnp.ones(1)}
+
+
+@pytest.mark.parametrize('lift', [None, nn.remat, nn.jit, 'scan', 'carry'])
+@pytest.mark.parametrize('t', [
+    sg.replace_values('**/mean', 'other', collections='batch_stats', allow_unmatched=True),
+    sg.map_values('**/mean', lambda info, v: v + 100, collections='batch_stats')], ids=repr)
+def test_statistics_made_of_replaced_ones_are_not_written(lift, t):
+    x = jnp.linspace(-1, 1, 8).reshape(8, 1)
+    model = {'scan': stacked(NormLayer), 'carry': Carried, None: Norm}.get(
+        lift, lift if isinstance(lift, (str, type(None))) else lift(Norm))()
+    args = (x, None) if lift == 'scan' else (x,)
+    variables = model.init(jax.random.key(0), *args)
+    if t.name == 'replace_values' and lift == 'scan':
+        pytest.skip('the scan does not hand on another collection')
+    if t.name == 'replace_values':
+        variables['other'] = jax.tree.map(lambda v: v + 100, variables['batch_stats'])
+    with pytest.raises(sg.UsageError, match=r"'mean' of module '/.*bn' \(collection 'batch_stats'\) was "
+                       'to be written in this block, which reads something else in its place: what '
+                       'was made of that would replace what is stored. Write it outside'):
+        with t:
+            model.apply(variables, *args, mutable=['batch_stats'])
+    model.apply(variables, *args, mutable=['batch_stats'])
+
+
+def test_a_value_that_was_not_read_may_be_written():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self):
+            v = self.variable('state', 'v', lambda: one)
+            with nn.map_values(True, lambda info, v: v + 100, collections='state'):
+                v.value = 3 * one
+                return v.value
+    out, new = Net().apply({'state': {'v': one}}, mutable='state')
+    assert out == 103 and new['state']['v'] == 3
+
+
+@pytest.mark.parametrize('t', [
+    sg.stop_gradient(True, collections=True), sg.map_values(True, lambda i, v: v * 2, collections=True),
+    sg.scale_gradient(True, 2.0, collections=True), sg.constant(True, collections=True)], ids=repr)
+@pytest.mark.parametrize('lift', [lambda f: f, nn.remat, nn.jit])
+@pytest.mark.parametrize('boxed', [False, True])
+def test_what_is_written_back_as_it_was_read_is_not_changed(t, lift, boxed):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(ones, ('x',)) if boxed else ones
+            self.param('w', init, (2,))
+
+            def body(self, x):
+                for name, value in self.variables['params'].items():
+                    self.put_variable('params', name, value)
+                value = self.get_variable('params', 'w')
+                self.put_variable('params', 'w', value)
+                return jax.tree.leaves(value)[0].sum() * x
+            with t:
+                inside = lift(body)(self, x)
+            return inside + self.get_variable('params', 'w', None).unbox().sum() if boxed else (
+                inside + self.get_variable('params', 'w').sum())
+    params = Net().init(jax.random.key(0), 1.0)
+
+    def loss(p):
+        out, new = Net().apply(p, 1.0, mutable=['params'])
+        return 0 * out + jax.tree.leaves(new)[0].sum()
+    grads = jax.tree.leaves(jax.grad(loss)(params))[0]
+    assert grads.tolist() == [1, 1]
+    out, new = Net().apply(params, 1.0, mutable=['params'])
+    assert jax.tree.leaves(new)[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize('reduce', [None, lambda old, new: old + new], ids=['tuple', 'sum'])
+@pytest.mark.parametrize('t', [
+    sg.stop_gradient(True, collections=True), sg.scale_gradient(True, 5.0, collections=True),
+    sg.map_values(True, lambda info, v: v * 7, collections=True)], ids=repr)
+@pytest.mark.parametrize('lift', [None, nn.remat, nn.jit])
+def test_sow_in_a_block_leaves_alone_what_was_sown_before(lift, t, reduce):
+    more = {} if reduce is None else {'reduce_fn': reduce, 'init_fn': lambda: 0.0}
+
+    class Sows(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow('losses', 'l', 0.0 * x, **more)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param('w', ones, ())
+            self.sow('losses', 'l', w * x, **more)
+            with t:
+                self.sow('losses', 'l', 3.0 * x, **more)
+            self.sow('losses', 'l', 2 * w * x, **more)
+    model = (lift(Net) if lift else Net)()
+
+    def total(p):
+        sown = model.apply({'params': p}, 1.0, mutable=['losses'])[1]['losses']['l']
+        return sum(sown) if reduce is None else sown
+    assert jax.value_and_grad(total)({'w': one}) == (6, {'w': 3})
+
+
+def test_a_value_replaced_from_a_collection_follows_writes_in_nested_blocks():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self):
+            ema = self.variable('ema', 'w', lambda: one)
+            read = lambda: self.get_variable('params', 'w')
+            out = []
+            with nn.map_values('w', lambda info, v: v + 1, collections='ema'):
+                with nn.replace_values('w', 'ema'):
+                    out += [read(), read()]
+                    with nn.scale_gradient('w', 2.0):
+                        out.append(read())
+            with nn.replace_values('w', 'ema'):
+                out.append(read())
+                ema.value = ema.value * 10
+                out += [read(), read()]
+            return jnp.stack(out)
+    variables = {'params': {'w': one}, 'ema': {'w': 2 * one}}
+    assert Net().apply(variables, mutable=['ema'])[0].tolist() == [3, 3, 3, 2, 20, 20]
+
+
+# Scopes that modules share ---------------------------------------------------------------------------
+
+T = sg.scale_gradient(True, 0.5)
+
+
+@pytest.mark.parametrize('how', ['two classes', 'one class', 'mirror', 'remat', 'jit', 'subclass'])
+def test_equal_transforms_on_both_sides_of_share_scope_count_twice(how):
+    inner = T(Scale)
+
+    class Outer(nn.Module):
+        leaf: bool = False
+
+        def setup(self):
+            if self.leaf:
+                self.w = self.param('w', ones, ())
+                return
+            if how == 'one class':
+                self.i = T(Outer)(leaf=True)
+            elif how == 'mirror':
+                self.i = T(Scale(parent=self, name='i'))
+            elif how in ('remat', 'jit'):
+                self.i = getattr(nn, how)(inner)()
+            elif how == 'subclass':
+                self.i = type('Sub', (inner,), {'__module__': __name__})()
+            else:
+                self.i = inner()
+            nn.share_scope(self, self.i)
+
+        def __call__(self, x):
+            return self.w * x if self.leaf else self.i(x)
+    grads = jax.grad(lambda p: T(Outer)().apply({'params': p}, 1.0))({'w': one})
+    assert float(grads['w']) == 0.25
+
+
+def test_a_linen_module_made_of_an_nnx_one():
+    from flax import nnx
+    x = jnp.ones((1, 1))
+
+    class Net(nn.Module):
+        t: object
+
+        @nn.compact
+        def __call__(self, x):
+            lin = nnx.bridge.to_linen(nnx.Linear, 1, 1, use_bias=False, kernel_init=ones, name='lin')
+            with self.t:
+                a = lin(x)
+            return (a + 3 * lin(x)).sum()
+    variables = Net(sg.stop_gradient('lin')).init(jax.random.key(0), x)
+    for t, want in ((sg.stop_gradient('lin'), 3), (sg.scale_gradient('lin', 5.0), 8),
+                    (sg.map_values('lin', lambda i, w: w * 2), 5), (sg.constant('lin'), 3)):
+        for mutable in (False, True, ['params']):
+            grads = jax.grad(lambda p, t=t, mutable=mutable: output(
+                Net(t), {'params': p}, x, mutable=mutable))(variables['params'])
+            assert float(jax.tree.leaves(grads)[0].sum()) == want
