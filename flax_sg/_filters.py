@@ -13,13 +13,12 @@ import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Union
 
-import jax
 import numpy as np
 
 from flax_sg._callables import callable_key, describe_callable
 from flax_sg._errors import PredicateError
 from flax_sg._glob import compile_glob, literal_start
-from flax_sg._info import Path, VariableInfo, map_tree, walk
+from flax_sg._info import Path, VariableInfo, filled, map_tree, walk
 from flax_sg._slips import as_bool, check_arity, check_tree, kind_of, order, refuse
 from flax_sg._unmatched import check_matched
 
@@ -96,11 +95,7 @@ class Filter:
             infos = (info for info, _ in walk(params))
             check_matched(self.patterns(), infos, where=f'{self!r}.mask', of='the tree')
 
-        def chosen(info: VariableInfo, leaf: Any) -> Any:
-            selected = self.selects(info)
-            return jax.tree.map(lambda _: selected, leaf)
-
-        return map_tree(chosen, params)
+        return map_tree(lambda info, leaf: filled(leaf, self.selects(info)), params)
 
     def __call__(self, path: Sequence[Any], value: Any = _NO_VALUE) -> bool:
         if value is _NO_VALUE:

@@ -16,7 +16,7 @@ from flax.core import meta
 
 from flax_sg._mappings import children_of, rebuilt
 
-__all__ = ['Path', 'VariableInfo', 'map_tree', 'names_of', 'walk']
+__all__ = ['Path', 'VariableInfo', 'filled', 'map_tree', 'names_of', 'walk']
 
 Path = tuple[str, ...]
 
@@ -90,6 +90,17 @@ def map_tree(fn: Callable[[VariableInfo, Any], Any], tree: Any, collection: str 
         return rebuilt(node, {k: visit(v, (*names, str(k))) for k, v in children.items()})
 
     return visit(tree, ())
+
+
+def filled(variable: Any, value: Any) -> Any:
+    """Return ``value`` for every array of a variable, in the variable's box.
+
+    A variable of flax.nnx gives the bare value: a State of these is a prefix of the State and of
+    the arrays in it, and ``nnx.Optimizer`` hands optax now the one and now the other.
+    """
+    if isinstance(variable, nnx.Variable):
+        return value
+    return jax.tree.map(lambda _: value, variable)
 
 
 def names_of(tree: Any) -> tuple[list[VariableInfo], list[Any], Any]:

@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 
 from flax_sg._errors import LabelError, PredicateError
 from flax_sg._filters import Filter, Predicate, as_filter
-from flax_sg._info import VariableInfo, map_tree, walk
+from flax_sg._info import filled, map_tree, walk
 from flax_sg._slips import check_tree, kind_of
 from flax_sg._unmatched import check_matched
 
@@ -64,12 +63,7 @@ def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | N
     if left and default is None:
         raise LabelError(f'labels: no predicate selects {_list(left)}. Add one, or pass default=.')
     chosen = iter([(*names, default)[0] for names in found])
-
-    def label(info: VariableInfo, leaf: Any) -> Any:
-        name = next(chosen)
-        return jax.tree.map(lambda _: name, leaf)
-
-    return map_tree(label, params)
+    return map_tree(lambda info, leaf: filled(leaf, next(chosen)), params)
 
 
 def _check_arguments(predicates: Any, params: Any) -> None:

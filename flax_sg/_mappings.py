@@ -9,10 +9,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from flax.core import FrozenDict
 
 from flax_sg._errors import UsageError
@@ -20,21 +21,17 @@ from flax_sg._errors import UsageError
 __all__ = ['children_of', 'rebuilt']
 
 _PLAIN = (dict, collections.OrderedDict)
+_ONE = jax.tree.structure(0)
 
 
 def children_of(node: Mapping) -> dict[Any, Any]:
     """Return what a mapping holds by name, in its order.
 
-    A FrozenDict and an ``nnx.State`` show the dicts that they hold as mappings of their own kind.
-    Here a dict is a dict, as JAX sees it.
+    An ``nnx.State`` shows the dicts that it holds as States. Here they are dicts, as JAX sees them.
     """
-    if isinstance(node, (dict, FrozenDict)) or _is_leaf(node):
-        return {name: node[name] for name in node}
-    children, _ = _one_level(node)
-    places = _places(node)
-    if places is None:
-        return {name: node[name] for name in node}
-    return {name: children[places[name]] for name in node}
+    if isinstance(node, nnx.State):
+        return dict(node.raw_mapping)
+    return {name: node[name] for name in node}
 
 
 def rebuilt(node: Mapping, children: Mapping[Any, Any]) -> Any:
@@ -56,71 +53,52 @@ def rebuilt(node: Mapping, children: Mapping[Any, Any]) -> Any:
     """
     items = {name: children[name] for name in node}
     kind = type(node)
-    if kind in _PLAIN or isinstance(node, FrozenDict):
+    if kind in _PLAIN or isinstance(node, (FrozenDict, nnx.State)):
         return kind(items)
     if kind is collections.defaultdict:
         return kind(node.default_factory, items)
+    found = None
     for out in (_by_class if _is_leaf(node) else _by_jax)(node, items):
-        if _holds(out, node, items):
-            return out
+        if _holds(out, node, items) and (
+                found is None or jax.tree.structure(out) == jax.tree.structure(found)):
+            found = out
+            if list(out) == list(node):  # JAX sorts some; then see what the class itself does
+                return out
+    if found is not None:
+        return found
     names = ', '.join(map(repr, list(items)[:5]))
     raise UsageError(
         f'a mapping of type {kind.__name__} with {names} cannot be made with other values: '
-        f'{kind.__name__}(dict) gives no equal mapping. Register it with '
-        'jax.tree_util.register_pytree_node, or pass a dict.')
+        f'{kind.__name__}(dict) gives no mapping of these alone, nor does JAX. Register it with '
+        'jax.tree_util.register_pytree_node, its items being its children, or pass a dict.')
 
 
 def _is_leaf(node: Any) -> bool:
     return jax.tree_util.all_leaves([node])
 
 
-def _one_level(node: Any) -> tuple[list, Any]:
-    return jax.tree.flatten(node, is_leaf=lambda other: other is not node)
-
-
-def _places(node: Mapping) -> dict[Any, int] | None:
-    """Return which child of JAX's each name is, or None where a child is no value of a name.
-
-    JAX's names of children need not be those of the mapping. So it is asked for a mapping of marks.
-    """
-    children, structure = _one_level(node)
-    marks = {id(mark): (mark, i) for i, mark in enumerate(object() for _ in children)}
-    with contextlib.suppress(Exception):  # of a class that looks into its values
-        probe = structure.unflatten([mark for mark, _ in marks.values()])
-        return {name: marks[id(probe[name])][1] for name in node}
-    return None
-
-
 def _by_jax(node: Mapping, items: dict[Any, Any]) -> Iterator[Any]:
-    places = _places(node)
-    if places is not None:
-        children, structure = _one_level(node)
-        for name, child in items.items():
-            children[places[name]] = child
-        yield _in_order(structure.unflatten(children), node)
-    with contextlib.suppress(Exception):
-        yield _by_leaves(node, items)
-    yield from _by_class(node, items)
+    for is_leaf in (lambda other: other is not node, None):
+        with contextlib.suppress(Exception):  # of a class that looks into its values
+            yield from _by_position(node, items, is_leaf)
+    if len(jax.tree.leaves(node)) == len(jax.tree.leaves([node[name] for name in node])):
+        yield from _by_class(node, items)  # which would lose values that are no items
 
 
-def _by_leaves(node: Mapping, items: dict[Any, Any]) -> Any:
-    """Make a mapping whose children for JAX are all the leaves below it, as of Haiku's FlatMap."""
-    leaves, structure = jax.tree.flatten(node)
+def _by_position(node: Mapping, items: dict[Any, Any], is_leaf: Callable | None) -> Iterator[Any]:
+    """Make a mapping of JAX's children, or of all leaves: some have all those below as children.
+
+    JAX's names of children need not be those of the mapping. So a mapping of marks is asked.
+    """
+    leaves, structure = jax.tree.flatten(node, is_leaf=is_leaf)
     marks = [object() for _ in leaves]
-    place = {id(mark): i for i, mark in enumerate(marks)}
-    probe = structure.unflatten(marks)
+    new, probe = {}, structure.unflatten(marks)
     for name, child in items.items():
-        new = jax.tree.structure(node[name]).flatten_up_to(child)
-        for mark, leaf in zip(jax.tree.leaves(probe[name]), new, strict=True):
-            leaves[place[id(mark)]] = leaf
-    return structure.unflatten(leaves)
-
-
-def _in_order(out: Any, node: Mapping) -> Any:
-    if list(out) != list(node) and isinstance(out, MutableMapping):
-        for name in node:
-            out[name] = out.pop(name)
-    return out
+        part = jax.tree.structure(node[name]) if is_leaf is None else _ONE
+        new.update(zip(map(id, jax.tree.leaves(probe[name])), part.flatten_up_to(child),
+                       strict=True))
+    if len(new) == len(marks):  # otherwise it has values that are no items
+        yield structure.unflatten([new[id(mark)] for mark in marks])
 
 
 def _by_class(node: Mapping, items: dict[Any, Any]) -> Iterator[Any]:
@@ -140,17 +118,16 @@ def _by_class(node: Mapping, items: dict[Any, Any]) -> Iterator[Any]:
 
 def _holds(out: Any, node: Mapping, items: dict[Any, Any]) -> bool:
     """Say whether a new mapping is of the kind, and has the new values and none of the old ones."""
-    if type(out) is not type(node) or list(out) != list(items):
+    if type(out) is not type(node) or {*out} != {*items}:
         return False
-    held = {id(child) for child in items.values()}
-    old = {id(node[name]) for name in node} - held
+    old = {id(node[name]) for name in node} - set(map(id, items.values()))
     kept = getattr(out, '__dict__', {}).values()  # in which a class may keep them a second time
     return all(_same(out[name], child) for name, child in items.items()) and not any(
         id(value) in old for value in kept)
 
 
 def _same(value: Any, child: Any) -> bool:
-    """Say whether a mapping gives back a child, or shows the mapping that it is."""
-    if isinstance(child, Mapping) and isinstance(value, Mapping):
-        return list(value) == list(child) and all(_same(value[k], child[k]) for k in child)
-    return value is child
+    """Say whether a mapping gives back a child, or shows it as an object made for that."""
+    values, children = jax.tree.flatten(value), jax.tree.flatten(child)
+    return values[1] == children[1] and all(
+        a is b for a, b in zip(values[0], children[0], strict=True))

@@ -36,7 +36,7 @@ class Named(dict):
 
 
 class Sorted(collections.abc.Mapping):
-    """A mapping that JAX knows by other names, sorted, and with a child that is no item of it."""
+    """A mapping that JAX knows by position, sorted, and with an attribute."""
 
     def __init__(self, items, scale=2.0):
         self._items, self.scale = dict(items), scale
@@ -52,12 +52,23 @@ class Sorted(collections.abc.Mapping):
 
 
 def _rebuild_sorted(names, children):
-    values = dict(zip(sorted(names), children[1:], strict=True))
-    return Sorted({name: values[name] for name in names}, children[0])
+    values = dict(zip(sorted(names[0]), children, strict=True))
+    return Sorted({name: values[name] for name in names[0]}, names[1])
 
 
 jax.tree_util.register_pytree_node(
-    Sorted, lambda s: ([s.scale, *(s[name] for name in sorted(s))], tuple(s)), _rebuild_sorted)
+    Sorted, lambda s: ([s[name] for name in sorted(s)], (tuple(s), s.scale)), _rebuild_sorted)
+
+
+class More(dict):
+    """A dict that JAX knows, with a child that is no item of it."""
+
+    more = 5.0
+
+
+jax.tree_util.register_pytree_node(
+    More, lambda m: ([*m.values(), m.more], tuple(m)),
+    lambda names, children: More(zip(names, children[:-1], strict=True)))
 
 
 class Flat(collections.abc.Mapping):
@@ -199,7 +210,7 @@ def test_gradients_masks_and_labels_have_the_structure_of_the_tree(outer, inner)
     assert (named['b']['x'], named['b']['y'], named['layers']) == ('held', 'rest', ['rest'] * 2)
 
 
-@pytest.mark.parametrize('kind', KNOWN)
+@pytest.mark.parametrize('kind', [kind for kind in KNOWN if kind != 'haiku'])  # nor optax's own
 def test_optax_takes_masks_and_labels_of_every_kind(kind):
     tree = KINDS[kind](dict(b=KINDS[kind](dict(y=5.0, x=3.0)), a=W))
     ones = jax.tree.map(jnp.ones_like, tree)
@@ -244,15 +255,16 @@ def test_a_number_and_its_text_are_two_names():
 @pytest.mark.parametrize('use', [
     lambda tree: sg.stop_gradient(True)(tree), lambda tree: sg.everything.mask(tree),
     lambda tree: sg.labels({'x': True}, tree)], ids=['tree', 'mask', 'labels'])
-@pytest.mark.parametrize('tree, text', [
-    (Opaque(W, W), r"a mapping of type Opaque with 'one', 'other' cannot be made with other values: "
-     r'Opaque\(dict\) gives no equal mapping. Register it with jax.tree_util.register_pytree_node, '
-     'or pass a dict.'),
-    (Stale(W, W + 1), "a mapping of type Stale with 'b', 'a' cannot be made with other values"),
-], ids=['Opaque', 'Stale'])
-def test_a_mapping_that_cannot_be_made_anew_is_an_error(use, tree, text):
+@pytest.mark.parametrize('make, text', [
+    (lambda w: Opaque(w, w), r"a mapping of type Opaque with 'one', 'other' cannot be made with "
+     r'other values: Opaque\(dict\) gives no mapping of these alone, nor does JAX. Register it with '
+     'jax.tree_util.register_pytree_node, its items being its children, or pass a dict.'),
+    (lambda w: Stale(w, w), "a mapping of type Stale with 'b', 'a' cannot be made with other"),
+    (lambda w: More(b=w), "a mapping of type More with 'b' cannot be made with other values"),
+], ids=['Opaque', 'Stale', 'More'])
+def test_a_mapping_that_cannot_be_made_anew_is_an_error(use, make, text):
     with pytest.raises(sg.UsageError, match=text):
-        use({'deep': tree} if isinstance(tree, Opaque) else jax.tree.map(lambda x: x + 1, tree))
+        jax.jit(lambda w: jax.tree.leaves(use({'deep': make(w)})) and w)(W)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -267,7 +279,7 @@ def test_a_mapping_put_together_from_its_children_is_equal(kind):
 class Net(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.gln, self.bn = nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+        self.gln, self.bn = nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
         self.code = nnx.List([nnx.Linear(3, 1, rngs=rngs)])
 
     def __call__(self, x):
@@ -304,7 +316,7 @@ def test_labels_of_a_state_drive_an_optimiser_of_nnx():
     before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     state = nnx.state(model, nnx.Param)
     labels = sg.labels({'gln': 'gln', 'code': 'code'}, state, default='rest')
-    assert jax.tree.structure(labels) == jax.tree.structure(state)
+    assert type(labels['gln']) is nnx.State and list(labels) == list(state)
     optimiser = nnx.Optimizer(model, optax.partition({
         'gln': optax.set_to_zero(), 'code': optax.sgd(1.0), 'rest': optax.set_to_zero()}, labels),
         wrt=nnx.Param)
@@ -313,6 +325,21 @@ def test_labels_of_a_state_drive_an_optimiser_of_nnx():
                          nnx.to_pure_dict(nnx.state(model, nnx.Param)), before)
     assert moved['gln'] == {'bias': 0, 'kernel': 0}
     assert moved['code'][0] == pytest.approx({'bias': 1, 'kernel': 1})
+
+
+@pytest.mark.parametrize('pure', [False, True])
+def test_optax_takes_a_mask_of_a_state_with_variables_and_without(pure):
+    state = nnx.state(Net(), nnx.Param)
+    mask = sg.path('gln').mask(state)
+    assert type(mask) is nnx.State and mask['gln']['kernel'] is True
+    ones = jax.tree.map(jnp.ones_like, nnx.as_pure(state) if pure else state)
+    for freeze in (optax.masked(optax.set_to_zero(), mask), optax.freeze(mask),
+                   optax.masked(optax.set_to_zero(), sg.path('gln').mask),
+                   optax.selective_transform(optax.identity(), freeze_mask=mask)):
+        updates, _ = freeze.update(ones, freeze.init(ones))
+        assert jax.tree.structure(updates) == jax.tree.structure(ones)
+        updates = nnx.to_pure_dict(updates)
+        assert not updates['gln']['kernel'].any() and updates['bn']['scale'].all()
 
 
 def test_the_collection_of_a_variable_is_that_of_its_type():
@@ -327,7 +354,7 @@ def test_the_collection_of_a_variable_is_that_of_its_type():
                     'bn/mean': ('batch_stats', (3,)), 'bn/var': ('batch_stats', (3,)),
                     'own': ('params', ()), 'mine': ('Variable', ()), 'key': ('RngKey', ())}
     mask = sg.from_nnx(nnx.BatchStat).mask(state)
-    assert (mask['bn']['mean'].get_value(), mask['bn']['scale'].get_value()) == (True, False)
+    assert (mask['bn']['mean'], mask['bn']['scale']) == (True, False)
 
 
 def test_a_state_of_raw_arrays_is_a_tree_like_any_other():
