@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-
 from flax_sg._errors import LabelError, PredicateError
 from flax_sg._filters import Filter, Predicate, as_filter
 from flax_sg._info import filled, map_tree, walk

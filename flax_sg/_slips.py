@@ -18,7 +18,7 @@ from flax.core import Scope
 from flax_sg._callables import describe_callable
 from flax_sg._errors import PredicateError, UsageError
 
-__all__ = ['as_bool', 'call_of', 'check_arity', 'check_tree', 'kind_of', 'order', 'refuse', 'swapped']
+__all__ = ['as_bool', 'check_arity', 'check_tree', 'kind_of', 'order', 'refuse', 'swapped']
 
 _ARGUMENTS = {'scale_gradient': 'predicate, factor', 'map_gradient': 'predicate, fn',
               'map_values': 'predicate, fn', 'replace_values': 'predicate, source'}
@@ -30,7 +30,7 @@ def kind_of(value: Any) -> str:
     return f'an object of type {type(value).__name__}'
 
 
-def call_of(name: str) -> str:
+def _call_of(name: str) -> str:
     """Return how a transform is made, as code."""
     name = name if name in _TRANSFORMS else 'stop_gradient'
     return f'{name}({_ARGUMENTS.get(name, "predicate")})'
@@ -39,7 +39,7 @@ def call_of(name: str) -> str:
 def order(value: Any, name: str) -> str:
     """Return a sentence if a number may have been meant as the second argument, otherwise ''."""
     misplaced = name in _ARGUMENTS and isinstance(value, (int, float))
-    return f' The predicate comes first: {call_of(name)}.' if misplaced else ''
+    return f' The predicate comes first: {_call_of(name)}.' if misplaced else ''
 
 
 def swapped(name: str, first: Any, second: Any) -> str:
@@ -48,7 +48,7 @@ def swapped(name: str, first: Any, second: Any) -> str:
         return isinstance(value, (str, re.Pattern, bool)) or hasattr(type(value), 'selects')
 
     exchanged = is_predicate(second) and not is_predicate(first)
-    return f' The predicate comes first: {call_of(name)}.' if exchanged else ''
+    return f' The predicate comes first: {_call_of(name)}.' if exchanged else ''
 
 
 def refuse(predicate: Any, name: str) -> None:
@@ -61,7 +61,7 @@ def refuse(predicate: Any, name: str) -> None:
 
 
 def _refusal(predicate: Any, name: str) -> str:
-    make = call_of(name)
+    make = _call_of(name)
     apply_to = f'A predicate says which variables; make the transform first: {make}'
     if isinstance(predicate, type):
         return ('A predicate selects by name; for an NNX filter such as a variable type use '
@@ -84,10 +84,13 @@ def _refusal(predicate: Any, name: str) -> str:
                 "it, or name its variables by path, such as 'encoder'.")
     if isinstance(predicate, Mapping):
         return f'{apply_to}(tree).'
-    leaves = jax.tree.leaves(predicate)
-    if not callable(predicate) and leaves and leaves[0] is not predicate:
+    if not callable(predicate) and not _is_leaf(predicate):
         return f'{apply_to}(tree), with a nested dict as tree.'
     return ''
+
+
+def _is_leaf(value: Any) -> bool:
+    return value is None or jax.tree_util.all_leaves([value])
 
 
 def check_arity(fn: Callable, wanted: tuple[str, ...], name: str) -> None:
@@ -111,7 +114,7 @@ def check_arity(fn: Callable, wanted: tuple[str, ...], name: str) -> None:
 
 
 def _decorator(name: str) -> str:
-    return call_of(name).replace('predicate', 'True')
+    return _call_of(name).replace('predicate', 'True')
 
 
 def _other_callables(names: list[str], wanted: tuple[str, ...], name: str) -> str:
@@ -120,7 +123,7 @@ def _other_callables(names: list[str], wanted: tuple[str, ...], name: str) -> st
     way_out = {2: ' For a callable of (path, value), as NNX has it, use flax_sg.from_nnx(fn).',
                3: ' For a callable of (module_name, name, value), as Haiku has it, use '
                   'flax_sg.from_haiku(fn).'}.get(len(names), ' Fix its arguments.')
-    first = f' The predicate comes first: {call_of(name)}.' if name in _ARGUMENTS else ''
+    first = f' The predicate comes first: {_call_of(name)}.' if name in _ARGUMENTS else ''
     return f' A predicate sees names, shapes and dtypes, and no value.{way_out}{first}'
 
 

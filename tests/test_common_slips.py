@@ -60,18 +60,18 @@ class Named:
 
 @pytest.mark.parametrize('kind', ASKED)
 @pytest.mark.parametrize('answer, text', [
-    ('frozen', r"returned 'frozen' for 'encoding/gln/w'; expected a bool. For labels, as optax takes "
-     r'them, use flax_sg.labels\({label: predicate}, params\); for a predicate compare'),
+    ('frozen', r"returned 'frozen' for 'encoding/gln/w'; expected a bool. For labels, as optax "
+     r'takes them, use flax_sg.labels\({label: predicate}, params\); for a predicate compare'),
     ('', "returned '' for .* use flax_sg.labels"),
-    (1, r'returned 1 for .*; expected a bool. For class numbers, as of partition_n, use flax_sg.data_'
-     r'structures.partition_n; for a predicate compare: fn\(...\) == 1.'),
+    (1, r'returned 1 for .*; expected a bool. For class numbers, as of partition_n, use '
+     r'flax_sg.data_structures.partition_n; for a predicate compare: fn\(...\) == 1.'),
     (0, 'returned 0 for .* use flax_sg.data_structures.partition_n'),
-    (np.int32(2), 'returned an object of type int32 for .* use flax_sg.data_structures.partition_n'),
+    (np.int32(2), 'returned an object of type int32 for .* use flax_sg.data_structures.partition_'),
     (0.5, 'returned 0.5 for .* Return a comparison'),
-    (jnp.array(True), 'for .* A predicate sees names, shapes and dtypes; it cannot depend on a traced'),
+    (jnp.array(True), 'for .* A predicate sees names, shapes and dtypes; it cannot depend on a tr'),
     (np.array(True), 'returned an object of type ndarray for .* or an array'),
     (np.ones(3), 'returned an object of type ndarray for .* or an array'),
-    (sg.path('a'), r'type _Glob for .* Use that filter itself as the predicate, or return its .selec'),
+    (sg.path('a'), r'type _Glob for .* Use that filter itself as the predicate, or return its .se'),
     (['a'], r'returned an object of type list for .* Return a comparison, or bool\(...\) of it'),
     ((), 'returned an object of type tuple for .* Return a comparison'),
     (len, 'returned an object of type builtin_function_or_method for .* Return a comparison'),
@@ -84,8 +84,8 @@ def test_an_answer_that_is_no_bool_is_refused(kind, answer, text):
                 lambda tree: Net(made).apply(VARIABLES, 1.0)):
         with pytest.raises(sg.PredicateError, match=text) as caught:
             use(TREE)
-        assert re.match(rf"{shown}\(<lambda> at {LINE}:\d+\) returned .* for 'encoding/gln/w'; expect"
-                        'ed a bool. ', str(caught.value))
+        assert re.match(rf"{shown}\(<lambda> at {LINE}:\d+\) returned .* for 'encoding/gln/w'; "
+                        'expected a bool. ', str(caught.value))
 
 
 @pytest.mark.parametrize('ask', ASKED.values(), ids=ASKED)
@@ -99,7 +99,7 @@ def test_what_people_return_for_a_bool_is_one(ask, yes, no):
 
 def test_a_predicate_of_partition_n_is_refused_by_from_haiku():
     classes = lambda module_name, name, value: 2 if 'gln' in module_name else 0
-    with pytest.raises(sg.PredicateError, match=rf'^from_haiku\(<lambda> at {LINE}:\d+\) returned 2 '):
+    with pytest.raises(sg.PredicateError, match=rf'^from_haiku\(<lambda> at {LINE}:\d+\) returned'):
         sg.stop_gradient(sg.from_haiku(classes))(TREE)
     two = sg.from_haiku(lambda *entry: classes(*entry) == 2)
     assert two.mask(TREE)['encoding']['gln'] == {'w': True, 'b': True}
@@ -124,7 +124,7 @@ def test_a_note_names_the_adaptor():
     fn = lambda module_name, name, value: value.no_such_name
     with pytest.raises(AttributeError) as caught:
         sg.from_haiku(fn).mask(TREE)
-    assert caught.value.__notes__[0].startswith('flax_sg: in from_haiku(<lambda> at test_common_sli')
+    assert caught.value.__notes__[0].startswith('flax_sg: in from_haiku(<lambda> at test_common_sl')
 
 
 # What a callable takes.
@@ -141,16 +141,16 @@ class Method:
 
 
 @pytest.mark.parametrize('fn, text', [
-    (lambda info, value: True, rf'got <lambda> at {LINE}:\d+, a callable of \(info, value\); expected '
-     r'one of \(info\). A predicate sees names, shapes and dtypes, and no value. For a callable of '
-     r'\(path, value\), as NNX has it, use flax_sg.from_nnx\(fn\).'),
-    (lambda module_name, name, value: True, r'For a callable of \(module_name, name, value\), as Haiku'
-     r' has it, use flax_sg.from_haiku\(fn\).'),
+    (lambda info, value: True, rf'got <lambda> at {LINE}:\d+, a callable of \(info, value\); '
+     r'expected one of \(info\). A predicate sees names, shapes and dtypes, and no value. For a '
+     r'callable of \(path, value\), as NNX has it, use flax_sg.from_nnx\(fn\).'),
+    (lambda module_name, name, value: True, r'For a callable of \(module_name, name, value\), as '
+     r'Haiku has it, use flax_sg.from_haiku\(fn\).'),
     (lambda: True, r'a callable of \(\); expected one of \(info\).* Fix its arguments.'),
-    (lambda *, info: True, r'a callable of \(info\); expected one of \(info\).* Fix its arguments.'),
+    (lambda *, info: True, r'a callable of \(info\); expected one of \(info\).* Fix its arguments'),
     (Method().none, r'got Method.none at .*, a callable of \(\); expected one of \(info\)'),
-    (Method.ask, r"got the method Method.ask at .*; expected a predicate. To decorate a method, write "
-     r'@nn.stop_gradient\(True\).'),
+    (Method.ask, r"got the method Method.ask at .*; expected a predicate. To decorate a method, "
+     r'write @nn.stop_gradient\(True\).'),
     (Method.none, r'got the method Method.none at .* @nn.stop_gradient\(True\)'),
     (Scale.__call__, r'got the method Scale.__call__ at .* @nn.stop_gradient\(True\)'),
 ])
@@ -169,20 +169,20 @@ def test_a_callable_that_can_be_called_is_taken(fn):
 
 
 def test_a_bare_decorator_says_what_to_write():
-    with pytest.raises(sg.PredicateError, match=r'^stop_gradient: got the method .*Bare.__call__ at .*'
-                       r'write @nn.stop_gradient\(True\)'):
+    with pytest.raises(sg.PredicateError, match=r'^stop_gradient: got the method .*Bare.__call__ '
+                       r'at .*write @nn.stop_gradient\(True\)'):
         class Bare(nn.Module):
             @nn.stop_gradient
             @nn.compact
             def __call__(self, x):
                 return x
-    with pytest.raises(sg.PredicateError, match=r'^constant: got the method .*@nn.constant\(True\)'):
+    with pytest.raises(sg.PredicateError, match=r'^constant: got the method .*@nn.constant\(True'):
         class Held(nn.Module):
             @nn.constant
             def only(self):
                 return 1
-    with pytest.raises(sg.PredicateError, match=r'got the class Whole.* make the transform first: stop'
-                       r'_gradient\(predicate\)\(ModuleClass\)'):
+    with pytest.raises(sg.PredicateError, match=r'got the class Whole.* make the transform first: '
+                       r'stop_gradient\(predicate\)\(ModuleClass\)'):
         @nn.stop_gradient
         class Whole(nn.Module):
             pass
@@ -222,11 +222,10 @@ NEVER = {
 ], ids=['tree', 'mask', 'labels', 'block'])
 def test_a_callable_that_selects_nothing_is_unmatched(kind, combine, use, of):
     predicate = combine(NEVER[kind])
-    with pytest.raises(sg.UnmatchedPathError, match=rf"{LINE}:\d+\) selects no variable of {of}. It "
-                       "would select 'gln/w', which is 'encoding/gln/w' here: a level of the path is "
-                       'missing. Fix the predicate, or pass allow_unmatched=True.') as caught:
+    with pytest.raises(sg.UnmatchedPathError, match=rf"{LINE}:\d+\) selects no variable of {of}. "
+                       "It would select 'gln/w', which is 'encoding/gln/w' here: a level of the "
+                       'path is missing. Fix the predicate, or pass allow_unmatched=True.'):
         use(predicate)
-    assert isinstance(caught.value, ValueError)
     use(predicate, allow_unmatched=True)
 
 
@@ -238,7 +237,7 @@ def test_the_message_of_an_idle_callable_lists_what_there_is():
     assert str(caught.value) == (
         f"{shown}.mask: {shown} selects no variable of the tree. There are: 'encoding/gln/w', "
         "'encoding/gln/b', 'head/w'. Fix the predicate, or pass allow_unmatched=True.")
-    with pytest.raises(sg.UnmatchedPathError, match=r"There are: 'w0', 'w1', 'w2', 'w3', 'w4', ...\. "):
+    with pytest.raises(sg.UnmatchedPathError, match=r"There are: 'w0', 'w1', 'w2', 'w3', 'w4', .."):
         sg.where(lambda v: False).mask({f'w{i}': ONE for i in range(9)})
     with pytest.raises(sg.UnmatchedPathError, match='There are no variables.'):
         sg.where(lambda v: True).mask({})
@@ -272,11 +271,12 @@ def test_a_pattern_that_lacks_a_level_of_the_path_says_so(pattern, text):
 @pytest.mark.parametrize('predicate', ['encoding', 'encoding/gln/w', re.compile('^head'),
                                        lambda v: v.path[0] == 'head'])
 @pytest.mark.parametrize('use', [
-    lambda p: sg.stop_gradient(p)({'params': TREE}), lambda p: sg.labels({'x': p}, {'params': TREE}),
+    lambda p: sg.stop_gradient(p)({'params': TREE}),
+    lambda p: sg.labels({'x': p}, {'params': TREE}),
     lambda p: sg.map_values(p, lambda info, value: value)({'params': TREE, 'batch_stats': {}})])
 def test_the_whole_dict_of_variables_is_no_tree_of_parameters(predicate, use):
-    with pytest.raises(sg.UnmatchedPathError, match="This is the whole dict of variables: pass variabl"
-                       r"es\['params'\]. Fix the p"):
+    with pytest.raises(sg.UnmatchedPathError, match="This is the whole dict of variables: pass "
+                       r"variables\['params'\]. Fix the p"):
         use(predicate)
 
 
@@ -296,24 +296,24 @@ STATE = nnx.State({'a': nnx.Param(ONE)})
 
 
 @pytest.mark.parametrize('wrong, text', [
-    (sg.stop_gradient('a'), r"stop_gradient: got an object of type StopGradient. stop_gradient\('a'\) "
-     r'is a transform, no predicate. Pass what it selects, its .filter; to have both, nest their blo'),
+    (sg.stop_gradient('a'), r"^stop_gradient: got an object of type StopGradient. stop_gradient\('a"
+     r"'\) is a transform, no predicate. Pass what it selects, its .filter; to have both, nest th"),
     (sg.scale_gradient('a', 2.0), r"type ScaleGradient. scale_gradient\('a', 2.0\) is a transform"),
-    (Scale, r'got the class Scale. .* make the transform first: stop_gradient\(predicate\)\(ModuleCla'),
+    (Scale, r'got the class Scale. .*make the transform first: stop_gradient\(predicate\)\(Module'),
     (Graph, 'got the class Graph'),
-    (Scale(), r"got an object of type Scale. A predicate says which variables; make the transform firs"
-     r"t: stop_gradient\(predicate\)\(module\). To select a submodule name its path, such as 'encode"),
-    (Graph(), r'got an object of type Graph. .*first: stop_gradient\(predicate\)\(nnx.state\(module\)'),
-    (ONE, r'got an object of type ArrayImpl. .*first: stop_gradient\(predicate\)\(tree\). For a single'
-     r' array use jax.lax.stop_gradient\(array\).'),
+    (Scale(), r'got an object of type Scale. A predicate says which variables; make the transform '
+     r"first: stop_gradient\(predicate\)\(module\). To select a submodule name its path, such as "),
+    (Graph(), r'type Graph. .*first: stop_gradient\(predicate\)\(nnx.state\(module\)'),
+    (ONE, r'type ArrayImpl. .*first: stop_gradient\(predicate\)\(tree\). For a single array use '
+     r'jax.lax.stop_gradient\(array\).'),
     (np.ones(2), r'got an object of type ndarray. .* use jax.lax.stop_gradient\(array\)'),
     (np.float32(2), r'got an object of type float32. .* use jax.lax.stop_gradient\(array\)'),
     ([np.ones(2)], r'got an object of type ndarray. .* use jax.lax.stop_gradient\(array\)'),
-    (TREE, r'got an object of type dict. .* make the transform first: stop_gradient\(predicate\)\(tre'),
-    (STATE, r'got an object of type State. .* make the transform first: stop_gradient\(predicate\)\(t'),
-    (STATE['a'], r'type Param. .*name the variable by its path. For its value use jax.lax.stop_gradie'),
-    (Scale().bind({'params': {'w': ONE}}).scope, 'type Scope. .*A scope is no module: open a block in'),
-    (Trained(TREE), r'got an object of type Trained. .*\(predicate\)\(tree\), with a nested dict as tr'),
+    (TREE, r'type dict. .* make the transform first: stop_gradient\(predicate\)\(tree\)\.'),
+    (STATE, r'type State. .* make the transform first: stop_gradient\(predicate\)\(tree\)\.'),
+    (STATE['a'], r'type Param. .*name the variable by its path. For its value use jax.lax.stop_gr'),
+    (Scale().bind({'params': {'w': ONE}}).scope, 'type Scope. .*A scope is no module: open a bloc'),
+    (Trained(TREE), r'type Trained. .*\(predicate\)\(tree\), with a nested dict as tree'),
     (None, r'got an object of type NoneType; expected a string \(a glob\)'),
     (2, 'got an object of type int; expected a string'),
 ])
@@ -336,23 +336,23 @@ def test_a_bool_of_numpy_is_a_bool(flag):
 
 
 @pytest.mark.parametrize('make, error, text', [
-    (lambda: sg.scale_gradient(0.5, 'a'), sg.UsageError, r"factor='a'; expected a real number.* The "
-     r'predicate comes first: scale_gradient\(predicate, factor\).'),
-    (lambda: sg.scale_gradient(0.5, 2.0), sg.PredicateError, r'scale_gradient: got an object of type '
-     r'float; .* The predicate comes first: scale_gradient\(predicate, factor\).'),
-    (lambda: sg.scale_gradient(-1.0, True), sg.PredicateError, 'The predicate comes first: scale_grad'),
-    (lambda: sg.map_values(lambda info, value: value, 'a'), sg.UsageError, r'map_values: got an objec'
-     r't of type str for fn; .* The predicate comes first: map_values\(predicate, fn\).'),
+    (lambda: sg.scale_gradient(0.5, 'a'), sg.UsageError, r"factor='a'; expected a real number.* "
+     r'The predicate comes first: scale_gradient\(predicate, factor\).'),
+    (lambda: sg.scale_gradient(0.5, 2.0), sg.PredicateError, r'scale_gradient: got an object of '
+     r'type float; .* The predicate comes first: scale_gradient\(predicate, factor\).'),
+    (lambda: sg.scale_gradient(-1.0, True), sg.PredicateError, 'The predicate comes first: scale_'),
+    (lambda: sg.map_values(lambda info, value: value, 'a'), sg.UsageError, r'map_values: got an '
+     r'object of type str for fn; .* The predicate comes first: map_values\(predicate, fn\).'),
     (lambda: sg.map_gradient(lambda info, ct: ct, re.compile('a')), sg.UsageError,
      r'The predicate comes first: map_gradient\(predicate, fn\).'),
-    (lambda: sg.map_gradient(lambda info, ct: ct, True), sg.UsageError, 'The predicate comes first'),
+    (lambda: sg.map_gradient(lambda info, ct: ct, True), sg.UsageError, 'The predicate comes firs'),
     (lambda: sg.map_values(lambda info, value: value, lambda info: True), sg.PredicateError,
-     r'map_values: got <lambda> at .*, a callable of \(info, value\); .* The predicate comes first: map'),
+     r'map_values: got <lambda> at .*, a callable of \(info, value\); .* The predicate comes firs'),
     (lambda: sg.map_values(lambda info, value: value, sg.path('a')), sg.PredicateError,
      r'map_values: got <lambda> at .*The predicate comes first: map_values\(predicate, fn\).'),
-    (lambda: sg.replace_values(TREE, 'a'), sg.UsageError, r'replace_values: got an object of type dic'
-     r't as predicate; expected one. The predicate comes first: replace_values\(predicate, source\).'),
-    (lambda: sg.replace_values(TREE, sg.path('a')), sg.UsageError, 'as source; .* The predicate comes'),
+    (lambda: sg.replace_values(TREE, 'a'), sg.UsageError, r'replace_values: got an object of type '
+     r'dict as predicate; expected one. The predicate comes first: replace_values\(predicate, sou'),
+    (lambda: sg.replace_values(TREE, sg.path('a')), sg.UsageError, 'as source; .* The predicate c'),
     (lambda: sg.replace_values(STATE, 'a'), sg.UsageError, 'type State as predicate'),
 ])
 def test_exchanged_arguments(make, error, text):
@@ -376,31 +376,31 @@ def test_arguments_in_order_are_not_said_to_be_exchanged(make):
     lambda: optax.partition({True: optax.sgd(1.0)}, sg.path('head')).init(TREE),
     lambda: sg.path('head')(TREE)])
 def test_a_filter_is_no_mask_function(make):
-    with pytest.raises(sg.PredicateError, match=r"^path\('head'\) was called with one argument, as opta"
-                       r"x calls a mask. .* for optax pass path\('head'\).mask, which makes a tree of"):
+    with pytest.raises(sg.PredicateError, match=r"^path\('head'\) was called with one argument, as "
+                       r"optax calls a mask. .* for optax pass path\('head'\).mask, which makes a"):
         make()
     optax.masked(optax.sgd(1.0), sg.path('head').mask).init(TREE)  # the way out
 
 
 @pytest.mark.parametrize('make, error, text', [
-    (lambda: sg.labels(['head'], TREE), sg.PredicateError, "labels: got an object of type list as pred"
-     "icates; expected a dict of a predicate for each label, such as {'encoder': 'encoder'}."),
-    (lambda: sg.labels('head', TREE), sg.PredicateError, 'labels: got an object of type str as pred'),
-    (lambda: sg.labels(sg.path('a'), TREE), sg.PredicateError, 'labels: got an object of type _Glob'),
-    (lambda: sg.labels(TREE, {'x': 'head'}), sg.PredicateError, r'labels: got a tree of values as pre'
-     r"dicates and predicates as the tree; expected labels\(predicates, params\). Swap them: labels\({"
-     r"'x': ...}, params\)."),
+    (lambda: sg.labels(['head'], TREE), sg.PredicateError, "labels: got an object of type list as "
+     "predicates; expected a dict of a predicate for each label, such as {'encoder': 'encoder'}."),
+    (lambda: sg.labels('head', TREE), sg.PredicateError, 'labels: got an object of type str as pr'),
+    (lambda: sg.labels(sg.path('a'), TREE), sg.PredicateError, 'labels: got an object of type _Gl'),
+    (lambda: sg.labels(TREE, {'x': 'head'}), sg.PredicateError, r'labels: got a tree of values as '
+     r"predicates and predicates as the tree; expected labels\(predicates, params\). Swap them: "
+     r"labels\({'x': ...}, params\)."),
     (lambda: sg.labels({'w': ONE}, {'x': sg.path('w')}), sg.PredicateError, 'Swap them'),
-    (lambda: sg.labels({'x': True}, ONE), sg.UsageError, 'labels: got an object of type ArrayImpl as t'
-     'ree; expected a nested mapping of variables. Pass the parameters themselves.'),
+    (lambda: sg.labels({'x': True}, ONE), sg.UsageError, 'labels: got an object of type ArrayImpl '
+     'as tree; expected a nested mapping of variables. Pass the parameters themselves.'),
     (lambda: sg.labels({'x': True}, Trained(TREE)), sg.UsageError, "Pass the Trained's .params."),
-    (lambda: sg.everything.mask(Graph()), sg.UsageError, r'everything.mask: got an object of type Grap'
-     r'h as tree; expected a nested mapping of variables. Pass nnx.state\(module, nnx.Param\).'),
+    (lambda: sg.everything.mask(Graph()), sg.UsageError, r'everything.mask: got an object of type '
+     r'Graph as tree; expected a nested mapping of variables. Pass nnx.state\(module, nnx.Param\)'),
     (lambda: sg.everything.mask([TREE]), sg.UsageError, 'got an object of type list as tree'),
-    (lambda: sg.stop_gradient('a')(Graph()), sg.UsageError, r"was given an object of type Graph; .* For"
-     r" its parameters write stop_gradient\('a'\)\(nnx.state\(module\)\)."),
-    (lambda: sg.stop_gradient('a')(Trained(TREE)), sg.UsageError, r"For its parameters write stop_grad"
-     r"ient\('a'\)\(trained.params\)."),
+    (lambda: sg.stop_gradient('a')(Graph()), sg.UsageError, r"was given an object of type Graph; "
+     r".* For its parameters write stop_gradient\('a'\)\(nnx.state\(module\)\)."),
+    (lambda: sg.stop_gradient('a')(Trained(TREE)), sg.UsageError, r"For its parameters write "
+     r"stop_gradient\('a'\)\(trained.params\)."),
 ])
 def test_what_is_no_dict_of_predicates_and_no_tree(make, error, text):
     with pytest.raises(error, match=text):

@@ -257,8 +257,8 @@ def test_a_number_and_its_text_are_two_names():
     lambda tree: sg.labels({'x': True}, tree)], ids=['tree', 'mask', 'labels'])
 @pytest.mark.parametrize('make, text', [
     (lambda w: Opaque(w, w), r"a mapping of type Opaque with 'one', 'other' cannot be made with "
-     r'other values: Opaque\(dict\) gives no mapping of these alone, nor does JAX. Register it with '
-     'jax.tree_util.register_pytree_node, its items being its children, or pass a dict.'),
+     r'other values: Opaque\(dict\) gives no mapping of these alone, nor does JAX. Register it '
+     'with jax.tree_util.register_pytree_node, its items being its children, or pass a dict.'),
     (lambda w: Stale(w, w), "a mapping of type Stale with 'b', 'a' cannot be made with other"),
     (lambda w: More(b=w), "a mapping of type More with 'b' cannot be made with other values"),
 ], ids=['Opaque', 'Stale', 'More'])
@@ -279,7 +279,8 @@ def test_a_mapping_put_together_from_its_children_is_equal(kind):
 class Net(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.gln, self.bn = nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
+        self.gln = nnx.Linear(2, 3, rngs=rngs)
+        self.bn = nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
         self.code = nnx.List([nnx.Linear(3, 1, rngs=rngs)])
 
     def __call__(self, x):
