@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from flax_sg._errors import UsageError
 __all__ = ['children_of', 'rebuilt']
 
 _PLAIN = (dict, collections.OrderedDict)
-_ONE = jax.tree.structure(0)
 
 
 def children_of(node: Mapping) -> dict[Any, Any]:
@@ -78,27 +77,27 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _by_jax(node: Mapping, items: dict[Any, Any]) -> Iterator[Any]:
-    for is_leaf in (lambda other: other is not node, None):
-        with contextlib.suppress(Exception):  # of a class that looks into its values
-            yield from _by_position(node, items, is_leaf)
-    if len(jax.tree.leaves(node)) == len(jax.tree.leaves([node[name] for name in node])):
-        yield from _by_class(node, items)  # which would lose values that are no items
+    """Make a mapping of new children by JAX, and one by its class if that loses nothing.
 
-
-def _by_position(node: Mapping, items: dict[Any, Any], is_leaf: Callable | None) -> Iterator[Any]:
-    """Make a mapping of JAX's children, or of all leaves: some have all those below as children.
-
-    JAX's names of children need not be those of the mapping. So a mapping of marks is asked.
+    JAX's children of some mappings are all the leaves below them, as of Haiku's FlatMap.
     """
-    leaves, structure = jax.tree.flatten(node, is_leaf=is_leaf)
-    marks = [object() for _ in leaves]
-    new, probe = {}, structure.unflatten(marks)
-    for name, child in items.items():
-        part = jax.tree.structure(node[name]) if is_leaf is None else _ONE
-        new.update(zip(map(id, jax.tree.leaves(probe[name])), part.flatten_up_to(child),
-                       strict=True))
-    if len(new) == len(marks):  # otherwise it has values that are no items
-        yield structure.unflatten([new[id(mark)] for mark in marks])
+    with contextlib.suppress(Exception):  # of a class that looks into its values
+        yield _by_position(node, items)
+    with contextlib.suppress(Exception):
+        old = type(node)(children_of(node))
+        count = len(jax.tree.leaves([node[name] for name in node]))  # values may be no items
+        if jax.tree.structure(old) == jax.tree.structure(node) and count == len(
+                jax.tree.leaves(node)):
+            yield from _by_class(node, items)
+
+
+def _by_position(node: Mapping, items: dict[Any, Any]) -> Any:
+    """JAX's names of children need not be those of the mapping: a mapping of marks is asked."""
+    children, structure = jax.tree.flatten(node, is_leaf=lambda other: other is not node)
+    marks = [object() for _ in children]
+    probe = structure.unflatten(marks)
+    new = {id(probe[name]): child for name, child in items.items()}
+    return structure.unflatten([new[id(mark)] for mark in marks])
 
 
 def _by_class(node: Mapping, items: dict[Any, Any]) -> Iterator[Any]:

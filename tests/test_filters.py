@@ -362,6 +362,11 @@ def test_from_nnx():
     assert shape == {'gln': {'kernel': True}, 'code': {'kernel': False}}
     assert sg.from_nnx(nnx.All(nnx.Param, nnx.PathContains('gln'))) == sg.from_nnx(
         nnx.All(nnx.Param, nnx.PathContains('gln')))
+    assert sg.from_nnx(sg.path('gln')) == sg.path('gln')
+    known = dict(nnx.variablelib.VariableTypeCache)
+    other = info('count', collection='a collection that NNX does not know')
+    assert not sg.from_nnx(nnx.Param).selects(other) and sg.from_nnx(nnx.Variable).selects(other)
+    assert nnx.variablelib.VariableTypeCache == known
     stats = sg.from_nnx(nnx.BatchStat)
     assert stats.selects(info('mean', collection='batch_stats'))
 

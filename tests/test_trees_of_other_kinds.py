@@ -99,6 +99,28 @@ def _rebuild_flat(structure, leaves):
 jax.tree_util.register_pytree_node(Flat, lambda f: (f.leaves, f.structure), _rebuild_flat)
 
 
+class Titled(collections.abc.Mapping):
+    """A mapping that JAX knows, which looks at its values, so that JAX cannot make one of marks."""
+
+    def __init__(self, items, title='none'):
+        assert all(isinstance(value, (jax.Array, str, bool)) for value in items.values())
+        self._items, self.title = dict(items), title
+
+    def __getitem__(self, name):
+        return self._items[name]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+
+jax.tree_util.register_pytree_node(
+    Titled, lambda t: (tuple(t.values()), (tuple(t), t.title)),
+    lambda aux, values: Titled(dict(zip(aux[0], values, strict=True)), aux[1]))
+
+
 class Attributes(dict):
     """The dict of many configurations, whose attributes are its items. JAX does not know it."""
 
@@ -228,6 +250,9 @@ def test_what_a_mapping_holds_beside_its_items_stays():
     assert out.note == 'kept'
     out = sg.map_values('a', lambda info, value: value * 2)(keywords(dict(b=W, a=W)))
     assert out.title == 'weights'
+    tree = collections.UserDict(b=W, a=W)
+    tree.title = 'biases'
+    assert sg.map_values('a', lambda info, value: value * 2)(tree).title == 'biases'
     out = sg.map_values('a', lambda info, value: value * 2)(Sorted(dict(b=W, a=W), scale=4.0))
     assert out.scale == 4.0
     default = sg.stop_gradient('a')(collections.defaultdict(list, a=W))
@@ -261,7 +286,8 @@ def test_a_number_and_its_text_are_two_names():
      'with jax.tree_util.register_pytree_node, its items being its children, or pass a dict.'),
     (lambda w: Stale(w, w), "a mapping of type Stale with 'b', 'a' cannot be made with other"),
     (lambda w: More(b=w), "a mapping of type More with 'b' cannot be made with other values"),
-], ids=['Opaque', 'Stale', 'More'])
+    (lambda w: Titled(dict(b=w), 'mine'), "a mapping of type Titled with 'b' cannot be made with"),
+], ids=['Opaque', 'Stale', 'More', 'Titled'])
 def test_a_mapping_that_cannot_be_made_anew_is_an_error(use, make, text):
     with pytest.raises(sg.UsageError, match=text):
         jax.jit(lambda w: jax.tree.leaves(use({'deep': make(w)})) and w)(W)
