@@ -8,16 +8,24 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sg._callables import callable_key
+from flax_sg._callables import callable_key, describe_callable
 from flax_sg._errors import PredicateError
-from flax_sg._filters import Filter, where
+from flax_sg._filters import Filter, asked, everything, nothing
 from flax_sg._info import VariableInfo
+from flax_sg._slips import check_arity
 
 __all__ = ['from_haiku', 'from_nnx']
 
 
 def _abstract(info: VariableInfo) -> jax.ShapeDtypeStruct | None:
     return None if info.shape is None else jax.ShapeDtypeStruct(info.shape, info.dtype)
+
+
+def _variable_type(collection: str) -> type[nnx.Variable]:
+    try:
+        return nnx.variable_type_from_name(collection)
+    except ValueError:  # a collection that NNX does not know; nothing is registered with it
+        return type(collection, (nnx.Variable,), {})
 
 
 class _FromNnx:
@@ -27,8 +35,7 @@ class _FromNnx:
         self.predicate = predicate
 
     def __call__(self, info: VariableInfo) -> bool:
-        kind = nnx.variable_type_from_name(info.collection, allow_register=True)
-        return self.predicate(info.path, kind(_abstract(info)))
+        return self.predicate(info.path, _variable_type(info.collection)(_abstract(info)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _FromNnx) and self._key() == other._key()
@@ -57,15 +64,28 @@ def from_nnx(filter: Any) -> Filter:
       The filter.
 
     Raises:
-      PredicateError: NNX does not take it.
+      PredicateError: NNX does not take it, or it is a callable of other arguments. When it is
+        asked, and returns no bool.
     """
+    if isinstance(filter, Filter):
+        return filter
     try:
-        return where(_FromNnx(nnx.filterlib.to_predicate(filter)))
+        predicate = nnx.filterlib.to_predicate(filter)
     except (TypeError, ValueError):
         raise PredicateError(
             f'from_nnx: an object of type {type(filter).__name__} is no NNX filter; expected a '
             'variable type, a tag, a callable of (path, value), ..., a bool, None, or a list.'
         ) from None
+    if isinstance(predicate, (nnx.Everything, nnx.Nothing)):  # a bool, which may select nothing
+        return everything if isinstance(predicate, nnx.Everything) else nothing
+    check_arity(predicate, ('path', 'value'), 'from_nnx')
+    return asked(_FromNnx(predicate), f'from_nnx({_shown(filter)})')
+
+
+def _shown(filter: Any) -> str:
+    if isinstance(filter, type):
+        return filter.__name__
+    return describe_callable(filter) if hasattr(filter, '__code__') else repr(filter)
 
 
 class _FromHaiku:
@@ -99,9 +119,11 @@ def from_haiku(fn: Callable[[str, str, Any], bool]) -> Filter:
       The filter.
 
     Raises:
-      PredicateError: ``fn`` is not callable.
+      PredicateError: ``fn`` is no callable of three arguments. When it is asked, and returns no
+        bool, as the class numbers of ``data_structures.partition_n``.
     """
     if not callable(fn):
         raise PredicateError(
             f'from_haiku: expected a callable of (module_name, name, value), got {fn!r}.')
-    return where(_FromHaiku(fn))
+    check_arity(fn, ('module_name', 'name', 'value'), 'from_haiku')
+    return asked(_FromHaiku(fn), f'from_haiku({describe_callable(fn)})')

@@ -17,14 +17,15 @@ class PredicateError(ValueError, TypeError):
 
 
 class UnmatchedPathError(ValueError):
-    """A glob or a regex selects no variable.
+    """A glob, a regex or a callable selects no variable.
 
     Nothing is more silent than a mask that masks nothing: a typo trains what should be held. So
-    each glob and each regex of a predicate, also under ``~`` and inside ``&`` and ``|``, must
+    each glob, regex and callable of a predicate, also under ``~`` and inside ``&`` and ``|``, must
     select a variable that exists by the end of the block, whether or not the block read it.
     ``allow_unmatched=True`` says that a pattern may be idle, as in a block shared by several
-    architectures. Callables and bools are never unmatched. While a module is being initialised
-    its blocks do not check, since a variable may be created after the block.
+    architectures. Bools, ``flax_sg.everything`` and ``flax_sg.nothing`` are never unmatched. While
+    a module is being initialised its blocks do not check, since a variable may be created after the
+    block.
     """
 
 

@@ -10,20 +10,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Union
 
-import jax
-from flax import linen
+import numpy as np
 
 from flax_sg._callables import callable_key, describe_callable
 from flax_sg._errors import PredicateError
 from flax_sg._glob import compile_glob, literal_start
-from flax_sg._info import Path, VariableInfo, map_tree, walk
+from flax_sg._info import Path, VariableInfo, filled, map_tree, walk
+from flax_sg._slips import as_bool, check_arity, check_tree, kind_of, order, refuse
 from flax_sg._unmatched import check_matched
 
 __all__ = [
-    'Filter', 'Predicate', 'as_filter', 'everything', 'nothing', 'path', 'regex', 'where',
+    'Filter', 'Predicate', 'as_filter', 'asked', 'everything', 'nothing', 'path', 'regex', 'where',
     'written',
 ]
 
@@ -31,6 +31,9 @@ __all__ = [
 Predicate = Union[
     'Filter', str, re.Pattern, Callable[[VariableInfo], bool], bool, Sequence['Predicate']
 ]
+
+
+_NO_VALUE = object()
 
 
 class Filter:
@@ -63,7 +66,7 @@ class Filter:
         return False
 
     def patterns(self) -> Iterator[Filter]:
-        """Yield the globs and regexes inside, each of which has to select something."""
+        """Yield the globs, regexes and callables inside; each has to select something."""
         return iter(())
 
     def mask(self, params: Any, *, allow_unmatched: bool = False) -> Any:
@@ -75,23 +78,31 @@ class Filter:
         {'gln': {'kernel': True}, 'code': {'kernel': False}}
 
         Args:
-          params: a nested dict or FrozenDict, boxed leaves included; paths are from its root.
-          allow_unmatched: accept a glob or regex that selects nothing.
+          params: a nested mapping (a dict, a FrozenDict, an ``nnx.State``), boxed leaves
+            included; paths are from its root.
+          allow_unmatched: accept a glob, regex or callable that selects nothing.
 
         Returns:
           The same tree with a bool for every array.
 
         Raises:
-          UnmatchedPathError: a glob or regex of the filter selects no leaf.
+          PredicateError: a callable returns no bool.
+          UnmatchedPathError: a glob, regex or callable of the filter selects no leaf.
+          UsageError: ``params`` is no mapping, or holds one that cannot be made anew.
         """
-        found = list(walk(params))
+        check_tree(params, f'{self!r}.mask')
         if not allow_unmatched:
-            infos = (info for info, _ in found)
+            infos = (info for info, _ in walk(params))
             check_matched(self.patterns(), infos, where=f'{self!r}.mask', of='the tree')
-        chosen = {info.path: self.selects(info) for info, _ in found}
-        return map_tree(lambda info, leaf: jax.tree.map(lambda _: chosen[info.path], leaf), params)
 
-    def __call__(self, path: Sequence[Any], value: Any) -> bool:
+        return map_tree(lambda info, leaf: filled(leaf, self.selects(info)), params)
+
+    def __call__(self, path: Sequence[Any], value: Any = _NO_VALUE) -> bool:
+        if value is _NO_VALUE:
+            raise PredicateError(
+                f'{self!r} was called with one argument, as optax calls a mask. A filter is called '
+                f'with (path, value), as NNX does; for optax pass {self!r}.mask, which makes a '
+                'tree of bools of the parameters.')
         names = tuple(str(part) for part in path)
         collection = getattr(value, 'collection', None) or 'params'
         shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
@@ -149,10 +160,18 @@ nothing: Filter = _Constant(False)
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Glob(Filter):
     pattern: str
+    literal = True
 
     @property
     def text(self) -> str:
         return self.pattern
+
+    @property
+    def anywhere(self) -> str:
+        """The same at any depth, or '' where there is no such pattern."""
+        if self.pattern.startswith(('..', '/..')):
+            return ''
+        return f'{"/" * self.pattern.startswith("/")}**/{self.pattern.removeprefix("/")}'
 
     def selects(self, info: VariableInfo) -> bool:
         name = info.absolute_name if self.pattern.startswith('/') else info.name
@@ -175,6 +194,7 @@ class _Glob(Filter):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Regex(Filter):
     pattern: re.Pattern[str]
+    literal, anywhere = True, ''
 
     @property
     def text(self) -> str:
@@ -201,24 +221,37 @@ class _Regex(Filter):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Where(Filter):
     fn: Callable[[VariableInfo], bool]
+    shown: str
+    literal, anywhere = False, ''
+
+    @property
+    def text(self) -> str:
+        return self.shown
 
     def selects(self, info: VariableInfo) -> bool:
-        chosen = self.fn(info)
-        if isinstance(chosen, jax.core.Tracer) or isinstance(chosen, Filter):
-            raise PredicateError(
-                f'{self!r} returned {chosen!r} for {info.name!r}; expected a bool. A predicate '
-                'sees names, shapes and dtypes; it cannot depend on a traced value.')
-        return bool(chosen)
+        try:
+            answer = self.fn(info)
+        except Exception as error:
+            error.add_note(f'flax_sg: in {self!r}, asked about {info.name!r} ({info.collection}).')
+            raise
+        return as_bool(answer, self, info.name)
 
     def key(self, of_callable: Callable = callable_key) -> Hashable:
         return ('where', of_callable(self.fn))
+
+    def patterns(self) -> Iterator[Filter]:
+        yield self
+
+    def start(self, opener: Path) -> Path:
+        """As for a glob; a callable does not say."""
+        return ()
 
     @property
     def asks(self) -> bool:
         return True
 
     def __repr__(self) -> str:
-        return f'where({describe_callable(self.fn)})'
+        return self.shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -301,7 +334,7 @@ def path(pattern: str) -> Filter:
         ``**`` that is only part of a name.
     """
     if not isinstance(pattern, str):
-        raise PredicateError(f'path({pattern!r}): expected a string, got {_kind(pattern)}.')
+        raise PredicateError(f'path({pattern!r}): expected a string, got {kind_of(pattern)}.')
     compile_glob(pattern)
     return _Glob(pattern)
 
@@ -351,14 +384,27 @@ def where(fn: Callable[[VariableInfo], bool]) -> Filter:
       The filter.
 
     Raises:
-      PredicateError: ``fn`` is not a callable, or is a class or a Module.
+      PredicateError: ``fn`` is not a callable of one argument, or is a class or a Module. When it
+        is asked, and returns anything but a bool, a ``numpy.bool_``, a ``re.Match`` or None.
     """
     if isinstance(fn, Filter):
         return fn
-    if not callable(fn) or isinstance(fn, (type, linen.Module)):
+    refuse(fn, 'where')
+    if not callable(fn):
         raise PredicateError(
-            f'where({_kind(fn)}): expected a callable of one VariableInfo that returns a bool.')
-    return _Where(fn)
+            f'where: got {kind_of(fn)}; expected a callable of one VariableInfo that returns a '
+            'bool.')
+    return _where(fn, 'where')
+
+
+def _where(fn: Callable, name: str) -> Filter:
+    check_arity(fn, ('info',), name)
+    return asked(fn, f'where({describe_callable(fn)})')
+
+
+def asked(fn: Callable[[VariableInfo], bool], shown: str) -> Filter:
+    """Return the filter of a callable that is known to be one, and how it is shown."""
+    return _Where(fn, shown)
 
 
 def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
@@ -369,7 +415,7 @@ def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
     """
     if isinstance(predicate, Filter):
         return predicate
-    if isinstance(predicate, bool):
+    if isinstance(predicate, (bool, np.bool_)):
         return everything if predicate else nothing
     if isinstance(predicate, str):
         return path(predicate)
@@ -381,24 +427,13 @@ def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
                 f'{name}: an empty {type(predicate).__name__} selects nothing. If that is meant, '
                 'pass flax_sg.nothing.')
         return functools.reduce(lambda a, b: a | b, (as_filter(p, name=name) for p in predicate))
-    if isinstance(predicate, type):
-        raise PredicateError(
-            f'{name}: got the class {predicate.__name__}. A predicate selects by name; for an NNX '
-            'filter such as a variable type use flax_sg.from_nnx. To transform a Module class, '
-            'make the transform first: stop_gradient(predicate)(ModuleClass).')
-    if isinstance(predicate, linen.Module) or isinstance(predicate, (Mapping, jax.Array)):
-        raise PredicateError(
-            f'{name}: got {_kind(predicate)}. A predicate says which variables; hand the module or '
-            'tree to the transform that it makes: stop_gradient(predicate)(module_or_tree).')
+    refuse(predicate, name)
     if callable(predicate):
-        return where(predicate)
+        return _where(predicate, name)
     raise PredicateError(
-        f'{name}: got {_kind(predicate)}; expected a string (a glob), a compiled regex, a callable '
-        'of a VariableInfo, a bool, a filter, or a tuple or list of these.')
-
-
-def _kind(value: Any) -> str:
-    return f'an object of type {type(value).__name__}'
+        f'{name}: got {kind_of(predicate)}; expected a string (a glob), a compiled regex, a '
+        'callable of a VariableInfo, a bool, a filter, or a tuple or list of these.'
+        f'{order(predicate, name)}')
 
 
 def written(filter: Filter) -> str:

@@ -23,6 +23,7 @@ from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
 from flax_sg._jaxprs import at_front, closed_over, define, evaluate
 from flax_sg._mapped import Mapped, make_mapped
+from flax_sg._slips import swapped
 from flax_sg._transform import Transform, make, map_traced
 
 __all__ = ['map_gradient', 'scale_gradient']
@@ -112,7 +113,8 @@ def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'par
     if not real or isinstance(factor, float) and math.isnan(factor):
         raise UsageError(
             f'scale_gradient: factor={factor!r}; expected a real number: a Python or numpy scalar, '
-            'or an array of shape (). For another factor for each variable, nest blocks.')
+            'or an array of shape (). For another factor for each variable, nest blocks.'
+            f'{swapped("scale_gradient", predicate, factor)}')
     return make(ScaleGradient, predicate, collections, allow_unmatched, factor)
 
 

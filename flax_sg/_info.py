@@ -5,15 +5,18 @@ A variable is what a collection holds at a name: an array, a box, or any value t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
-from flax.core import FrozenDict, meta
+from flax.core import meta
 
-__all__ = ['Path', 'VariableInfo', 'map_tree', 'names_of', 'walk']
+from flax_sg._mappings import children_of, rebuilt
+
+__all__ = ['Path', 'VariableInfo', 'filled', 'map_tree', 'names_of', 'walk']
 
 Path = tuple[str, ...]
 
@@ -53,8 +56,10 @@ class VariableInfo:
 
     @classmethod
     def of(cls, path: Path, absolute_path: Path, collection: str, value: Any) -> VariableInfo:
-        """Describe a stored value, a box included."""
-        if isinstance(value, meta.AxisMetadata):  # `unbox` might add a sharding constraint
+        """Describe a stored value, a box included; a variable of flax.nnx says its collection."""
+        if isinstance(value, nnx.Variable):
+            collection = _collection_of(type(value))
+        if _is_box(value):  # `unbox` might add a sharding constraint
             leaves = jax.tree.leaves(value)
             value = leaves[0] if len(leaves) == 1 else None
         shape = getattr(value, 'shape', None)
@@ -76,17 +81,26 @@ def walk(tree: Any, collection: str = 'params', start: Path = ()
 
 
 def map_tree(fn: Callable[[VariableInfo, Any], Any], tree: Any, collection: str = 'params') -> Any:
-    """Apply ``fn`` to each variable of a nested mapping; dict stays dict, FrozenDict FrozenDict."""
-    leaves = [fn(info, leaf) for info, leaf in walk(tree, collection)]
-    rest = iter(leaves)
+    """Apply ``fn`` to each variable of a nested mapping; each mapping keeps its kind and order."""
 
-    def rebuild(node: Any) -> Any:
+    def visit(node: Any, names: Path) -> Any:
         if not isinstance(node, Mapping):
-            return next(rest)
-        kind = FrozenDict if isinstance(node, FrozenDict) else dict
-        return kind({name: rebuild(node[name]) for name in node})
+            return fn(VariableInfo.of(names, names, collection, node), node)
+        children = children_of(node)
+        return rebuilt(node, {k: visit(v, (*names, str(k))) for k, v in children.items()})
 
-    return rebuild(tree)
+    return visit(tree, ())
+
+
+def filled(variable: Any, value: Any) -> Any:
+    """Return ``value`` for every array of a variable, in the variable's box.
+
+    A variable of flax.nnx gives the bare value: a State of these is a prefix of the State and of
+    the arrays in it, and ``nnx.Optimizer`` hands optax now the one and now the other.
+    """
+    if isinstance(variable, nnx.Variable):
+        return value
+    return jax.tree.map(lambda _: value, variable)
 
 
 def names_of(tree: Any) -> tuple[list[VariableInfo], list[Any], Any]:
@@ -104,6 +118,14 @@ def names_of(tree: Any) -> tuple[list[VariableInfo], list[Any], Any]:
             infos.append(VariableInfo.of(names, names, 'params', leaf))
     leaves, treedef = jax.tree.flatten(tree)
     return infos, leaves, treedef
+
+
+def _collection_of(kind: type[nnx.Variable]) -> str:
+    """Return the collection of a type of variable, that of the nearest base which has one."""
+    for base in kind.__mro__:
+        with contextlib.suppress(ValueError):
+            return nnx.variable_name_from_type(base)
+    return kind.__name__  # as NNX would register it
 
 
 def _is_box(node: Any) -> bool:

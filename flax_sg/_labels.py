@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from flax_sg._errors import LabelError
-from flax_sg._filters import Predicate, as_filter
-from flax_sg._info import map_tree, walk
+from flax_sg._errors import LabelError, PredicateError
+from flax_sg._filters import Filter, Predicate, as_filter
+from flax_sg._info import filled, map_tree, walk
+from flax_sg._slips import check_tree, kind_of
 from flax_sg._unmatched import check_matched
 
 __all__ = ['labels']
@@ -29,9 +29,9 @@ def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | N
 
     Args:
       predicates: a predicate for each label; paths are from the root of ``params``.
-      params: a nested dict or FrozenDict, boxed leaves included.
+      params: a nested mapping (a dict, a FrozenDict, an ``nnx.State``), boxed leaves included.
       default: the label of parameters that no predicate selects.
-      allow_unmatched: accept a glob or regex that selects nothing.
+      allow_unmatched: accept a glob, regex or callable that selects nothing.
 
     Returns:
       The same tree with a string for every array.
@@ -39,27 +39,48 @@ def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | N
     Raises:
       LabelError: predicates overlap, or leave a parameter out and there is no ``default``; the
         paths are listed.
-      PredicateError: a predicate is none.
-      UnmatchedPathError: a glob or regex selects no parameter.
+      PredicateError: a predicate is none, or ``predicates`` is no dict of them.
+      UnmatchedPathError: a glob, regex or callable selects no parameter.
+      UsageError: ``params`` is no mapping, or holds one that cannot be made anew.
     """
+    _check_arguments(predicates, params)
     if not predicates and default is None:
         raise LabelError('labels: got no predicates and no default. Pass at least one of them.')
     filters = {label: as_filter(p, name=f'labels[{label!r}]') for label, p in predicates.items()}
+    check_tree(params, 'labels')
     infos = [info for info, _ in walk(params)]
     if not allow_unmatched:
         for label, item in filters.items():
             check_matched(item.patterns(), infos, where=f'labels[{label!r}]', of='the tree')
-    found = {i.path: [label for label, f in filters.items() if f.selects(i)] for i in infos}
-    both = [f'{i.name} ({" and ".join(found[i.path])})' for i in infos if len(found[i.path]) > 1]
+    found = [[label for label, f in filters.items() if f.selects(info)] for info in infos]
+    both = [f'{i.name} ({" and ".join(f)})' for i, f in zip(infos, found, strict=True) if f[1:]]
     if both:
         raise LabelError(
             f'labels: each parameter takes one label; {_list(both)}. Make the predicates disjoint, '
             "for example 'a' and path('b') & ~path('a').")
-    left = [i.name for i in infos if not found[i.path]]
+    left = [info.name for info, names in zip(infos, found, strict=True) if not names]
     if left and default is None:
         raise LabelError(f'labels: no predicate selects {_list(left)}. Add one, or pass default=.')
-    return map_tree(
-        lambda info, leaf: jax.tree.map(lambda _: (*found[info.path], default)[0], leaf), params)
+    chosen = iter([(*names, default)[0] for names in found])
+    return map_tree(lambda info, leaf: filled(leaf, next(chosen)), params)
+
+
+def _check_arguments(predicates: Any, params: Any) -> None:
+    """Raise PredicateError if the first argument is no dict of predicates."""
+    if not isinstance(predicates, Mapping):
+        raise PredicateError(
+            f'labels: got {kind_of(predicates)} as predicates; expected a dict of a predicate for '
+            "each label, such as {'encoder': 'encoder'}.")
+    if _holds_values(predicates) and isinstance(params, Mapping) and params and all(
+            isinstance(p, (str, re.Pattern, Filter)) for p in params.values()):
+        raise PredicateError(
+            'labels: got a tree of values as predicates and predicates as the tree; expected '
+            f'labels(predicates, params). Swap them: labels({{{next(iter(params))!r}: ...}}, '
+            'params).')
+
+
+def _holds_values(tree: Mapping) -> bool:
+    return any(isinstance(v, (Mapping, float)) or hasattr(v, 'shape') for v in tree.values())
 
 
 def _list(names: list[str]) -> str:

@@ -12,6 +12,7 @@ from flax_sg._callables import describe_callable
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
+from flax_sg._slips import swapped
 from flax_sg._transform import Transform, make
 
 __all__ = ['Mapped', 'make_mapped']
@@ -36,5 +37,5 @@ def make_mapped(kind: type[Mapped], predicate: Predicate, collections: Any, allo
     if not callable(fn) or isinstance(fn, type):
         raise UsageError(
             f'{kind.name}: got an object of type {type(fn).__name__} for fn; expected a callable '
-            f'fn(info, {argument}) that returns an array.')
+            f'fn(info, {argument}) that returns an array.{swapped(kind.name, predicate, fn)}')
     return make(kind, predicate, collections, allow_unmatched, fn)

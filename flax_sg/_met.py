@@ -20,7 +20,7 @@ from flax_sg._bodies import relative
 from flax_sg._errors import UnmatchedPathError, UnreadBlockWarning
 from flax_sg._info import Path, VariableInfo, walk
 from flax_sg._lines import Frame
-from flax_sg._unmatched import unmatched, unmatched_collection
+from flax_sg._unmatched import may_select, unmatched, unmatched_collection
 
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
@@ -54,7 +54,7 @@ class Met:
         """Cross off the patterns that a variable meets."""
         if self.patterns:
             self.names[info] = None
-            self.patterns = tuple(p for p in self.patterns if not p.selects(info))
+            self.patterns = tuple(p for p in self.patterns if not may_select(p, info))
 
     def model(self, life: Any, variables: dict[str, Any]) -> None:
         """Note that a model is read, and what there is in it.

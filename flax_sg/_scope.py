@@ -30,6 +30,7 @@ from flax_sg._active import (
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import FrozenVariableError, UsageError
 from flax_sg._info import Path, VariableInfo, walk
+from flax_sg._mappings import children_of, rebuilt
 from flax_sg._marks import tracing
 
 __all__ = [
@@ -148,8 +149,8 @@ class Reads:
                 claim()
             return value
         if isinstance(value, Mapping):
-            items = {k: self.of((*path, k), v) for k, v in value.items()}
-            return FrozenDict(items) if isinstance(value, FrozenDict) else items
+            return rebuilt(value, {
+                name: self.of((*path, name), child) for name, child in children_of(value).items()})
         return self._of_variable(path, value)
 
     def handed_in(self, path: Path, value: Any) -> tuple[Any, tuple[Entry, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen
+from flax import linen, nnx
 from flax.core.scope import DenyList, in_filter
 
 from flax_sg import _linen
@@ -106,18 +106,27 @@ class Transform:
             return self._map(target)
         if inspect.isfunction(target) or inspect.ismethod(target):
             return _linen.lift_function(self, target)
+        way_out = ('For a single array use jax.lax.stop_gradient; for model code open a block with '
+                   '`with`.')
+        if isinstance(target, nnx.Module):
+            way_out = f'For its parameters write {self!r}(nnx.state(module)).'
+        elif isinstance(getattr(target, 'params', None), Mapping):
+            way_out = f"For its parameters write {self!r}({type(target).__name__.lower()}.params)."
         raise UsageError(
             f'{self!r} was given an object of type {type(target).__name__}; expected a '
-            'flax.linen.Module class or instance, a method, or a nested dict of parameters. For a '
-            'single array use jax.lax.stop_gradient; for model code open a block with `with`.')
+            'flax.linen.Module class or instance, a method, or a nested dict of parameters. '
+            f'{way_out}')
 
     def _map(self, tree: Any) -> Any:
         if not self.allow_unmatched:
             infos = (info for info, _ in walk(tree))
             check_matched(self.filter.patterns(), infos, where=repr(self), of='the tree')
-        selects = self.filter.selects
-        read = lambda info, value: (
-            self.read(info, value, {}.__getitem__) if selects(info) else value)
+
+        def read(info: VariableInfo, value: Any) -> Any:
+            if self.filter.selects(info):
+                return self.read(info, value, {}.__getitem__)
+            return jax.tree.map(lambda leaf: leaf, value)  # a variable of flax.nnx may be written
+
         with named(self, here()):
             return map_tree(read, tree)
 
@@ -223,7 +232,7 @@ def stop_gradient(predicate: Predicate = True, *, collections: Any = 'params',
         callable of a :class:`flax_sg.VariableInfo`, a bool, or a list or tuple of these (any).
         "Only gln trains here" is ``~flax_sg.path('gln')``.
       collections: a Flax collection filter, the collections in which it selects.
-      allow_unmatched: accept a glob or regex that selects nothing.
+      allow_unmatched: accept a glob, regex or callable that selects nothing.
 
     Returns:
       A transform, for ``with`` or to be called on a class, an instance, a method or a tree. Trees
@@ -231,7 +240,7 @@ def stop_gradient(predicate: Predicate = True, *, collections: Any = 'params',
 
     Raises:
       PredicateError: the predicate or ``collections`` is none.
-      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UnmatchedPathError: at the end of a block, when a glob, regex or callable selects no variable.
       UsageError: the transform is called on something else.
 
     Source: google/flax issue 1857.

@@ -14,6 +14,7 @@ from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
 from flax_sg._mapped import Mapped, make_mapped
+from flax_sg._slips import swapped
 from flax_sg._transform import Transform, make, map_arrays
 
 __all__ = ['map_values', 'replace_values']
@@ -180,5 +181,10 @@ def replace_values(predicate: Predicate, source: str | Mapping[str, Any], *,
     if not isinstance(source, (str, Mapping)):
         raise UsageError(
             f'replace_values: got an object of type {type(source).__name__} as source; expected a '
-            'nested dict of values or the name of a collection.')
+            'nested dict of values or the name of a collection.'
+            f'{swapped("replace_values", predicate, source)}')
+    if isinstance(predicate, Mapping):
+        raise UsageError(
+            f'replace_values: got an object of type {type(predicate).__name__} as predicate; '
+            f'expected one.{swapped("replace_values", predicate, source)}')
     return make(ReplaceValues, predicate, collections, allow_unmatched, source)

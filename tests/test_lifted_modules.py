@@ -393,7 +393,7 @@ def test_unmatched_patterns_of_lifted_modules():
     for use in (lambda t: t(Net)().apply(PARAMS, 1.0), lambda t: t(Net().bind(PARAMS))(1.0),
                 lambda t: t(Net()).apply(PARAMS, 1.0),
                 lambda t: t(Net.half)(Net().bind(PARAMS), 1.0)):
-        with pytest.raises(sg.UnmatchedPathError, match="of '/' matches 'b'. There are|Close"):
+        with pytest.raises(sg.UnmatchedPathError, match="of '/' matches 'b'. Perhaps '"):
             use(sg.stop_gradient('b'))
         assert use(sg.stop_gradient('b', allow_unmatched=True)) > 0
         assert use(sg.stop_gradient('layers_1')) > 0
