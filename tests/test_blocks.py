@@ -573,32 +573,51 @@ def test_a_replay_tells_variables_of_one_name_apart():
     assert grads == {'params': {'w': 1, 'sub': {'w': 0}}, 'state': {'w': 10}}
 
 
-def test_a_replay_inside_another_sees_its_own_writes():
-    class Counts(nn.Module):
-        def setup(self):
-            n = self.variable('state', 'n', lambda: jnp.zeros(()))
-            n.value = n.value + 1
-            self.w = self.param('w', ones, ()) * n.value
+class Counts(nn.Module):
+    def setup(self):
+        n = self.variable('state', 'n', lambda: jnp.zeros(()))
+        n.value = n.value + 1
+        self.w = self.param('w', ones, ()) * n.value
 
-    class Outer(nn.Module):
-        def setup(self):
-            self.sub = Counts()
-            self.twice = 2 * self.sub.w
 
-        def __call__(self, masked):
-            before = self.twice
-            with sg.stop_gradient(masked):
-                return before + 10 * self.twice + 100 * self.sub.w
+class Twice(nn.Module):
+    counts: nn.Module | None = None
+    mask: object = None
 
-    def run(w, masked):
+    def setup(self):
+        self.sub = self.counts or Counts()
+        self.twice = 2 * self.sub.w
+
+    def __call__(self):
+        before = self.twice
+        with self.mask:
+            return before + 10 * self.twice + 100 * self.sub.w
+
+
+class HandsOver(nn.Module):
+    """The module is set up by then, and the run of its setup is one of its own."""
+
+    mask: object
+
+    @nn.compact
+    def __call__(self):
+        counts = Counts(name='sub')
+        return 0 * counts.w + Twice(counts, self.mask)()
+
+
+@pytest.mark.parametrize('cls', [lambda mask: Twice(mask=mask), HandsOver], ids=['own', 'handed'])
+def test_a_replay_inside_another_sees_its_own_writes(cls):
+    def run(w, mask):
         state = {'sub': {'n': jnp.float32(4)}}
-        return Outer().apply({'params': {'sub': {'w': w}}, 'state': state}, masked, mutable=['state'])
+        return cls(mask).apply({'params': {'sub': {'w': w}}, 'state': state}, mutable=['state'])
 
-    for masked in (False, True):  # the count is 5, once and for all: 10 + 100 + 500 for each w
-        value, state = run(jnp.ones(()), masked)
+    for predicate in (sg.nothing, True):
+        mask = sg.stop_gradient(predicate)
+        value, state = run(jnp.ones(()), mask)
+        # The count is 5, once and for all: 10 + 100 + 500 for each w, of which 10 before the block.
         assert value == 610 and state['state']['sub']['n'] == 5
-    assert jax.grad(lambda w: run(w, False)[0])(1.0) == 610
-    assert jax.grad(lambda w: run(w, True)[0])(1.0) == 10
+        grad = jax.grad(lambda w, mask=mask: run(w, mask)[0])(1.0)
+        assert grad == (10 if predicate is True else 610)
 
 
 @pytest.mark.parametrize('order', ['inside outside', 'outside inside', 'inside inside outside'])
