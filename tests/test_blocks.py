@@ -683,6 +683,25 @@ class Kept(nn.Module):
         return 7
 
 
+@pytest.mark.parametrize('read', [
+    lambda m: m.variables['params']['w'], lambda m: m.get_variable('params', 'w'),
+    lambda m: m.variable('params', 'w', None).value, lambda m: m.param('w', ones, ()),
+    lambda m: m.scope.get_variable('params', 'w'), lambda m: m.scope.variables()['params']['w']],
+    ids=['variables', 'get_variable', 'variable', 'param', 'scope', 'scope.variables'])
+def test_setup_may_read_a_variable_in_any_way(read):
+    class Net(nn.Module):
+        def setup(self):
+            self.twice = 2 * read(self)
+
+        def __call__(self):
+            before = self.twice
+            with sg.stop_gradient(True):
+                return before + 10 * self.twice
+
+    loss = lambda w: Net().apply({'params': {'w': w}})
+    assert jax.value_and_grad(loss)(1.0) == (22, 2)
+
+
 @pytest.mark.parametrize('name, value', [('w', 1), ('twice', 2)])
 def test_setup_takes_values_of_a_module_that_is_set_up_already(name, value):
     """It reads no variable then; what it computes is masked all the same."""
@@ -865,6 +884,12 @@ def test_unmatched_around_apply():
     with pytest.raises(sg.UnmatchedPathError, match="no variable of '/' matches 'subs'. Close: 'sub"):
         with sg.stop_gradient('subs'):
             Two().apply(PARAMS, 1.0)
+    for read in (lambda m: m.variables, lambda m: m.get_variable('params', 'a'), lambda m: m.a):
+        with pytest.raises(sg.UnmatchedPathError, match="no variable of '/' matches 'subs'. Close: '"):
+            with sg.stop_gradient('subs'):
+                read(Two().bind(PARAMS))
+        with sg.stop_gradient('sub'):
+            read(Two().bind(PARAMS))
     with sg.stop_gradient('subs', allow_unmatched=True):
         Two().apply(PARAMS, 1.0)
     with sg.stop_gradient('anything'):

@@ -660,6 +660,17 @@ def test_values_of_another_collection(apply):
     assert grads == {'params': {'a': 0, 'b': 0}, 'average': {'a': 3, 'b': 3}}
 
 
+def test_values_of_a_collection_that_a_block_around_maps():
+    """What is read instead is what a read of it would give there."""
+    variables = {'params': AB, 'average': {'a': jnp.float32(5), 'b': jnp.float32(7)}}
+    more = sg.map_values('a', lambda info, v: v + 1, collections='average')
+    replaced = sg.replace_values('a', 'average')
+    with more, replaced:
+        assert Reads().apply(variables) == 3 * (5 + 1) + 3
+    with replaced, more:
+        assert Reads().apply(variables) == 3 * 5 + 3
+
+
 class InLoop(nn.Module):
     broadcast: tuple = ('params', 'average')
 
