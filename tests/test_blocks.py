@@ -1,5 +1,6 @@
 """Blocks as such: nesting, paths, exceptions, threads, random streams, writes, and their errors."""
 
+import functools
 import gc
 import threading
 import weakref
@@ -353,8 +354,8 @@ def test_batch_norm_statistics():
     jax.tree.map(np.testing.assert_array_equal, new['batch_stats']['BatchNorm_0'],
                  want['batch_stats'])
     grads = jax.grad(lambda p: (Net().apply({**variables, 'params': p}, x, mutable=[
-        'batch_stats'])[0] ** 2).sum())(variables['params'])['BatchNorm_0']
-    assert (grads['scale'] == 0).all()
+        'batch_stats'])[0] * x).sum())(variables['params'])['BatchNorm_0']
+    assert (grads['scale'] == 0).all() and grads['bias'].tolist() == [6, 9]  # sums of x
 
 
 def test_sown_values_are_kept_and_live():
@@ -540,6 +541,204 @@ def test_a_replay_of_setup_has_no_effects():
     assert grads[0] * 2 == grads[1] != 0
 
 
+class Named(nn.Module):
+    """A w of its own, which others have too."""
+
+    def setup(self):
+        self.w = self.param('w', ones, ())
+
+
+def test_a_replay_tells_variables_of_one_name_apart():
+    """Setup reads a w of two roots, of two modules and of two collections, all writable."""
+    class Many(nn.Module):
+        def setup(self):
+            self.sub = Named()
+            w, state = self.param('w', ones, ()), self.variable('state', 'w', jnp.zeros, ())
+            far = other.get_variable('params', 'w')
+            self.sum = w + 10 * state.value + 100 * self.sub.w + 1000 * far
+
+        def __call__(self, masked):
+            before = self.sum
+            with sg.stop_gradient(masked):
+                return before, self.sum
+
+    variables = jax.tree.map(
+        jnp.float32, {'params': {'w': 2, 'sub': {'w': 5}}, 'state': {'w': 3}})
+    other = Named().bind({'params': {'w': jnp.float32(7)}}, mutable=['params'])
+    run = lambda variables, masked: Many().apply(
+        variables, masked, mutable=['params', 'state'])[0]
+    for masked in (False, True, 'sub'):
+        assert run(variables, masked) == (7532, 7532)
+    grads = jax.grad(lambda v: run(v, 'sub')[1])(variables)
+    assert grads == {'params': {'w': 1, 'sub': {'w': 0}}, 'state': {'w': 10}}
+
+
+class Counts(nn.Module):
+    def setup(self):
+        n = self.variable('state', 'n', lambda: jnp.zeros(()))
+        n.value = n.value + 1
+        self.w = self.param('w', ones, ()) * n.value
+
+
+class Twice(nn.Module):
+    counts: nn.Module | None = None
+    mask: object = None
+
+    def setup(self):
+        self.sub = self.counts or Counts()
+        self.twice = 2 * self.sub.w
+
+    def __call__(self):
+        before = self.twice
+        with self.mask:
+            return before + 10 * self.twice + 100 * self.sub.w
+
+
+class HandsOver(nn.Module):
+    """The module is set up by then, and the run of its setup is one of its own."""
+
+    mask: object
+
+    @nn.compact
+    def __call__(self):
+        counts = Counts(name='sub')
+        return 0 * counts.w + Twice(counts, self.mask)()
+
+
+@pytest.mark.parametrize('cls', [lambda mask: Twice(mask=mask), HandsOver], ids=['own', 'handed'])
+def test_a_replay_inside_another_sees_its_own_writes(cls):
+    def run(w, mask):
+        state = {'sub': {'n': jnp.float32(4)}}
+        return cls(mask).apply({'params': {'sub': {'w': w}}, 'state': state}, mutable=['state'])
+
+    for predicate in (sg.nothing, True):
+        mask = sg.stop_gradient(predicate)
+        value, state = run(jnp.ones(()), mask)
+        # The count is 5, once and for all: 10 + 100 + 500 for each w, of which 10 before the block.
+        assert value == 610 and state['state']['sub']['n'] == 5
+        grad = jax.grad(lambda w, mask=mask: run(w, mask)[0])(1.0)
+        assert grad == (10 if predicate is True else 610)
+
+
+@pytest.mark.parametrize('order', ['inside outside', 'outside inside', 'inside inside outside'])
+def test_what_setup_read_in_a_trace_is_not_kept_for_another(order):
+    """A block around a jitted function and around reads beside it."""
+    def loss(p):
+        bound, total = Two().bind(p), 0.0
+        bound.a  # noqa: B018
+        with sg.scale_gradient(True, 2.0):
+            for where in order.split():
+                read = lambda x: bound.a * x
+                total += jax.jit(read)(1.0) if where == 'inside' else read(10.0)
+        return total + 100 * bound.a
+
+    inside = order.count('inside')
+    assert jax.grad(loss)(PARAMS)['params']['a'] == 2 * (inside + 10) + 100
+
+
+class Base(nn.Module):
+    gain = 3.0
+
+    def scaled(self, x):
+        return self.gain * x
+
+
+class Learns(Base):
+    """Setup gives some instances values of names that are the class's for others."""
+
+    learned: bool = True
+
+    def setup(self):
+        if self.learned:
+            w = self.param('w', ones, ())
+            self.gain = w
+            self.scaled = lambda x: 10 * w * x
+
+    def __call__(self, x):
+        with sg.stop_gradient(True):
+            held = self.scaled(x) + 100 * self.gain
+        return held + 1000 * self.gain
+
+
+def test_instances_whose_setup_does_not_set_a_name_have_the_class_s():
+    assert Learns().apply({'params': {'w': jnp.float32(5)}}, 2.0) == 100 + 500 + 5000
+    assert jax.grad(lambda w: Learns().apply({'params': {'w': w}}, 2.0))(5.0) == 1000
+    for module in (Learns(learned=False), Base()):  # after one that did
+        assert type(module).gain == module.gain == module.bind({}).gain == 3
+        assert module.bind({}).scaled(2.0) == type(module).scaled(module, 2.0) == 6
+    assert Learns(learned=False).apply({}, 2.0) == 6 + 300 + 3000
+
+
+class Kept(nn.Module):
+    def setup(self):
+        self.w = self.param('w', ones, ())
+
+    @functools.cached_property
+    def twice(self):
+        """Two of them."""
+        return 2 * self.w
+
+    @functools.cached_property
+    def size(self):
+        return 7
+
+
+@pytest.mark.parametrize('read', [
+    lambda m: m.variables['params']['w'], lambda m: m.get_variable('params', 'w'),
+    lambda m: m.variable('params', 'w', None).value, lambda m: m.param('w', ones, ()),
+    lambda m: m.scope.get_variable('params', 'w'), lambda m: m.scope.variables()['params']['w']],
+    ids=['variables', 'get_variable', 'variable', 'param', 'scope', 'scope.variables'])
+def test_setup_may_read_a_variable_in_any_way(read):
+    class Net(nn.Module):
+        def setup(self):
+            self.twice = 2 * read(self)
+
+        def __call__(self):
+            before = self.twice
+            with sg.stop_gradient(True):
+                return before + 10 * self.twice
+
+    loss = lambda w: Net().apply({'params': {'w': w}})
+    assert jax.value_and_grad(loss)(1.0) == (22, 2)
+
+
+@pytest.mark.parametrize('name, value', [('w', 1), ('twice', 2)])
+def test_setup_takes_values_of_a_module_that_is_set_up_already(name, value):
+    """It reads no variable then; what it computes is masked all the same."""
+    class Takes(nn.Module):
+        kept: nn.Module
+
+        def setup(self):
+            self.own = 10 * getattr(self.kept, name)
+
+        def __call__(self):
+            before = self.own
+            with sg.stop_gradient('../kept'):
+                return before + 10 * self.own + 100 * getattr(self.kept, name)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self):
+            kept = Kept(name='kept')
+            return getattr(kept, name) + getattr(kept, name) + Takes(kept, name='takes')()
+
+    loss = lambda w: Outer().apply({'params': {'kept': {'w': w}}})
+    assert jax.value_and_grad(loss)(1.0) == (212 * value, 12 * value)
+
+
+def test_cached_properties_are_kept_and_inherited():
+    class Sub(Kept):
+        pass
+
+    bound = Sub().bind({'params': {'w': jnp.ones(())}})
+    with sg.map_values('w', lambda info, v: v + 1):
+        assert (bound.twice, bound.size) == (4, 7)
+    assert bound.twice == 2
+    bound = Sub().bind({'params': {'w': jnp.ones(())}})
+    assert bound.twice is bound.twice and bound.twice == 2 and bound.size == 7
+    assert Sub().size == 7 and Sub.twice.__doc__ == 'Two of them.'
+
+
 def test_blocks_are_reentrant_and_reusable():
     t = sg.stop_gradient('one')
 
@@ -686,6 +885,12 @@ def test_unmatched_around_apply():
     with pytest.raises(sg.UnmatchedPathError, match="no variable of '/' matches 'subs'. Close: 'sub"):
         with sg.stop_gradient('subs'):
             Two().apply(PARAMS, 1.0)
+    for read in (lambda m: m.variables, lambda m: m.get_variable('params', 'a'), lambda m: m.a):
+        with pytest.raises(sg.UnmatchedPathError, match="no variable of '/' matches 'subs'. Close: '"):
+            with sg.stop_gradient('subs'):
+                read(Two().bind(PARAMS))
+        with sg.stop_gradient('sub'):
+            read(Two().bind(PARAMS))
     with sg.stop_gradient('subs', allow_unmatched=True):
         Two().apply(PARAMS, 1.0)
     with pytest.warns(sg.UnreadBlockWarning, match=r"stop_gradient\('anything'\): no variable of"):
@@ -778,22 +983,25 @@ def test_a_missing_variable_is_what_it_is_without_a_block():
 
 def test_unusual_leaves():
     class Net(nn.Module):
+        held: bool = True
+
         @nn.compact
         def __call__(self):
             get = lambda name: self.get_variable('params', name)
-            with sg.stop_gradient(True):
-                return {n: get(n) for n in ('i', 'k', 'n', 't', 'np', 'box', 'x/y')}
+            with sg.stop_gradient(self.held):
+                return {n: get(n) for n in ('i', 'k', 'n', 't', 'np', 'box', 'x/y', 'z')}
 
     box = nn.Partitioned(jnp.ones(2), names=('x',))
     tree = {'i': jnp.arange(2), 'k': jax.random.key(0), 'n': None, 't': (jnp.ones(2), 'text'),
-            'np': np.ones(2), 'box': box, 'x/y': jnp.ones(())}
+            'np': np.ones(2), 'box': box, 'x/y': jnp.ones(()), 'z': jnp.complex64(1j)}
     out = Net().apply({'params': tree})
     assert out['n'] is None and out['t'][1] == 'text' and out['np'] is tree['np']
     assert out['box'].names == ('x',) and out['k'] is tree['k']
 
-    def loss(floats):
-        out = Net().apply({'params': {**tree, **floats}})
-        return out['t'][0].sum() + out['box'].value.sum() + out['x/y']
+    def loss(floats, held):
+        out = Net(held).apply({'params': {**tree, **floats}})
+        return out['t'][0].sum() + out['box'].value.sum() + out['x/y'] + out['z'].real
 
-    grads = jax.grad(loss)({'t': (jnp.ones(2),), 'box': box, 'x/y': jnp.ones(())})
-    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+    floats = {'t': (jnp.ones(2),), 'box': box, 'x/y': jnp.ones(()), 'z': tree['z']}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(jax.grad(loss)(floats, True)))
+    assert all(leaf.all() for leaf in jax.tree.leaves(jax.grad(loss)(floats, False)))

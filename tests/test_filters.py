@@ -178,7 +178,9 @@ def test_repr_is_what_makes_the_filter():
 def test_equality_and_hash_are_by_value():
     assert sg.path('a') == sg.path('a') != sg.path('b')
     assert sg.path('a') | 'b' == sg.path('a') | sg.path('b')
-    assert sg.path('a') != sg.regex('a')
+    assert sg.path('a') != sg.regex('a') != sg.regex('a', re.IGNORECASE)
+    assert sg.path('a') | 'b' != sg.path('a') & 'b'
+    assert sg.path('a') & 'b' != sg.path('a') & ~sg.path('b')
     assert ~~sg.path('a') == sg.path('a')
     assert len({sg.path('a'), sg.path('a'), ~sg.path('a'), sg.everything, sg.nothing}) == 4
     assert sg.path('a') != 'a'
@@ -381,6 +383,11 @@ def test_a_filter_is_an_nnx_filter():
     assert set(state) == {'gln'} and set(state['gln']) == {'kernel', 'bias'}
     state = nnx.state(Net(), nnx.All(nnx.Param, ~sg.path('gln')))
     assert set(state) == {'code'}
+    assert sg.path('layers/0/kernel')(('layers', 0, 'kernel'), None)
+    value = nnx.Param(jnp.ones((2, 3), jnp.bfloat16))
+    for predicate in (lambda v: v.shape == (2, 3), lambda v: v.dtype == jnp.bfloat16,
+                      lambda v: v.name == 'a/b' and v.collection == 'params'):
+        assert sg.where(predicate)(('a', 'b'), value)
 
 
 def test_from_haiku():
@@ -391,8 +398,9 @@ def test_from_haiku():
 
 
 def test_each_pattern_of_a_combination_has_to_match():
-    for predicate in ['glm', ('gln', 'glm'), sg.path('gln') | 'glm', sg.path('gln') & ~sg.path('glm'),
-                      re.compile('glm'), ~sg.path('glm'), sg.everything | 'glm']:
+    for predicate in ['glm', ('gln', 'glm'), ('glm', 'gln'), sg.path('gln') | 'glm',
+                      sg.path('glm') & 'gln', sg.path('gln') & ~sg.path('glm'), re.compile('glm'),
+                      ~sg.path('glm'), ~(sg.path('gln') | 'glm'), sg.everything | 'glm']:
         with pytest.raises(sg.UnmatchedPathError, match="'glm'. Close: 'gln/...'") as caught:
             sg.stop_gradient(predicate)(PARAMS)
         assert isinstance(caught.value, ValueError)
@@ -423,6 +431,9 @@ def test_trees_keep_their_kind_and_leaves():
     assert out['a']['k'] is key and out['a']['np'] is tree['a']['np']
     grads = jax.grad(lambda p: t(p)['a'].value.sum() + p['c'])({'a': box, 'c': 1.0})
     assert (grads['a'].value == 0).all() and grads['c'] == 1
+    z = {'a': jnp.complex64(1j), 'c': jnp.complex64(1)}
+    grads = jax.grad(lambda p: t(p)['a'].real + p['c'].real)(z)
+    assert grads['a'] == 0 and grads['c'] == 1
 
 
 def test_integer_and_key_leaves_pass_through_a_trace():
@@ -448,7 +459,7 @@ def test_nn_is_flax_linen_with_our_names():
             assert getattr(nn, name) is getattr(flax.linen, name), name
     assert nn.stop_gradient is sg.stop_gradient and nn.path is sg.path
     assert 'Dense' in nn.__all__ and 'stop_gradient' in dir(nn)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match='no_such_name'):
         nn.no_such_name  # noqa: B018
 
 

@@ -1854,7 +1854,8 @@ def gradients(case, pick, params, truth):
     if case.reverse:
         grads = names(grad(params, *case.args))
         return {k: g for k, g in grads.items() if g.dtype != jax.dtypes.float0}
-    with pytest.raises(ValueError, match='Reverse-mode|Pure callbacks'):
+    refusal = '^(Reverse-mode differentiation does not work|Pure callbacks do not support JVP)'
+    with pytest.raises(ValueError, match=refusal):
         grad(params, *case.args)
     known = {k: v for k, v in params.items() if truth[k].verdict != 'UNKNOWN'}
     push = jax.jit(jax.jacfwd(lambda known, *args: pick(case.fn(params | known, *args))))

@@ -112,7 +112,7 @@ def test_comparison_sees_a_live_parameter():
     by_hand = step_by_hand(Layer, 'plain', (True, True))
     live = case_of(Layer, 'plain').step(Masked(Layer, 'plain', 'none'))
     assert programs.collectives(live[0]) != programs.collectives(by_hand[0])
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=' != '):
         programs.assert_same_bits(live[1], by_hand[1])
 
 

@@ -32,6 +32,7 @@ X = jnp.array([[0.3, -0.7, 0.2], [1.1, 0.4, -0.5]])
 # Pure functions, at every order -------------------------------------------------------------------
 
 ENTRIES = {'a': 'a', 'b': 'b', 'both': ['a', 'b'], 'none': sg.nothing, 'again': 'a'}
+LIVE = {'a': 'a', 'b': 'b', 'both': 'ab', 'none': '', 'again': 'a'}  # what each selects
 AB = {'a': jnp.float32(0.7), 'b': jnp.float32(0.3)}
 
 
@@ -71,16 +72,12 @@ FUNCTIONS = {
 }
 
 
-def by_hand(fn, entries=ENTRIES):
+def by_hand(fn, entries=LIVE):
     """Return the entries, each a run of its own."""
     def run(params, *args):
-        out = {}
-        for name, predicate in entries.items():
-            select = sg.path('*') & predicate if predicate != sg.nothing else sg.nothing
-            held = {k: v if select.selects(sg.VariableInfo((k,), (k,))) else
-                    jax.lax.stop_gradient(v) for k, v in params.items()}
-            out[name] = fn(held, *args)
-        return out
+        held = lambda live: {
+            k: v if k in live else jax.lax.stop_gradient(v) for k, v in params.items()}
+        return {name: fn(held(live), *args) for name, live in entries.items()}
     return run
 
 
@@ -939,7 +936,7 @@ def test_a_rule_that_reads_a_captured_module_is_an_error(kind, derivative):
         return out['a'] + out['b']
 
     error, text = (jax.errors.UnexpectedTracerError, TypeError), (
-        'unexpected tracer|No constant handler for type: .*Tracer')
+        '^Encountered an unexpected tracer|^No constant handler for type: .*Tracer')
     if kind != 'backward':  # which JAX runs last
         error, text = sg.UsageError, (
             "^gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads params '/b/w' while "
