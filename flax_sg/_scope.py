@@ -233,10 +233,15 @@ def attach(scope: Scope, owner: Any, transform: Any) -> Scope:
     """
     if _compat.in_scratch_root(scope) or attached_entry(scope, owner) is not None:
         return scope
-    mark = mark_of(scope)
+    mark, (cls, name), path = mark_of(scope), owner, _compat.scope_path(scope)
+    # A mirror of a mirror is around what the first one has attached.
+    inner = [i for i, e in enumerate(mark.own) if issubclass(cls, e.owner[0])
+             and e.owner[1] == name and e.opener == path]
+    at = inner[0] if inner else len(mark.own)
     view = scope.rewound()
     view.reservations = scope.reservations
-    set_mark(view, mark.with_own((*mark.own, entry_at(transform, scope, owner))))
+    own = (*mark.own[:at], entry_at(transform, scope, owner), *mark.own[at:])
+    set_mark(view, mark.with_own(own))
     return view
 
 
