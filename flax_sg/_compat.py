@@ -23,12 +23,13 @@ from flax.linen import module as _module
 from flax.linen import transforms as _transforms
 from jax._src import core as _core
 from jax._src import linear_util as _linear_util
+from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import ClosedJaxpr, DebugInfo
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root', 'is_ref',
-    'lifted_call', 'operation_of', 'outside_traces', 'packed_scopes', 'rewound_counters',
+    'Module', 'Scope', 'Variable', 'batched', 'cache_keys', 'current_module', 'in_scratch_root',
+    'is_ref', 'lifted_call', 'operation_of', 'outside_traces', 'packed_scopes', 'rewound_counters',
     'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'setup_pending',
     'snapshot_counters', 'stored', 'tap', 'tap_pack', 'trace_state', 'traced', 'varying',
     'written_at',
@@ -221,3 +222,12 @@ def operation_of(eqn: Any) -> tuple[str, bool]:
 def scope_names(eqn: Any) -> list[str]:
     """Return the names of `jax.named_scope` around an equation, the outermost first."""
     return [scope.name for scope in eqn.source_info.name_stack.stack]
+
+
+def batched(jaxpr: ClosedJaxpr, axis: Any, dims: list) -> tuple[ClosedJaxpr, list[bool]]:
+    """Return a jaxpr over a batch, and which of its results vary over it; these have it in front.
+
+    Only JAX's own rules know which do: a sum over the axis does not, though its operand does.
+    """
+    free = [_batching.zero_if_mapped] * len(jaxpr.out_avals)
+    return _batching.batch_jaxpr_axes(jaxpr, axis, dims, free)  # public since 0.12
