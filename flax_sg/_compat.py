@@ -21,15 +21,17 @@ from flax.core.scope import Scope, Variable
 from flax.linen import Module
 from flax.linen import module as _module
 from flax.linen import transforms as _transforms
+from jax._src import checkify as _checkify
 from jax._src import core as _core
 from jax._src import linear_util as _linear_util
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import partial_eval as _partial_eval
-from jax.extend.core import ClosedJaxpr, DebugInfo
+from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'batched', 'cache_keys', 'current_module', 'in_scratch_root',
-    'is_ref', 'lifted_call', 'operation_of', 'outside_traces', 'packed_scopes', 'rewound_counters',
+    'batched', 'checked',
+    'Module', 'Scope', 'Variable', 'cache_keys', 'current_module', 'in_scratch_root', 'is_ref',
+    'lifted_call', 'operation_of', 'outside_traces', 'packed_scopes', 'rewound_counters',
     'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'setup_pending',
     'snapshot_counters', 'stored', 'tap', 'tap_pack', 'trace_state', 'traced', 'varying',
     'written_at',
@@ -231,3 +233,29 @@ def batched(jaxpr: ClosedJaxpr, axis: Any, dims: list) -> tuple[ClosedJaxpr, lis
     """
     free = [_batching.zero_if_mapped] * len(jaxpr.out_avals)
     return _batching.batch_jaxpr_axes(jaxpr, axis, dims, free)  # public since 0.12
+
+
+def checked(primitive: Primitive, bind: Callable) -> None:
+    """Let `checkify` look into the jaxpr of a primitive; it has no public way to say that.
+
+    ``bind(jaxpr, *operands, **params)`` binds the primitive to another jaxpr, which has more
+    results, at the end; so has then the primitive, and `bind` returns these.
+    """
+    def rule(*args: Any, jaxpr: ClosedJaxpr, **params: Any) -> tuple[Any, list]:
+        context = args[:not isinstance(args[0], _checkify.Error)]  # there is one since 0.12
+        error, enabled, *operands = args[len(context):]
+        errors, tree = jax.tree.flatten(error)
+        operands = [*errors, *operands]
+        made, tree, _ = _checkify.jaxpr_to_checkify_jaxpr(
+            *context, jaxpr, enabled, tree, *map(jax.typeof, operands))
+        count = tree.num_leaves - len(jaxpr.out_avals)
+
+        def errors_last(*operands: Any) -> list:
+            results = jax.core.eval_jaxpr(made.jaxpr, made.consts, *operands)
+            return [*results[count:], *results[:count]]
+
+        results = bind(traced(errors_last, *operands), *operands, **params)
+        end = len(results) - count
+        return tree.children()[0].unflatten(results[end:]), results[:end]
+
+    _checkify.error_checks[primitive] = rule

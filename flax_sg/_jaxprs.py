@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import batching, mlir
 
-from flax_sg._compat import traced
+from flax_sg._compat import traced, varying
 
 __all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves',
-           'runs']
+           'runs', 'varied']
 
 
 def first(x: Any, *_: Any, **__: Any) -> Any:
@@ -30,6 +30,16 @@ def moves(aval: Any) -> bool:
 def evaluate(jaxpr: ClosedJaxpr, *args: Any) -> list:
     """Run a jaxpr."""
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+
+
+def varied(x: jax.Array, like: Any) -> jax.Array:
+    """Return a value that varies over the axes of a mesh over which one of a type does.
+
+    JAX's own operations do that with their operands, in the body of a `shard_map`. The cotangents
+    of what did not vary are summed over these axes.
+    """
+    axes = varying(like) - varying(jax.typeof(x))
+    return jax.lax.pcast(x, tuple(axes), to='varying') if axes else x
 
 
 def closed_over(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, list]:

@@ -202,3 +202,5 @@ runs(_lanes_p, _run)
 _lanes_p.def_effectful_abstract_eval(_abstract)
 ad.primitive_jvps[_lanes_p] = _jvp
 batching.fancy_primitive_batchers[_lanes_p] = _batched
+_compat.checked(_lanes_p, lambda jaxpr, *inputs, **params: _lanes_p.bind(
+    *inputs, jaxpr=jaxpr, **params))
