@@ -88,8 +88,8 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lan
     moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
     tangents = tuple(tangents[i] for i in moved)
     with during(linearizing=True, told_apart=tracing.told_apart | {level}):
-        forward, push, push_aside, kept = _linearized(jaxpr, count, primals, moved)
-    made = _lanes_p.bind(*primals, jaxpr=forward, count=count + kept, lanes=lanes, level=level)
+        forward, inputs, push, push_aside, kept = _linearized(jaxpr, count, primals, moved)
+    made = _lanes_p.bind(*inputs, jaxpr=forward, count=count + kept, lanes=lanes, level=level)
     outs, aside = _parts(made, count + kept, len(lanes))
     residuals, outs = [out[count:] for out in outs], [out[:count] for out in outs]
     rest = len(jaxpr.out_avals) - count
@@ -117,11 +117,12 @@ def _pushed(push: ClosedJaxpr, level: int, operands: dict[int, list]) -> list[li
 
 
 def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
-                ) -> tuple[ClosedJaxpr, ClosedJaxpr, ClosedJaxpr, int]:
+                ) -> tuple[ClosedJaxpr, list, ClosedJaxpr, ClosedJaxpr, int]:
     """Linearise a function in some of its inputs.
 
     Returns:
-      The function, with residuals after the output, and others after what else it made; two linear
+      The function, with residuals after the output, and others after what else it made; its inputs,
+      which are the given ones after what rules of `jax.custom_jvp` in it close over; two linear
       maps, from the residuals and tangents of the moved inputs to the tangents of the inexact
       arrays in each of the two; and the number of residuals of the first.
     """
@@ -148,7 +149,8 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
         kept = len(residuals[0])
         return [*made[:count], *residuals[0], *made[count:], *residuals[1]]
 
-    return jax.make_jaxpr(forward)(*primals), *pushes, kept
+    closed, consts = closed_over(forward, *primals)
+    return closed, [*consts, *primals], *pushes, kept
 
 
 def _inexact(x: Any) -> bool:
