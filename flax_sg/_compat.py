@@ -23,13 +23,15 @@ from flax.core.scope import Scope, Variable
 from flax.linen import Module
 from flax.linen import module as _module
 from flax.linen import transforms as _transforms
+from jax._src import checkify as _checkify
 from jax._src import core as _core
 from jax._src import linear_util as _linear_util
+from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import partial_eval as _partial_eval
-from jax.extend.core import ClosedJaxpr, DebugInfo
+from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'current_module', 'in_scratch_root', 'is_ref',
+    'Module', 'Scope', 'Variable', 'batched', 'checked', 'current_module', 'in_scratch_root', 'is_ref',
     'lifted_call', 'operation_of', 'packed_scopes', 'rewound_counters', 'root_variables',
     'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending',
     'snapshot_counters', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
@@ -282,3 +284,38 @@ def operation_of(eqn: Any) -> tuple[str, bool]:
 def scope_names(eqn: Any) -> list[str]:
     """Return the names of `jax.named_scope` around an equation, the outermost first."""
     return [scope.name for scope in eqn.source_info.name_stack.stack]
+
+
+def batched(jaxpr: ClosedJaxpr, axis: Any, dims: list) -> tuple[ClosedJaxpr, list[bool]]:
+    """Return a jaxpr over a batch, and which of its results vary over it; these have it in front.
+
+    Only JAX's own rules know which do: a sum over the axis does not, though its operand does.
+    """
+    free = [_batching.zero_if_mapped] * len(jaxpr.out_avals)
+    return _batching.batch_jaxpr_axes(jaxpr, axis, dims, free)  # public since 0.12
+
+
+def checked(primitive: Primitive, bind: Callable) -> None:
+    """Let `checkify` look into the jaxpr of a primitive; it has no public way to say that.
+
+    ``bind(jaxpr, *operands, **params)`` binds the primitive to another jaxpr, which has more
+    results, at the end; so has then the primitive, and `bind` returns these.
+    """
+    def rule(*args: Any, jaxpr: ClosedJaxpr, **params: Any) -> tuple[Any, list]:
+        context = args[:not isinstance(args[0], _checkify.Error)]  # there is one since 0.12
+        error, enabled, *operands = args[len(context):]
+        errors, tree = jax.tree.flatten(error)
+        operands = [*errors, *operands]
+        made, tree, _ = _checkify.jaxpr_to_checkify_jaxpr(
+            *context, jaxpr, enabled, tree, *map(jax.typeof, operands))
+        count = tree.num_leaves - len(jaxpr.out_avals)
+
+        def errors_last(*operands: Any) -> list:
+            results = jax.core.eval_jaxpr(made.jaxpr, made.consts, *operands)
+            return [*results[count:], *results[:count]]
+
+        results = bind(traced(errors_last, *operands), *operands, **params)
+        end = len(results) - count
+        return tree.children()[0].unflatten(results[end:]), results[:end]
+
+    _checkify.error_checks[primitive] = rule

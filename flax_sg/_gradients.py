@@ -18,10 +18,11 @@ from jax.interpreters import ad, batching
 
 from flax_sg._bodies import plain
 from flax_sg._callables import value_key
+from flax_sg._compat import varying
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
-from flax_sg._jaxprs import at_front, closed_over, define, evaluate
+from flax_sg._jaxprs import at_front, closed_over, define, evaluate, varied
 from flax_sg._mapped import Mapped, make_mapped
 from flax_sg._slips import swapped
 from flax_sg._transform import Transform, make, map_traced
@@ -57,7 +58,9 @@ _scaled_p = define('flax_sg_scale_gradient')
 def _scaled(x: jax.Array, factor: Any) -> jax.Array:
     if isinstance(factor, float):
         return _scaled_p.bind(x, factor=factor)
-    return _scaled_p.bind(x, jnp.broadcast_to(jnp.asarray(factor, x.dtype), x.shape), factor=None)
+    factor = jnp.broadcast_to(jnp.asarray(factor, x.dtype), x.shape)
+    x = varied(x, jax.typeof(factor))
+    return _scaled_p.bind(x, varied(factor, jax.typeof(x)), factor=None)
 
 
 def _scaled_jvp(primals: tuple, tangents: tuple, *, factor: float | None) -> tuple:
@@ -127,6 +130,9 @@ class MapGradient(Mapped):
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         def read(leaf: jax.Array) -> jax.Array:
             pull, consts = closed_over(functools.partial(self._call, info), leaf)
+            made, = pull.out_avals
+            if varying(made) - varying(jax.typeof(leaf)):
+                return read(varied(leaf, made))
             return _mapped_p.bind(leaf, *consts, pull=pull, name=plain(info).absolute_name)
 
         return map_traced(read, value)
@@ -138,7 +144,7 @@ class MapGradient(Mapped):
             raise UsageError(
                 f'{self!r}: the function returned {got} for the cotangent of '
                 f"'/{info.absolute_name}'; expected {want}, the variable's shape and dtype.")
-        return [out]
+        return [varied(out, jax.typeof(cotangent))]
 
 
 def _mapped_jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import batching, mlir
 
-from flax_sg._compat import traced
+from flax_sg._compat import traced, varying
 
-__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves']
+__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves',
+           'runs', 'varied']
 
 
 def first(x: Any, *_: Any, **__: Any) -> Any:
@@ -29,6 +30,16 @@ def moves(aval: Any) -> bool:
 def evaluate(jaxpr: ClosedJaxpr, *args: Any) -> list:
     """Run a jaxpr."""
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+
+
+def varied(x: jax.Array, like: Any) -> jax.Array:
+    """Return a value that varies over the axes of a mesh over which one of a type does.
+
+    JAX's own operations do that with their operands, in the body of a `shard_map`. The cotangents
+    of what did not vary are summed over these axes.
+    """
+    axes = varying(like) - varying(jax.typeof(x))
+    return jax.lax.pcast(x, tuple(axes), to='varying') if axes else x
 
 
 def closed_over(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, list]:
@@ -53,11 +64,20 @@ def define(name: str, run: Callable = first) -> Primitive:
     Its one output is of the shape and dtype of the first operand; ``run`` says what it does.
     """
     primitive = Primitive(name)
-    primitive.def_impl(run)
     primitive.def_abstract_eval(first)
     batching.fancy_primitive_batchers[primitive] = functools.partial(_batched, primitive)
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    runs(primitive, run)
     return primitive
+
+
+def runs(primitive: Primitive, run: Callable) -> None:
+    """Say what a primitive does, where it is evaluated and where it is compiled."""
+    primitive.def_impl(run)
+    # Since 0.12 a jaxpr may hold objects with rules of their own, which JAX has to expand before it
+    # runs what has such a parameter (test_an_object_with_rules_in_a_target).
+    primitive.to_lojax = run
+    lower = mlir.lower_fun(run, multiple_results=primitive.multiple_results)
+    mlir.register_lowering(primitive, lower)
 
 
 def _batched(primitive: Primitive, axis: Any, args: tuple, dims: tuple, **params: Any) -> tuple:

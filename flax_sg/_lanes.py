@@ -20,17 +20,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.extend.core import ClosedJaxpr, Primitive
+from jax.interpreters import ad, batching
 
-from flax_sg._jaxprs import closed_over, define, evaluate
-from flax_sg._marks import NO_LANE, of_lane, tracing
+from flax_sg import _compat
+from flax_sg._jaxprs import closed_over, define, evaluate, runs
+from flax_sg._marks import BINDER, NO_LANE, during, of_lane, tracing
 
 __all__ = ['in_lanes']
 
 # Operands: the inputs of `jaxpr`, whose first `count` results are the output, and the others what
 # else it made. Results: the output for each of `lanes`, and what else it made.
-_lanes_p = Primitive('flax_sg_lanes')
+_lanes_p = Primitive(BINDER)
 _lanes_p.multiple_results = True
 
 
@@ -47,11 +48,8 @@ def in_lanes(fun: Callable[[], tuple[Any, Any]], lanes: tuple[str, ...]
       The output for each lane; and what else was made, in which all marked values are constants.
     """
     level = tracing.levels
-    tracing.levels += 1
-    try:
+    with during(levels=level + 1, told_apart=tracing.told_apart - {level}):
         closed, shape = jax.make_jaxpr(fun, return_shape=True)()
-    finally:
-        tracing.levels = level
     treedef, count = jax.tree.structure(shape), len(jax.tree.leaves(shape[0]))
     # What was only handed on stays what it is: nn.scan wants broadcast variables back unchanged.
     inputs = dict(zip(map(id, closed.jaxpr.constvars), closed.consts, strict=True))
@@ -89,21 +87,24 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lan
          level: int) -> tuple[list, list]:
     moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
     tangents = tuple(tangents[i] for i in moved)
-    forward, push, push_aside, kept = _linearized(jaxpr, count, primals, moved)
-    made = _lanes_p.bind(*primals, jaxpr=forward, count=count + kept, lanes=lanes, level=level)
+    with during(linearizing=True, told_apart=tracing.told_apart | {level}):
+        forward, inputs, push, push_aside, kept = _linearized(jaxpr, count, primals, moved)
+    made = _lanes_p.bind(*inputs, jaxpr=forward, count=count + kept, lanes=lanes, level=level)
     outs, aside = _parts(made, count + kept, len(lanes))
     residuals, outs = [out[count:] for out in outs], [out[:count] for out in outs]
     rest = len(jaxpr.out_avals) - count
     aside, residuals_aside = aside[:rest], aside[rest:]
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_is_computed)
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_is_stored)
     def pushed(residuals: list, residuals_aside: list, tangents: tuple) -> list:
-        shared = [map(_seen_as, residuals[0], own) for own in residuals]
-        found = _pushed(push, level, {i: [*own, *tangents] for i, own in enumerate(shared)})
-        found += _pushed(push_aside, level, {NO_LANE: [*residuals_aside, *tangents]})
+        shared = [jax.tree.map(_seen_as, residuals[0], own) for own in residuals]
+        lanes = {i: [*map(_joined, own), *tangents] for i, own in enumerate(shared)}
+        aside = {NO_LANE: [*map(_joined, residuals_aside), *tangents]}
+        found = _pushed(push, level, lanes) + _pushed(push_aside, level, aside)
         return [t for ts in found for t in ts]
 
     made = [*(x for out in outs for x in out), *aside]
+    residuals, residuals_aside = jax.tree.map(_split, (residuals, residuals_aside))
     moving = iter(pushed(residuals, residuals_aside, tangents))
     return made, [next(moving) if _inexact(x) else ad.Zero(jax.typeof(x).to_tangent_aval())
                   for x in made]
@@ -116,11 +117,12 @@ def _pushed(push: ClosedJaxpr, level: int, operands: dict[int, list]) -> list[li
 
 
 def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
-                ) -> tuple[ClosedJaxpr, ClosedJaxpr, ClosedJaxpr, int]:
+                ) -> tuple[ClosedJaxpr, list, ClosedJaxpr, ClosedJaxpr, int]:
     """Linearise a function in some of its inputs.
 
     Returns:
-      The function, with residuals after the output, and others after what else it made; two linear
+      The function, with residuals after the output, and others after what else it made; its inputs,
+      which are the given ones after what rules of `jax.custom_jvp` in it close over; two linear
       maps, from the residuals and tangents of the moved inputs to the tangents of the inexact
       arrays in each of the two; and the number of residuals of the first.
     """
@@ -147,11 +149,8 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
         kept = len(residuals[0])
         return [*made[:count], *residuals[0], *made[count:], *residuals[1]]
 
-    before, tracing.linearizing = tracing.linearizing, True
-    try:
-        return jax.make_jaxpr(forward)(*primals), *pushes, kept
-    finally:
-        tracing.linearizing = before
+    closed, consts = closed_over(forward, *primals)
+    return closed, [*consts, *primals], *pushes, kept
 
 
 def _inexact(x: Any) -> bool:
@@ -170,8 +169,24 @@ def _seen_as(value: jax.Array, own: jax.Array) -> jax.Array:
     return _seen_as_p.bind(value, own) if _inexact(value) else value
 
 
-def _is_computed(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    return primitive is not _seen_as_p
+def _is_stored(primitive: Primitive, *avals: Any, **params: Any) -> bool:
+    dtypes = [getattr(aval, 'dtype', None) for aval in avals] + [params.get('new_dtype')]
+    makes_complex = primitive.name in ('complex', 'fft') or any(map(_complex, dtypes))
+    return primitive is not _seen_as_p and not makes_complex
+
+
+# A checkpoint of JAX cannot store complex numbers (reduce_precision refuses them, as of 0.12). So
+# they go in as two real ones, and what is complex inside is made again.
+def _split(x: jax.Array) -> tuple[jax.Array, ...]:
+    return (jax.lax.real(x), jax.lax.imag(x)) if _complex(x.dtype) else (x,)
+
+
+def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
+    return jax.lax.complex(*parts) if len(parts) == 2 else parts[0]
+
+
+def _complex(dtype: Any) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
 
 
 ad.primitive_jvps[_seen_as_p] = lambda primals, tangents: (_seen_as_p.bind(*primals), tangents[1])
@@ -179,27 +194,15 @@ ad.primitive_jvps[_seen_as_p] = lambda primals, tangents: (_seen_as_p.bind(*prim
 
 def _batched(axis: Any, inputs: list, dims: list, *, jaxpr: ClosedJaxpr, count: int, lanes: tuple,
              level: int) -> tuple[list, list]:
-    varies = _varying(jaxpr.jaxpr, [d is not None for d in dims])
-    axes, batched = [0 if v else None for v in varies], jaxpr
-    if any(varies):
-        batched = jax.make_jaxpr(jax.vmap(
-            functools.partial(evaluate, jaxpr), tuple(dims), axes, axis_name=axis.name,
-            axis_size=axis.size, spmd_axis_name=axis.spmd_name))(*inputs)
+    batched, varies = _compat.batched(jaxpr, axis, dims)
+    axes = [0 if v else None for v in varies]
     made = _lanes_p.bind(*inputs, jaxpr=batched, count=count, lanes=lanes, level=level)
     return made, axes[:count] * len(lanes) + axes[count:]
 
 
-def _varying(jaxpr: Jaxpr, inputs: list[bool]) -> list[bool]:
-    """Say which results may vary over a batch: what depends on such inputs, or names an axis."""
-    found = {id(v) for v, varies in zip(jaxpr.invars, inputs, strict=True) if varies}
-    for eqn in jaxpr.eqns:
-        if eqn.effects or any(id(v) in found for v in eqn.invars):
-            found.update(map(id, eqn.outvars))
-    return [id(v) in found for v in jaxpr.outvars]
-
-
-_lanes_p.def_impl(_run)
+runs(_lanes_p, _run)
 _lanes_p.def_effectful_abstract_eval(_abstract)
 ad.primitive_jvps[_lanes_p] = _jvp
 batching.fancy_primitive_batchers[_lanes_p] = _batched
-mlir.register_lowering(_lanes_p, mlir.lower_fun(_run, multiple_results=True))
+_compat.checked(_lanes_p, lambda jaxpr, *inputs, **params: _lanes_p.bind(
+    *inputs, jaxpr=jaxpr, **params))

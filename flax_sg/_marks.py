@@ -2,12 +2,19 @@
 
 A mark stands in the jaxpr of a function, in the bodies of its loops and calls too, and so in its
 linear map. `of_lane` makes the map of one lane of it. It knows JAX, and nothing of this library.
+
+A mark names its function by a *level*: how many such functions were being traced around it. JAX may
+keep a trace and use it again at any depth, so a level says nothing about where it is used. It is a
+bound name: the marks of a function are those with its level in its jaxpr, but for what stands in
+another function of the same level inside. What belongs to one lane has no level any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,17 +25,30 @@ from jax.interpreters import ad
 from flax_sg._errors import UsageError
 from flax_sg._jaxprs import define
 
-__all__ = ['NO_LANE', 'level', 'mark', 'of_lane', 'tracing']
+__all__ = ['BINDER', 'NO_LANE', 'during', 'level', 'mark', 'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
+BINDER = 'flax_sg_lanes'  # the primitive that has such a function
 
 
-def _tangent(t: jax.Array, *, lanes: Any, level: int) -> jax.Array:
-    return jnp.zeros_like(t) if lanes is False else t
+def _tangent(t: jax.Array, *, lanes: Any, level: int | None) -> jax.Array:
+    if level is not None:
+        raise UsageError(_OUTSIDE)
+    return t if lanes else jnp.zeros_like(t)
 
+
+_OUTSIDE = (
+    'gradient_views: a variable that its target reads is differentiated where the views cannot be '
+    'told apart: in a function that JAX keeps as an object, such as those given to '
+    'jax.lax.custom_root, or in a jaxpr that was taken out of the target. Read the variable '
+    'before, in the target, and give its value to that function.')
+_INSIDE = (
+    'gradient_views: its target differentiates, as with jax.grad, with respect to a variable that '
+    'it reads inside the derivative; the result would differ between the views. Read the variable '
+    'first, and differentiate a function of its value.')
 
 # The mark, and the same for tangents. `lanes` has a bool for each lane; in what belongs to one lane
-# it is that lane's. `level` counts the functions around this one whose lanes are being traced.
+# it is that lane's, and `level` is None.
 _mark_p = define('flax_sg_lane')
 _tangent_p = define('flax_sg_lane_tangent', _tangent)
 
@@ -44,13 +64,26 @@ class _Tracing(threading.local):
     Attributes:
       levels: how many functions are being traced for their lanes, one inside another.
       linearizing: such a function is being differentiated, after it was traced.
+      told_apart: the levels of the marks that may be differentiated, as `of_lane` will see them.
     """
 
     levels = 0
     linearizing = False
+    told_apart: frozenset[int] = frozenset()
 
 
 tracing = _Tracing()
+
+
+@contextlib.contextmanager
+def during(**changes: Any) -> Iterator[None]:
+    """Run a block in which this thread does something else."""
+    before = {name: getattr(tracing, name) for name in changes}
+    vars(tracing).update(changes)
+    try:
+        yield
+    finally:
+        vars(tracing).update(before)
 
 
 def level() -> int:
@@ -58,18 +91,15 @@ def level() -> int:
     return tracing.levels - 1
 
 
-def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int) -> tuple:
+def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int | None) -> tuple:
     (x,), (t,) = primals, tangents
-    if level < tracing.levels:
-        raise UsageError(
-            'gradient_views: its target differentiates, as with jax.grad, with respect to a '
-            'variable that it reads inside the derivative; the result would differ between the '
-            'views. Read the variable first, and differentiate a function of its value.')
-    out = _mark_p.bind(x, lanes=lanes, level=level)
+    if level is not None and level not in tracing.told_apart:
+        raise UsageError(_INSIDE if level < tracing.levels else _OUTSIDE)
+    out = _mark_p.bind(x, lanes=lanes, level=level)  # not x: its derivatives pass here too
     return out, t if type(t) is ad.Zero else _tangent_p.bind(t, lanes=lanes, level=level)
 
 
-def _transpose(cotangent: jax.Array, *, lanes: Any, level: int) -> list:
+def _transpose(cotangent: jax.Array, *, lanes: Any, level: int | None) -> list:
     return [None if lanes is False else _tangent_p.bind(cotangent, lanes=lanes, level=level)]
 
 
@@ -89,7 +119,9 @@ def _equation(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:
         if eqn.params['level'] != level:
             return eqn
         lanes = eqn.params['lanes']
-        return eqn.replace(params={'level': level, 'lanes': lane != NO_LANE and lanes[lane]})
+        return eqn.replace(params={'level': None, 'lanes': lane != NO_LANE and lanes[lane]})
+    if eqn.primitive.name == BINDER and eqn.params['level'] == level:
+        return eqn
     params = {k: _parameter(v, level, lane) for k, v in eqn.params.items()}
     same = all(params[k] is v for k, v in eqn.params.items())
     return eqn if same else eqn.replace(params=params)
