@@ -31,8 +31,8 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'batched', 'checked', 'current_module', 'in_scratch_root', 'is_ref',
-    'lifted_call', 'operation_of', 'packed_scopes', 'rewound_counters', 'root_variables',
+    'Module', 'Scope', 'Variable', 'batched', 'checked', 'current_module', 'in_scratch_root',
+    'is_ref', 'lifted_call', 'operation_of', 'packed_scopes', 'rewound_counters', 'root_variables',
     'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending',
     'snapshot_counters', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
     'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'written_at',
