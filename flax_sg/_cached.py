@@ -32,19 +32,16 @@ class _CachedProperty:
             return self
         for run in state.setups:
             run.read = True
-        if module.scope is None:
-            return self._first(module, ())[1]
-        entries, now = effective(module.scope), _compat.trace_state()
-        before, value, trace = self._first(module, entries)
-        # What was computed in a function that JAX traced, the body of a scan, stays in there.
-        valid = before == entries and trace in (now, module.scope.flags[APPLICATION].trace)
-        return value if valid else self.wrapped.func(module)
-
-    def _first(self, module: Module, entries: tuple) -> tuple:
+        scope, now = module.scope, _compat.trace_state()
+        entries = () if scope is None else effective(scope)
+        # What is computed in a function that JAX traced, the body of a scan, stays in there.
+        if scope is not None and now != scope.flags[APPLICATION].trace:
+            kept = vars(module).get(self.slot)
+            return kept[1] if kept and kept[0] == entries else self.wrapped.func(module)
         if self.slot not in vars(module):
-            vars(module)[self.slot] = (
-                entries, self.wrapped.func(module), _compat.trace_state())
-        return vars(module)[self.slot]
+            vars(module)[self.slot] = (entries, self.wrapped.func(module))
+        first, value = vars(module)[self.slot]
+        return value if first == entries else self.wrapped.func(module)
 
     def __set__(self, module: Module, value: Any) -> None:  # so as to come before the instance
         raise AttributeError(f'{self.wrapped.attrname!r} is a cached property.')

@@ -202,7 +202,8 @@ def counted():
 
 @pytest.mark.parametrize('predicate', [
     True, sg.nothing, 'Layer_*', '**/kernel', 'nowhere', lambda v: False,
-    sg.path('Layer_*') & ~sg.path('**/bias')], ids=repr)
+    sg.path('Layer_*') & ~sg.path('**/bias')],
+    ids=['all', 'nothing', 'layers', 'kernels', 'nowhere', 'callable', 'combination'])
 @pytest.mark.parametrize('where', ['init', 'mutable', 'fixed', 'init inside'])
 def test_equal_layers_are_traced_once_in_a_block_as_they_are_without(where, predicate):
     model, traces = counted()
