@@ -248,7 +248,7 @@ def attach(scope: Scope, owner: Any, transform: Any) -> Scope:
 def attached_entry(scope: Scope, owner: Any) -> Entry | None:
     """Return the entry that `attach` gave the scope for an owner, or None."""
     mark, path = mark_of(scope), _compat.scope_path(scope)
-    return next((e for e in (*mark.own, *mark.outer) if e.owner == owner and e.opener == path
+    return next((e for e in mark.own if e.owner == owner and e.opener == path
                  and e.family is mark.family), None)
 
 

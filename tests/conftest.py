@@ -13,6 +13,18 @@ import jax
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption('--long', action='store_true', help='run the long tables of cases too')
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked as long, unless it is asked for."""
+    if not config.getoption('--long'):
+        long = [item for item in items if item.get_closest_marker('long')]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture
 def no_leaks():
     """Check for leaked tracers during the test."""
