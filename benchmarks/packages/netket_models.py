@@ -34,7 +34,7 @@ def rbm_with_phase() -> Program:
 def deep_set() -> Program:
     import netket as nk
     return amplitude_of(nk.models.DeepSetMLP(features_phi=4, features_rho=4),
-                        ('*/Dense_0', '**/bias'))
+                        ('**/ds_phi', '**/bias'))
 
 
 def autoregressive() -> Program:
