@@ -53,8 +53,8 @@ REQUIREMENTS = {
 }
 PROGRAMS = {
     'Hugging Face T5': 'hugging_face.t5',
+    'Hugging Face T5, nn.remat': 'hugging_face.t5_checkpointed',
     'Hugging Face BART': 'hugging_face.bart',
-    'Hugging Face BART, nn.remat': 'hugging_face.bart_checkpointed',
     'Hugging Face Whisper': 'hugging_face.whisper',
     'Hugging Face CLIP': 'hugging_face.clip',
     'Hugging Face ViT': 'hugging_face.vit',

@@ -42,35 +42,32 @@ def take_old_names_in_clip() -> None:
     jnp.clip = old_and_new
 
 
-def t5() -> Program:
-    take_old_names_in_clip()
+def t5_model(**options: Any) -> Any:
     from transformers import FlaxT5ForConditionalGeneration, T5Config
+    take_old_names_in_clip()
     config = T5Config(vocab_size=13, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2,
                       decoder_start_token_id=0)
-    return program_of(FlaxT5ForConditionalGeneration(config), next_token,
-                      ('shared', 'encoder/block/0'),
+    return FlaxT5ForConditionalGeneration(config, **options)
+
+
+def t5() -> Program:
+    return program_of(t5_model(), next_token, ('shared', 'encoder/block/0'),
                       input_ids=TOKENS, decoder_input_ids=TOKENS)
 
 
-def bart_config() -> Any:
-    from transformers import BartConfig
-    return BartConfig(vocab_size=13, d_model=8, encoder_layers=1, decoder_layers=2,
-                      encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=12,
-                      decoder_ffn_dim=12, max_position_embeddings=16)
+def t5_checkpointed() -> Program:
+    """T5 with nn.remat around its layers."""
+    return program_of(t5_model(gradient_checkpointing=True), next_token, ('shared', 'encoder'),
+                      input_ids=TOKENS, decoder_input_ids=TOKENS)
 
 
 def bart() -> Program:
-    from transformers import FlaxBartForConditionalGeneration
-    return program_of(FlaxBartForConditionalGeneration(bart_config()), next_token,
+    from transformers import BartConfig, FlaxBartForConditionalGeneration
+    config = BartConfig(vocab_size=13, d_model=8, encoder_layers=1, decoder_layers=2,
+                        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=12,
+                        decoder_ffn_dim=12, max_position_embeddings=16)
+    return program_of(FlaxBartForConditionalGeneration(config), next_token,
                       ('model/shared', 'model/decoder/layers/*/fc1'),
-                      input_ids=TOKENS, decoder_input_ids=TOKENS)
-
-
-def bart_checkpointed() -> Program:
-    """BART with nn.remat around its layers."""
-    from transformers import FlaxBartForConditionalGeneration
-    model = FlaxBartForConditionalGeneration(bart_config(), gradient_checkpointing=True)
-    return program_of(model, next_token, ('model/shared', 'model/encoder'),
                       input_ids=TOKENS, decoder_input_ids=TOKENS)
 
 
