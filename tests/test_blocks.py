@@ -950,16 +950,17 @@ def test_frozen_dict_variables_stay_frozen_dicts():
 
         def __call__(self, x):
             with sg.stop_gradient('child'):
-                tree = self.variables['params']
+                tree = self.variables
                 sub = self.get_variable('params', 'child')
-            return tree['child']['b'] * x + sub['b'], type(tree), type(sub)
+            params = tree['params']
+            return params['child']['b'] * x + sub['b'], type(tree), type(params), type(sub)
 
     for tree in ({'params': {'child': {'b': 1.0}}}, freeze({'params': {'child': {'b': 1.0}}})):
         _, *kinds = Net().apply(tree, 1.0)
 
         class Plain(Net):
             def __call__(self, x):
-                return (None, type(self.variables['params']),
+                return (None, type(self.variables), type(self.variables['params']),
                         type(self.get_variable('params', 'child')))
 
         assert Plain().apply(tree, 1.0)[1:] == tuple(kinds)

@@ -497,7 +497,8 @@ def test_a_subclass_of_a_lifted_class():
     for method in ('__call__', 'more', lambda m, x: m.a + m.layers[0](x) + m[1]):
         want = 'layers_0/b layers_1/b'
         assert live(lambda p, method=method: Sub().apply(p, 1.0, method=method)) == want
-    assert live(lambda p: pickle.loads(pickle.dumps(Sub())).apply(p, 1.0)) == want
+    again = pickle.loads(pickle.dumps(Sub()))
+    assert type(again) is Sub and live(lambda p: again.apply(p, 1.0)) == want
     deeper = sg.stop_gradient('layers_0')(Sub)
     assert live(lambda p: deeper().apply(p, 1.0, method='more')) == 'layers_1/b'
 
@@ -605,6 +606,8 @@ def test_a_method_of_an_unbound_module_runs():
 def test_unmatched_patterns_of_lifted_modules():
     for use in (lambda t: t(Net)().apply(PARAMS, 1.0), lambda t: t(Net().bind(PARAMS))(1.0),
                 lambda t: t(Net()).apply(PARAMS, 1.0),
+                lambda t: t(Net().bind(PARAMS)).get_variable('params', 'a'),
+                lambda t: t(Net)().bind(PARAMS).variables['params']['a'],
                 lambda t: t(Net.half)(Net().bind(PARAMS), 1.0)):
         with pytest.raises(sg.UnmatchedPathError, match=(
                 r"^stop_gradient\('b'\): no variable of '/' matches 'b'\. Perhaps '")):
