@@ -48,6 +48,7 @@ class _State(threading.local):
         self.inside = False  # in a rule: its function was called by a running module
         self.setups: list[Any] = []  # runs of `setup` in progress, see _setup
         self.bodies: tuple[Body, ...] = ()  # of nn.jit, which JAX is tracing
+        self.writes = 0  # how many, ever
         self.storing: tuple | None = None  # a variable that is read in order to be stored
         self.publishing = False  # Flax writes back what the body of a lifted transform returned
         self.contexts = Contexts()
@@ -90,25 +91,25 @@ class Entry:
     Attributes:
       transform: what is applied.
       opener: the absolute path of the module that opened it; paths are relative to it.
-      family: the identity of the root variables it covers, or None to cover every root that is
-        applied from outside all modules.
+      family: the identity of the root it covers, or None to cover every root that is applied from
+        outside all modules.
       line: where in the user's code that was.
       attached: it belongs to the lifted class `owner`, and is open whenever its module is used.
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
       staging: the trace to a jaxpr in which that was, which JAX may keep.
       bodies: the bodies of nn.jit in which it was opened.
-      context: the context in force since, see _contexts.
+      captured: a rule of the user's will open it again.
       reads: what variables were read as, for each application of a model.
-      met: what it has met, for patterns that select nothing.
+      met: what it has met, for patterns that select nothing, until it is closed.
     """
 
     __slots__ = (
-        '__weakref__', 'answers', 'attached', 'bodies', 'context', 'family', 'kept', 'key', 'line',
+        '__weakref__', 'answers', 'attached', 'bodies', 'captured', 'family', 'kept', 'key', 'line',
         'met', 'opener', 'owner', 'reads', 'staging', 'trace', 'transform')
 
-    def __init__(self, transform: Transform, opener: Path, family: dict | None, *,
-                 owner: Any = None, initializing: bool = False):
+    def __init__(self, transform: Transform, opener: Path, family: Any = None, *,
+                 variables: dict | None = None, owner: Any = None, initializing: bool = False):
         self.transform = transform
         self.opener = opener
         self.family = family
@@ -117,7 +118,7 @@ class Entry:
         self.line = here()
         self.trace, self.staging = _compat.trace_state(), _compat.staging_trace()
         self.bodies = state.bodies
-        self.context: Context | None = None
+        self.captured = False
         self.answers: Answers | None = None
         source = (transform.key(callable_source), opener, family is None)
         if transform.asks():
@@ -127,7 +128,8 @@ class Entry:
         self.kept: dict[int, tuple] = {}  # see _setup
         # A module may create a variable after its block, so blocks inside do not check at init.
         quiet = transform.allow_unmatched or (initializing and family is not None)
-        self.met = Met(transform, opener, family, self.key, self.line, quiet=quiet)
+        self.met: Met | None = Met(
+            transform, opener, variables, self.key, self.line, quiet=quiet)
         self.reads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def read(self, application: Application, info: VariableInfo, value: Any, other: Callable
@@ -168,7 +170,7 @@ class Entry:
         around = tuple(body for body in state.bodies if body in self.bodies)
         return WatchedInfo.of(info, inside, around)
 
-    def covers(self, family: dict, inner: bool) -> bool:
+    def covers(self, family: Any, inner: bool) -> bool:
         """Say whether the block is about a root."""
         return not inner if self.family is None else self.family is family
 
@@ -179,7 +181,8 @@ class Entry:
         """Say whether the transform applies, and cross off the patterns it meets."""
         if not self.transform.in_collections(info.collection):
             return False
-        self.met.variable(info)
+        if self.met is not None:
+            self.met.variable(info)
         if self.answers is not None or state.bodies:
             answer = self.says(info)
             for body in state.bodies:
@@ -197,9 +200,11 @@ class Entry:
     def closed(self) -> None:
         """Forget what was only of use while the block was open."""
         self.kept.clear()
-        if not self.attached:
-            self.reads.clear()
-        if self.answers is not None:
+        if self.attached:  # it is opened again by each method
+            return
+        self.reads.clear()
+        self.met = None
+        if self.answers is not None and not self.captured:
             self.answers.users.discard(self)
 
 
@@ -233,12 +238,14 @@ class Opening:
       left: it is not on the stack any more.
       by: the transform whose `with` opened it, or None.
       place: the frame of the `with`, or _STACK.
+      context: the context in force while it is the innermost one, see _contexts.
     """
 
-    __slots__ = ('by', 'entry', 'left', 'place')
+    __slots__ = ('by', 'context', 'entry', 'left', 'place')
 
     def __init__(self, entry: Entry, by: Transform | None, place: Any):
         self.entry, self.by, self.place, self.left = entry, by, place, False
+        self.context: Context | None = None
 
 
 def enter(entry: Entry, by: Transform | None = None, frame: FrameType | None = None) -> Opening:
@@ -282,7 +289,12 @@ def close(opening: Opening, *, failed: bool) -> None:
       UnmatchedPathError: a pattern of the block selected nothing.
       UsageError: a block inside of it was still open, as a generator's that waits in it.
     """
-    if opening.left:  # with the block around it, which said so
+    if opening.left:
+        if not failed:
+            raise UsageError(
+                f'{opening.entry.transform!r} was closed before its end, with a block around it '
+                'that was left first. Leave blocks in the reverse order of entry: a generator that '
+                'yields inside a block must be finished before the block around it ends.')
         return
     if opening not in state.openings:
         raise UsageError(
@@ -294,7 +306,10 @@ def close(opening: Opening, *, failed: bool) -> None:
     state.left.extend(each for each in gone[1:] if each.by is not None)
     _restack()
     try:
-        if not failed:
+        if failed:
+            for each in gone:
+                _note_failed(each.entry)
+        else:
             _check_closed(gone)
     finally:
         for each in gone:
@@ -313,6 +328,11 @@ def _check_closed(gone: list[Opening]) -> None:
         opening.entry.met.check()
 
 
+def _note_failed(entry: Entry) -> None:
+    if not entry.attached:
+        entry.met.failed()
+
+
 @contextlib.contextmanager
 def opened(entry: Entry) -> Iterator[None]:
     """Run a block inside the entry; an UnmatchedPathError gives way to the block's own error."""
@@ -328,14 +348,16 @@ def opened(entry: Entry) -> Iterator[None]:
 @contextlib.contextmanager
 def reopened(stack: tuple[Entry, ...], *, inside: bool) -> Iterator[None]:
     """Run a rule in the blocks in which its function was called, and in no others."""
-    with _with(around=stack, openings=[], inside=inside, setups=[], publishing=False):
+    try:
+        with _with(around=stack, openings=[], inside=inside, setups=[], publishing=False):
+            _restack()
+            try:
+                yield
+            finally:
+                for opening in state.openings:
+                    opening.left = True
+    finally:
         _restack()
-        try:
-            yield
-        finally:
-            for opening in state.openings:
-                opening.left = True
-    _restack()
 
 
 @contextlib.contextmanager
@@ -373,8 +395,8 @@ def context() -> Context:
 def set_context(*more: Any) -> None:
     """Set the key of JAX's caches to the open blocks, and to what else a trace depends on."""
     now = context()
-    if state.stack:
-        state.stack[-1].context = now
+    if state.openings:
+        state.openings[-1].context = now
     _compat.set_cache_key((now, *more) if more or now is not no_blocks else ())
 
 
@@ -391,11 +413,11 @@ def _first_group() -> tuple[Entry, ...]:
 
 def claim() -> None:
     """Say that traces in progress, other than that of the blocks, depend on the open blocks."""
-    if state.around:  # a rule has contexts of its own
+    if state.around:  # a rule has contexts of its own, and its call has claimed what is around it
         return
     group = _first_group()
     if group:
-        state.contexts.claim(group[-1].context, _key(group))
+        state.contexts.claim(state.openings[len(group) - 1].context, _key(group))
 
 
 def in_body() -> bool:

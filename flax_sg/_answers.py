@@ -59,6 +59,8 @@ def answers_of(source: Hashable, block: Any) -> Answers:
     """
     transform = block.transform
     with _lock:
+        if source not in _known:
+            _prune()
         known = _known.setdefault(source, weakref.WeakSet())
         for answers in list(known):
             # Another predicate, in a block that is still open, may yet say something else.
@@ -70,3 +72,15 @@ def answers_of(source: Hashable, block: Any) -> Answers:
             known.add(answers)
         answers.users.add(block)
         return answers
+
+
+def _prune() -> None:
+    """Forget the sources of which no answers are left, now and then."""
+    global _full
+    if len(_known) >= _full:
+        for source in [source for source, known in _known.items() if not known]:
+            del _known[source]
+        _full = max(256, 2 * len(_known))
+
+
+_full = 256  # when to look next

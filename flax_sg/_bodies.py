@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
+from typing import Any
 
 from flax_sg._info import Path, VariableInfo
 
@@ -109,6 +110,20 @@ class WatchedInfo(VariableInfo):
     """A variable's info, which tells bodies when a name that depends on their path is used."""
 
     __slots__ = ('around', 'inside', 'plain')
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # for dataclasses.replace
+        return VariableInfo(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return VariableInfo, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+
+    def __eq__(self, other: object) -> bool:
+        _used(self.inside + self.around)
+        return self.plain == (plain(other) if isinstance(other, VariableInfo) else other)
+
+    def __hash__(self) -> int:
+        _used(self.inside + self.around)
+        return hash(self.plain)
 
     @classmethod
     def of(cls, plain: VariableInfo, inside: tuple[Body, ...], around: tuple[Body, ...]

@@ -95,9 +95,14 @@ def stored(scope: Scope, collection: str, path: tuple[str, ...]) -> Any:
     return value
 
 
-def packed_scopes(scopes: list[Scope]) -> tuple[Scope, ...]:
-    """Return the scopes whose variables `lift.pack` hands on: those not below another one."""
-    return lift._dedup_scopes(scopes)[0]
+def packed_scopes(scopes: list[Scope]) -> tuple[tuple[Scope, ...], list[int]]:
+    """Return the scopes whose variables `lift.pack` hands on: those not below another one.
+
+    And for each scope, the index of the one that it is or is below.
+    """
+    packed, places = lift._dedup_scopes(scopes)
+    return packed, [next(i for i, scope in enumerate(packed) if scope is root)
+                    for root, _ in places]
 
 
 def lifted_call(body: Callable, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> Any:

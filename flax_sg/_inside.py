@@ -10,21 +10,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
+import io
 import sys
 import types
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import jax
+
 from flax_sg._errors import UsageError
 
 __all__ = ['caller', 'check_frame', 'run_inside']
 
-_LATER = (
-    types.CoroutineType, types.AsyncGeneratorType, map, filter, itertools.starmap,
-    itertools.accumulate, itertools.takewhile, itertools.dropwhile,
-    contextlib._GeneratorContextManagerBase)
+# Iterators over what is there. Any other one may run code when it is asked for its next value.
+_DONE = (*(type(iter(x)) for x in ([], (), {}, set(), '', b'', range(0), {}.values(), {}.items())),
+         type(reversed([])), io.IOBase)
+_LATER = (types.CoroutineType, types.AsyncGeneratorType, contextlib._GeneratorContextManagerBase)
 _ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
 
 
@@ -48,10 +50,12 @@ def run_inside(fn: Callable, block: Callable[[Any], contextlib.AbstractContextMa
             out = fn(module, *args, **kwargs)
         if isinstance(out, types.GeneratorType):
             return _stepped(out, functools.partial(block, module))
-        if isinstance(out, _LATER):
-            raise UsageError(
-                f'{name} returned an object of type {type(out).__name__}, which runs after the '
-                'block around the function was left. Return a list or a generator.')
+        for leaf in jax.tree.leaves(out, is_leaf=lambda node: isinstance(node, Iterator)):
+            if isinstance(leaf, _LATER) or isinstance(leaf, Iterator) and not isinstance(
+                    leaf, _DONE):
+                raise UsageError(
+                    f'{name} returned an object of type {type(leaf).__name__}, which runs after '
+                    'the block around the function was left. Return a list or a generator.')
         return out
 
     return wrapped

@@ -26,6 +26,7 @@ from flax_sg._scope import APPLICATION, FLAG, Mark, Reads, mark_of, set_mark
 __all__: list[str] = []  # it taps Flax
 
 _BESIDE = 'flax_sg: '  # before the name of a collection: what reads of its variables give
+_LEFT = ()  # what is there cannot be said beforehand: it is transformed at each read inside
 _CARRY = {'scan': 1, 'while_loop': 0}  # the group of variables that change from step to step
 _DERIVES = ('vjp', 'jvp', 'custom_vjp')
 _SPLITS = ('scan', 'vmap')
@@ -53,14 +54,23 @@ def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_
 @_compat.tap_map_variables
 def _map_variables(original, fn, mapped_collections, map_in_fn=lambda x: x, *args, **kwargs):
     def map_in(variables):
-        # What reads give is mapped as what is stored is.
         beside = {name: variables[name] for name in variables if name.startswith(_BESIDE)}
+        before = _effects()
         out = map_in_fn({name: variables[name] for name in variables if name not in beside})
-        if beside:
+        if beside and _effects() == before:  # what reads give is mapped as what is stored is
             seen = map_in_fn(_beside_in_place(variables))
-            out = {**out, **{_BESIDE + name: tree for name, tree in seen.items()}}
-        return out
+            return {**out, **{_BESIDE + name: tree for name, tree in seen.items()}}
+        return {**out, **dict.fromkeys(beside, _LEFT)}
     return original(fn, mapped_collections, map_in, *args, **kwargs)
+
+
+def _effects() -> tuple:
+    """Return what shows whether a function has drawn random numbers or touched variables."""
+    module = _compat.current_module()
+    if module is None:
+        return (state.writes,)
+    counters = [counts for _, counts in _compat.snapshot_counters(module.scope.root)]
+    return state.writes, counters, sum(map(len, module.scope.reservations.values()))
 
 
 def _seen(written: tuple) -> tuple:
@@ -91,19 +101,23 @@ class _Lifted:
 
     def __init__(self, scope_tree: Any, in_filters: Any, out_filters: Any, name: str | None):
         self.scopes, self.treedef = jax.tree.flatten(scope_tree)
-        self.packed = _compat.packed_scopes(self.scopes)
+        self.packed, self.places = _compat.packed_scopes(self.scopes)
         self.out_filters = out_filters
         self.carry = _CARRY.get(name)
         self.split = name in _SPLITS
         self.open = [self._open_about(scope) for scope in self.packed]
-        self.given = in_filters[0] if name in _DERIVES and self._in_block() else False
+        self.given = self._given(in_filters[0]) if name in _DERIVES else frozenset()
         self.applied: list[frozenset[str]] = [frozenset() for _ in self.packed]
         self.carried: set[str] = set()
 
-    def _in_block(self) -> bool:
-        """Say whether variables that exist, and may be read in the body, are in an open block."""
-        return any(entries and not scope.get_flag('initializing', False)
-                   for scope, entries in zip(self.packed, self.open, strict=True))
+    def _given(self, differentiated: Any) -> frozenset[str]:
+        """Return the collections that a derivative is taken of, and that open blocks look into."""
+        return frozenset(
+            collection for scope, entries in zip(self.packed, self.open, strict=True)
+            if not scope.get_flag('initializing', False)
+            for collection in _compat.root_variables(scope)
+            if in_filter(differentiated, collection)
+            and any(entry.transform.in_collections(collection) for entry in entries))
 
     def _open_about(self, scope: Scope) -> tuple:
         reads = Reads(scope, '', own=False)
@@ -112,7 +126,7 @@ class _Lifted:
     def _writable(self, scope: Scope, collection: str) -> bool:
         # A derivative in a block is one with respect to what the block hands in, and that cannot be
         # handed back (test_an_explicit_derivative_in_a_block).
-        return not in_filter(self.given, collection) and scope.is_mutable_collection(
+        return collection not in self.given and scope.is_mutable_collection(
             collection) and any(in_filter(f, collection) for f in self.out_filters)
 
     def read(self, groups: tuple) -> tuple:
@@ -148,12 +162,11 @@ class _Lifted:
     def bind(self, scope_fn: Callable) -> Callable:
         """Make ``scope_fn`` mark the body's scopes with what was done and what is left to do."""
         if self.given:
-            scope_fn = functools.partial(scope_fn, mutable_filter=DenyList(self.given))
+            scope_fn = functools.partial(scope_fn, mutable_filter=DenyList(tuple(self.given)))
 
         def bound(*args, **kwargs):
             inner = self.treedef.flatten_up_to(scope_fn(*args, **kwargs))
-            roots = {id(root): root for root in map(_root, inner)}
-            for i, root in enumerate(roots.values()):
+            for i, root in dict(zip(self.places, map(_root, inner), strict=True)).items():
                 self._mark(i, root)
             return self.treedef.unflatten(map(self._bind, self.scopes, inner))
         return bound
@@ -161,8 +174,8 @@ class _Lifted:
     def _mark(self, i: int, root: Scope) -> None:
         """Mark a scope that was handed in, and all below it."""
         outer = mark_of(self.packed[i])
-        mark = Mark(outer.family, self.applied[i], self._copies(i, root), self.open[i],
-                    trace=_compat.staging_trace(), split=outer.split or self.split)
+        mark = Mark(outer.family, outer.variables, self.applied[i], self._copies(i, root),
+                    self.open[i], trace=_compat.staging_trace(), split=outer.split or self.split)
         inner = self.packed[i].flags[APPLICATION].inner
         root.flags = root.flags.copy({FLAG: mark, APPLICATION: Application(inner=inner)})
 
@@ -175,7 +188,7 @@ class _Lifted:
         start = _compat.scope_path(root)
         for collection in [name for name in variables if not name.startswith(_BESIDE)]:
             beside = variables.pop(_BESIDE + collection, {})
-            if collection in self.applied[i] or collection in self.carried:
+            if beside == _LEFT or collection in self.applied[i] or collection in self.carried:
                 continue
             for info, stored in walk(variables[collection], collection, start):
                 path = info.absolute_path
@@ -227,8 +240,8 @@ class _Jitted:
     def run(self, call: Callable[[], Any], paths: tuple[Path, ...]) -> Any:
         """Call it in a context in which JAX finds no trace that is wrong at these paths."""
         around, body = state.bodies, Body(paths)
-        asked = context().asked
-        known: Body | None = asked.get(self)
+        asked = context().asked.setdefault(self, {})  # by the number of scopes
+        known: Body | None = asked.get(len(paths))
         serves = known is None or known.serves(paths, _ask)
         try:
             set_context(*() if serves else (paths,))
@@ -242,7 +255,7 @@ class _Jitted:
                 known.add(body)
                 known.used_in(around, paths)
             elif body.questions or body.named is not None:
-                asked[self] = body
+                asked[len(paths)] = body
 
 
 def _ask(question: Question) -> Hashable:

@@ -106,6 +106,12 @@ class Met:
         if error is not None:
             raise error
 
+    def failed(self) -> None:
+        """Remember a block that an exception has left: what it ran may be in JAX's caches."""
+        if not self.quiet and self.family is None and self.models:
+            right = self._error() is None
+            _memory.note(self.key, frozenset(self.models) if right else None)
+
     def _error(self) -> UnmatchedPathError | None:
         where, of = repr(self.transform), f"'/{'/'.join(self.opener)}'"
         for name in self.transform.named_collections():
@@ -156,15 +162,13 @@ class _Memory:
         """Return what is known of equal blocks, and the error of one that met some models."""
         with self.lock:
             past = self.past.get(key)
+            if past is not None:
+                self.past.move_to_end(key)
             if not models:
                 # What it ran was in JAX's caches: the block met what it met when that was traced.
                 wrong = past.wrong if past is not None and not past.right else None
                 return past, wrong and UnmatchedPathError(wrong)
-            if past is None:
-                past = self.past[key] = _Past()
-            self.past.move_to_end(key)
-            if len(self.past) > self.size:
-                self.past.popitem(last=False)
+            past = self._past(key)
             if error is None:
                 past.right.add(models)
             elif any(models <= earlier for earlier in past.right):
@@ -172,6 +176,21 @@ class _Memory:
             else:
                 past.wrong = str(error)
             return past, error
+
+
+    def note(self, key: Hashable, models: frozenset | None) -> None:
+        """Note an equal block, and the models in it if all was met."""
+        with self.lock:
+            past = self._past(key)
+            if models is not None:
+                past.right.add(models)
+
+    def _past(self, key: Hashable) -> _Past:
+        past = self.past.setdefault(key, _Past())
+        self.past.move_to_end(key)
+        if len(self.past) > self.size:
+            self.past.popitem(last=False)
+        return past
 
 
 _memory = _Memory()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_sg import _compat
-from flax_sg._active import reopened, state
+from flax_sg._active import read_from, reopened, state
 
 __all__: list[str] = []  # it taps JAX
 
@@ -23,6 +23,10 @@ def _in_blocks(rule: Callable | None) -> Callable | None:
     if rule is None:
         return None
     stack = state.stack
+    if stack:
+        read_from(None)  # a trace of the call has the rule in it
+        for entry in stack:
+            entry.captured = True
     inside = state.inside or _compat.current_module() is not None
 
     @functools.wraps(rule)

@@ -46,7 +46,8 @@ class Mark:
     """What a scope carries in its flags, which Flax hands on to child scopes and lifted ones.
 
     Attributes:
-      family: the root variables outside all lifted transforms.
+      family: the identity of the root outside all lifted transforms.
+      variables: the variables of that root.
       applied: collections whose values were transformed when a lifted transform handed them in.
       copies: for the others, by collection and path: the stored value that was handed in, and what
         a read of it gave.
@@ -57,16 +58,18 @@ class Mark:
       split: a body around sees a part of each variable: one layer of a scan, one example of a map.
     """
 
-    __slots__ = ('applied', 'copies', 'family', 'outer', 'own', 'split', 'trace')
+    __slots__ = ('applied', 'copies', 'family', 'outer', 'own', 'split', 'trace', 'variables')
 
-    def __init__(self, family: dict, applied: frozenset[str] = frozenset(),
+    def __init__(self, family: Any, variables: dict, applied: frozenset[str] = frozenset(),
                  copies: Mapping[tuple, tuple] = FrozenDict(), outer: tuple[Entry, ...] = (),
                  own: tuple[Entry, ...] = (), trace: Any = None, split: bool = False):
-        self.family, self.applied, self.copies = family, applied, copies
+        self.family, self.variables = family, variables
+        self.applied, self.copies = applied, copies
         self.outer, self.own, self.trace, self.split = outer, own, trace, split
 
     def with_own(self, own: tuple[Entry, ...]) -> Mark:
-        return Mark(self.family, self.applied, self.copies, self.outer, own, self.trace, self.split)
+        return Mark(self.family, self.variables, self.applied, self.copies, self.outer, own,
+                    self.trace, self.split)
 
     # nn.jit hashes a scope's flags into its cache key: marks compare by meaning. Which variables
     # there are copies of is in the structure of what nn.jit hands to its function.
@@ -83,7 +86,8 @@ class Mark:
 
 def mark_of(scope: Scope) -> Mark:
     """Return the mark that a scope carries, or one that says nothing."""
-    return scope.flags.get(FLAG) or Mark(_compat.root_variables(scope))
+    return scope.flags.get(FLAG) or Mark(
+        scope.flags[APPLICATION].life, _compat.root_variables(scope))
 
 
 def set_mark(scope: Scope, mark: Mark) -> None:
@@ -139,8 +143,8 @@ class Reads:
         self.outer = () if applied else self.mark.outer
         self.idle = not self.outer and not self.inside
         if self.mark.trace is None:  # in a lifted body it was met on the way in
-            for entry in self.inside:
-                entry.met.model(scope.flags[APPLICATION].life, self.mark.family)
+            for entry in [e for e in self.inside if e.met is not None]:
+                entry.met.model(self.mark.family, self.mark.variables)
 
     def of(self, path: Path, value: Any) -> Any:
         """Return what a read gives of a stored variable, or of the variables below a name."""
@@ -220,9 +224,10 @@ def open_at(transform: Any, scope: Scope | None) -> contextlib.AbstractContextMa
 def entry_at(transform: Any, scope: Scope | None, owner: Any = None) -> Entry:
     """Return an opening of a transform at a module's scope, or outside all modules."""
     if scope is None:
-        return Entry(transform, (), None)
-    return Entry(transform, _compat.scope_path(scope), mark_of(scope).family, owner=owner,
-                 initializing=bool(scope.get_flag('initializing', False)))
+        return Entry(transform, ())
+    mark = mark_of(scope)
+    return Entry(transform, _compat.scope_path(scope), mark.family, variables=mark.variables,
+                 owner=owner, initializing=bool(scope.get_flag('initializing', False)))
 
 
 def attach(scope: Scope, owner: Any, transform: Any) -> Scope:

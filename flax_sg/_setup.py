@@ -167,6 +167,7 @@ def _put_variable(original, self, col, name, value):
         if run.replayed is not None:
             run.written[_address(self, col, name)] = value
             return
+    state.writes += 1
     original(self, col, name, write(self, col, name, value))
 
 

@@ -113,6 +113,10 @@ def test_a_generator_that_a_method_returns():
 
 
 LATER = {
+    'zip': lambda module, x: zip([module.a(x)], (module.a(v) for v in [x])),
+    'chain': lambda module, x: itertools.chain([module.a(x)], (module.a(v) for v in [x])),
+    'enumerate': lambda module, x: enumerate(module.a(v) for v in [x]),
+    'in a tuple': lambda module, x: ((module.a(v) for v in [x]), {'aux': x}),
     'map': lambda module, x: map(module.a, [x]),
     'filter': lambda module, x: filter(module.a, [x]),
     'starmap': lambda module, x: itertools.starmap(module.a, [(x,)]),
@@ -136,6 +140,12 @@ def test_what_is_returned_and_runs_later_is_refused(kind, use):
     with pytest.raises(sg.UsageError, match='returned an object of type .*, which runs after the bl'
                        'ock around the function was left. Return a list or a generator.'):
         net.apply({'params': {'a': {'w': 1.0}, 'b': {'w': 1.0}}}, 1.0)
+
+
+@pytest.mark.parametrize('out', [iter([1]), iter({'a': 1}.items()), reversed([1]), [1], {'a': 1}])
+def test_an_iterator_over_what_is_there_is_no_matter(out):
+    method = sg.stop_gradient('w')(lambda module: out)
+    assert method(Scale().bind({'params': {'w': 1.0}})) is out
 
 
 @pytest.mark.parametrize('kind', ['coroutine', 'async generator'])
@@ -190,8 +200,11 @@ def test_a_generator_that_waits_in_a_block_when_the_one_around_it_ends(outer, en
             generator.throw(KeyError('mine'))
     elif end == 'drop':
         del generator
+    elif end == 'close':
+        generator.close()
     else:
-        {'close': generator.close, 'next': functools.partial(next, generator)}[end]()
+        with pytest.raises(sg.UsageError, match='was closed before its end, with a block around it '):
+            next(generator)
     assert slope() == 1
 
 
@@ -201,7 +214,8 @@ def test_a_block_opened_again_is_not_closed_by_one_that_was_left_with_another():
         with INNER:
             next(generator)
     with OUTER:
-        next(generator)   # its `with` ends, which was closed before
+        with pytest.raises(sg.UsageError, match='was closed before its end'):
+            next(generator)
         assert slope() == 0
 
 
@@ -212,8 +226,19 @@ def test_each_generator_leaves_its_own_opening_of_one_transform():
     with pytest.raises(sg.UsageError, match='was left while'):
         next(first)       # out of order: both are closed, and it says so
     assert slope() == 1
-    next(second)
+    with pytest.raises(sg.UsageError, match='was closed before its end'):
+        next(second)
     assert slope() == 1
+
+
+def test_a_block_that_a_generator_around_it_has_closed_says_so():
+    generator = waits(INNER)
+    next(generator)
+    with pytest.raises(sg.UsageError, match=r"stop_gradient\('w'\) was closed before its end"):
+        with OUTER:
+            with pytest.raises(sg.UsageError, match='was left while'):
+                next(generator)
+            assert slope() == 1
 
 
 def test_an_error_in_the_body_goes_first_and_leaves_nothing_open():

@@ -86,7 +86,9 @@ ASK = {
 }
 
 
-@pytest.mark.parametrize('mutable', [False, ['params']], ids=['fixed', 'mutable'])
+@pytest.mark.parametrize('mutable', [
+    pytest.param(False, id='fixed'),
+    pytest.param(['params'], id='mutable', marks=pytest.mark.long)])
 @pytest.mark.parametrize('ask', ASK)
 @pytest.mark.parametrize('use', USES)
 def test_what_asks_for_absolute_names_in_the_body(use, ask, mutable):
@@ -305,3 +307,51 @@ def test_two_scopes_handed_to_one_function_and_a_path_between_them():
     params = {'a': {'w': one}, 'b': {'w': one}, 'pair_a': {'v': one}, 'pair_b': {'v': one}}
     grads = jax.grad(lambda p: Net().apply({'params': p}, 1.0))(params)
     assert float(grads['a']['w']) == 0 and float(grads['b']['w']) == 3
+
+
+def test_one_function_with_another_number_of_scopes():
+    class Layer(nn.Module):
+        extra: object = None
+
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            with nn.stop_gradient('d'):
+                y = Scale(name='d')(x)
+            return y if self.extra is None else self.extra(y)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Layer(name='a')(x) + Layer(extra=Scale(name='s'), name='b')(x)
+    params = {'a': {'d': {'w': one}}, 'b': {'d': {'w': one}}, 's': {'w': one}}
+    for _ in range(2):
+        grads = jax.grad(lambda p: Net().apply({'params': p}, 1.0))(params)
+        assert [float(sum(jax.tree.leaves(grads[n]))) for n in 'abs'] == [0, 0, 1]
+
+
+@pytest.mark.parametrize('jit', [lambda f: f, nn.jit], ids=['plain', 'jit'])
+def test_the_info_that_a_function_gets_is_an_ordinary_one(jit):
+    import copy
+    import dataclasses
+    import pickle
+    want = sg.VariableInfo(('d', 'w'), ('a', 'd', 'w'), 'params', (), jnp.dtype('float32'))
+    seen = []
+
+    def fn(info, w):
+        assert info == want and want == info and hash(info) == hash(want) and {want: 1}[info] == 1
+        assert isinstance(info, sg.VariableInfo) and repr(want)[12:] in repr(info)
+        for other in (dataclasses.replace(info), copy.copy(info), pickle.loads(pickle.dumps(info))):
+            assert type(other) is sg.VariableInfo and other == want
+        seen.append(dataclasses.asdict(info) == dataclasses.asdict(want))
+        return w
+
+    class Layer(nn.Module):
+        __call__ = jit(nn.compact(block(sg.map_values('d', fn))))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Layer(name='a')(x)
+    Net().apply({'params': {'a': {'d': {'w': one}}}}, 1.0)
+    assert seen == [True]

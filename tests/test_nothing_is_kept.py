@@ -318,3 +318,31 @@ def test_what_a_predicate_holds_can_be_collected(jit):
         del trainer
     gc.collect()
     assert [ref() for ref in gone] == [None] * 6
+
+
+def test_what_is_known_of_callables_does_not_grow(monkeypatch):
+    from flax_sg import _answers, _met
+    monkeypatch.setattr(_met._Memory, 'size', 64)
+    for i in range(600):
+        with sg.replace_values(lambda v: v.name == 'a', {'a': jnp.array(float(i))}):
+            Two().bind(PARAMS)(1.0) if i % 300 == 0 else Two().apply(PARAMS, 1.0)
+        if i % 100 == 0:
+            gc.collect()
+    assert len(_answers._known) < 512
+
+
+def test_two_lifted_classes_of_one_line():
+    class Split(nn.Module):
+        def first(self, x):
+            return self.get_variable('params', 'a') * x
+
+        def second(self, x):
+            return self.get_variable('params', 'b') * x
+    lift = lambda names: sg.stop_gradient(lambda v: v.name in names)(Split)
+    both, one_ = lift(('a', 'b')), lift(('a',))
+
+    def loss(p):
+        first, second = both().bind({'params': p}), one_().bind({'params': p})
+        out = first.first(1.0) + second.first(1.0)
+        return out + 3 * second.second(1.0) + 5 * first.second(1.0)
+    assert jax.grad(loss)(PARAMS['params']) == {'a': 0, 'b': 3}

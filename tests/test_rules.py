@@ -81,7 +81,9 @@ def masked(f, t):
 
 
 @pytest.mark.parametrize('order', ['block in', 'block out'])
-@pytest.mark.parametrize('wrap', WRAPS)
+@pytest.mark.parametrize('wrap', [
+    wrap if wrap in ('eager', 'jit', 'checkpoint', 'scan') else pytest.param(
+        wrap, marks=pytest.mark.long) for wrap in WRAPS])
 @pytest.mark.parametrize('kind', FUNCTIONS)
 def test_first_order(kind, wrap, order):
     f, w = FUNCTIONS[kind](), WRAPS[wrap]
@@ -223,3 +225,107 @@ def test_the_function_itself_is_left_alone():
     before = dict(vars(f))
     masked(f, sg.stop_gradient(True))(PARAMS, one)
     assert dict(vars(f)) == before
+
+
+# What a rule leaves behind --------------------------------------------------------------------------
+
+def scale_of(p):
+    return float(jax.grad(lambda p: Scale().apply({'params': p}, 1.0))(p)['w'])
+
+
+def test_a_rule_that_raises_leaves_nothing_open():
+    f = jax.custom_vjp(lambda p: run(p, 1.0))
+
+    def backward(res, ct):
+        raise KeyError('mine')
+    f.defvjp(lambda p: (f(p), p), backward)
+    with sg.scale_gradient('w', 2.0):
+        with pytest.raises(KeyError, match='mine'):
+            jax.grad(masked(lambda p, x: f(p), sg.stop_gradient('w')))(PARAMS, one)
+        assert scale_of({'w': one}) == 2
+    assert scale_of({'w': one}) == 1
+
+
+TS = [sg.stop_gradient('w', allow_unmatched=True), sg.scale_gradient('w', 5.0, allow_unmatched=True),
+      sg.scale_gradient('w', 7.0, allow_unmatched=True)]
+IDLE = sg.stop_gradient('zzz', allow_unmatched=True)
+
+
+def test_a_rule_that_runs_in_a_trace_does_not_hide_what_the_trace_depends_on():
+    plain = jax.custom_vjp(lambda x: x)
+    plain.defvjp(lambda x: (x, ()), lambda _, ct: (ct,))
+
+    @jax.jit
+    def f(p):
+        pull = jax.vjp(plain, 1.0)[1]
+        with IDLE:
+            pull(1.0)
+        return Scale().apply({'params': p}, 1.0)
+    for t, want in zip(TS * 2, (0, 5, 7) * 2, strict=True):
+        assert float(jax.grad(lambda p, t=t: masked(lambda p, x: f(p), t)(p, one))({'w': one})['w']
+                     ) == want
+
+
+def reads_backwards():
+    """A function that reads the model in its backward rule alone."""
+    f = jax.custom_vjp(lambda p, x: x)
+    f.defvjp(lambda p, x: (x, p), lambda p, ct: (
+        jax.grad(lambda p: Scale().apply({'params': p}, ct))(p), ct))
+    return f
+
+
+@pytest.mark.parametrize('wrap', [lambda f: f, jax.jit])
+def test_a_rule_alone_reads_the_model(wrap):
+    f = wrap(reads_backwards())
+    for t, want in zip(TS * 2, (0, 5, 7) * 2, strict=True):
+        assert float(jax.grad(masked(f, t))({'w': one}, 1.0)['w']) == want
+    assert float(jax.grad(f)({'w': one}, 1.0)['w']) == 1
+
+
+def test_a_pullback_inside_a_trace():
+    f = reads_backwards()
+
+    @jax.jit
+    def step(p):
+        pull = jax.vjp(lambda p: f(p, 1.0), p)[1]
+        with IDLE:
+            return pull(1.0)[0]['w']
+    for t, want in zip(TS * 2, (0, 5, 7) * 2, strict=True):
+        with t:
+            assert float(step({'w': one})) == want
+
+
+class Two(nn.Module):
+    def first(self, x):
+        return self.get_variable('params', 'w') * x
+
+    def second(self, x):
+        return self.get_variable('params', 'v') * x
+
+
+@pytest.mark.parametrize('order', [(('w', 'v'), ('w',)), (('w',), ('w', 'v'))])
+def test_predicates_of_one_line_in_rules_that_ask_more_than_the_call_did(order):
+    second = jax.jit(lambda p: Two().apply({'params': p}, 1.0, method='second'))
+    f = jax.custom_vjp(lambda p: Two().apply({'params': p}, 1.0, method='first'))
+    f.defvjp(lambda p: (f(p), p), lambda p, ct: (jax.tree.map(lambda g: g * ct, jax.grad(second)(p)),))
+    weights = dict(zip(order, (5, 3), strict=True))
+
+    def loss(p):
+        def part(names):
+            with sg.stop_gradient(lambda v: v.name in names):
+                return weights[names] * f(p)
+        return sum(map(part, order))
+    grads = jax.grad(loss)({'w': one, 'v': one})
+    assert float(grads['v']) == weights[('w',)] and float(grads['w']) == 0
+
+
+def test_a_call_in_a_block_of_a_module_keeps_no_tracer(no_leaks):
+    plain = jax.custom_vjp(lambda x: x)
+    plain.defvjp(lambda x: (x, ()), lambda _, ct: (ct,))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            with sg.stop_gradient('s'):
+                return plain(Scale(name='s')(x))
+    jax.jit(Net().apply)({'params': {'s': {'w': one}}}, 1.0)

@@ -51,7 +51,9 @@ SLOPE = {'none': 4, 'stop': 0, 'scale': 40, 'map': 12}
 
 @pytest.mark.parametrize('jit', [False, True])
 @pytest.mark.parametrize('block', BLOCKS)
-@pytest.mark.parametrize('trace', [name for name in TRACES if name != 'while'])
+@pytest.mark.parametrize('trace', [
+    pytest.param(name, marks=[pytest.mark.long] * (name in ('vmap', 'grad')))
+    for name in TRACES if name != 'while'])
 @pytest.mark.parametrize('sub', [Derived, Cached])
 def test_first_in_a_trace_and_then_outside(sub, trace, block, jit):
     class Net(nn.Module):

@@ -35,7 +35,8 @@ LIFTS = {
 
 
 @pytest.mark.parametrize('student', MUTABLE)
-@pytest.mark.parametrize('teacher', [False, True, ['params']])
+@pytest.mark.parametrize('teacher', [
+    False, ['params'], pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize('lift', ['remat', 'jit', 'vmap'])
 def test_two_roots_with_different_mutable_collections(lift, teacher, student):
     class Student(nn.Module):
@@ -107,7 +108,8 @@ class Inside(Stack):
             return Stack.__call__.__wrapped__(self, x)
 
 
-@pytest.mark.parametrize('boxed', [False, True], ids=['plain', 'boxed'])
+@pytest.mark.parametrize('boxed', [
+    pytest.param(False, id='plain'), pytest.param(True, id='boxed', marks=pytest.mark.long)])
 @pytest.mark.parametrize('kind', INNER)
 @pytest.mark.parametrize('hold', HOLD)
 def test_a_stack_is_seen_whole_whatever_may_be_written(hold, kind, boxed):
@@ -388,3 +390,102 @@ def test_a_linen_module_made_of_an_nnx_one():
             grads = jax.grad(lambda p, t=t, mutable=mutable: output(
                 Net(t), {'params': p}, x, mutable=mutable))(variables['params'])
             assert float(jax.tree.leaves(grads)[0].sum()) == want
+
+
+@pytest.mark.parametrize('mutable', [False, ['params']])
+@pytest.mark.parametrize('lift', [lambda f: f, nn.remat, nn.jit])
+def test_a_mirror_made_in_the_body_of_a_mirrors_method_counts_too(lift, mutable):
+    plus = sg.map_values('w', lambda info, w: w + 1)
+
+    class Reads(nn.Module):
+        def setup(self):
+            self.w = self.param('w', ones, ())
+
+        def __call__(self):
+            return self.w
+
+        def again(self, live):
+            return lift(lambda m: plus(m)())(live)
+    live = Reads().bind({'params': {'w': 5 * one}}, mutable=mutable)
+    assert float(plus(live).again(live)) == 7
+
+
+@pytest.mark.parametrize('mutable', [False, ['params']])
+def test_a_child_handed_in_before_its_parent_with_another_root_between(mutable):
+    class Teacher(nn.Module):
+        def setup(self):
+            self.c, self.o = Scale(), self.param('o', ones, ())
+
+        def __call__(self, x):
+            return self.c(x) * self.o
+
+    class Student(nn.Module):
+        def setup(self):
+            self.l = Scale()
+
+        def __call__(self, x, child, teacher):
+            def body(teacher, child, own, x):
+                return child(x) + own(x) + teacher.get_variable('params', 'o') * x
+            with nn.stop_gradient(True):
+                return nn.remat(body)(teacher, child, self.l, x)
+
+    def loss(p, q):
+        teacher = Teacher().bind({'params': q})
+        return output(Student(), {'params': p}, 1.0, teacher.c, teacher, mutable=mutable)
+    grads = jax.grad(loss, (0, 1))({'l': {'w': one}}, {'c': {'w': one}, 'o': one})
+    assert jax.tree.leaves(grads) == [0, 1, 1]
+
+
+@pytest.mark.parametrize('mutable', [False, True, ['params'], ['params', 'batch_stats']])
+@pytest.mark.parametrize('update', [False, True])
+def test_spectral_norm_in_a_block(update, mutable):
+    class Net(nn.Module):
+        t: object
+
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.SpectralNorm(nn.Dense(3, name='d'))
+            with self.t:
+                return (layer(x, update_stats=update and (
+                    mutable is True or bool(mutable) and 'batch_stats' in mutable)) ** 2).sum()
+    x = jnp.linspace(-1, 1, 8).reshape(2, 4)
+    held, live = Net(sg.stop_gradient(True)), Net(sg.stop_gradient(sg.nothing))
+    v = live.init(jax.random.key(0), x)
+    loss = lambda model: lambda p: output(model, {**v, 'params': p}, x, mutable=mutable)
+    got, want = jax.value_and_grad(loss(held))(v['params']), loss(live)(v['params'])
+    np.testing.assert_allclose(got[0], want, rtol=1e-6)
+    assert not any(g.any() for g in jax.tree.leaves(got[1]))
+
+
+def test_a_function_of_map_variables_that_draws_random_numbers_runs_once():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            noise = lambda a: a + jax.random.normal(self.make_rng('noise'), a.shape)
+            inner = nn.map_variables(
+                Scale, 'params', lambda vs: jax.tree.map(noise, vs), mutable=True)(name='s')
+            return inner(x) * jax.random.normal(self.make_rng('noise'))
+
+    def loss(w, t):
+        with t:
+            return Net().apply({'params': {'s': {'w': w}}}, 1.0, mutable=True,
+                               rngs={'noise': jax.random.key(1)})[0]
+    plain, masked = (jax.value_and_grad(loss)(one, t) for t in (
+        sg.scale_gradient('s', 1.0), sg.stop_gradient('s')))
+    with sg.stop_gradient(sg.nothing):
+        want = jax.value_and_grad(lambda w: loss(w, sg.stop_gradient(sg.nothing)))(one)
+    assert plain == want and masked == (want[0], 0)
+
+
+def test_a_derivative_in_a_block_that_does_not_look_at_what_its_body_writes():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            bn = nn.BatchNorm(use_running_average=False, name='bn')
+            with sg.stop_gradient('bn'):
+                y, pull = nn.vjp(lambda m, x: m(x), bn, x, vjp_variables='params')
+                return pull(jnp.ones_like(y))[1]
+    x = jnp.linspace(0, 1, 6).reshape(3, 2)
+    v = Net().init(jax.random.key(0), x)
+    out, new = Net().apply(v, x, mutable=['batch_stats'])
+    assert out.shape == x.shape and new['batch_stats']['bn']['mean'].any()
