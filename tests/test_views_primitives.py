@@ -64,7 +64,7 @@ ORDERS = {
     'forward over reverse': lambda f: lambda p: jax.jvp(jax.grad(f), (p,), (ones_like(p),))[1],
 }
 REVERSE, FIRST = ('grad', 'reverse over reverse'), ('grad', 'jvp')
-SOME = ('value', 'grad', 'jvp', 'reverse over reverse')
+SOME = ('grad', 'jvp', 'reverse over reverse')
 
 
 def compare(program, params, orders=SOME, rtol=1e-3, run=traced):
@@ -139,7 +139,7 @@ FORMS = {
 @pytest.mark.parametrize('form', FORMS)
 def test_an_object_with_rules_in_each_form(form):
     program = lambda views: lambda p: mixed(FORMS[form](views({'a': 'a', 'b': 'b'}))(p))
-    second = form in ('in scan', 'in checkpoint', 'vmap', 'views')
+    second = form in ('in checkpoint', 'views')
     compare(program, P, SOME if second else FIRST, run=jax.jit)
 
 
@@ -165,7 +165,7 @@ def test_an_object_with_rules_in_a_module():
         return lambda p: mixed(views({'a': 'a', 'b': 'b'})(
             lambda p: Table().apply({'params': p}, x))(p))
 
-    compare(of, P)
+    compare(of, P, REVERSE)
 
 
 def test_a_rule_that_closes_over_a_traced_value():
@@ -273,12 +273,11 @@ def used_by_hand(cache, use):
     return traced(lambda p: {name: ORDERS[name](program)(p) for name in CACHED})(AB)
 
 
-CACHED = ('grad', 'reverse over reverse', 'forward over reverse')
+CACHED = ('grad', 'forward over reverse')
 
 
 @pytest.mark.parametrize('cache, order', [
-    *(('jit', order) for order in ('12', '21', '123', '321', 'g12', '2g1', 'b3', '3b', 'nN12',
-                                   'N123', '1Nn')),
+    *(('jit', order) for order in ('12', '21', '123', '3b1', 'g12', '2g1', 'nN1', 'N1n')),
     *((cache, order) for cache in ('remat', 'scan') for order in ('12', '21', 'g1'))])
 def test_a_cached_function_with_views_in_every_order_of_calls(cache, order):
     """1 is the function alone, 2 in views, 3 in views in views, g its gradient in views."""
