@@ -59,8 +59,7 @@ def _scaled(x: jax.Array, factor: Any) -> jax.Array:
     if isinstance(factor, float):
         return _scaled_p.bind(x, factor=factor)
     factor = jnp.broadcast_to(jnp.asarray(factor, x.dtype), x.shape)
-    x = varied(x, jax.typeof(factor))
-    return _scaled_p.bind(x, varied(factor, jax.typeof(x)), factor=None)
+    return _scaled_p.bind(varied(x, jax.typeof(factor)), factor, factor=None)
 
 
 def _scaled_jvp(primals: tuple, tangents: tuple, *, factor: float | None) -> tuple:

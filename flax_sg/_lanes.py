@@ -97,14 +97,12 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lan
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=_is_stored)
     def pushed(residuals: list, residuals_aside: list, tangents: tuple) -> list:
-        shared = [jax.tree.map(_seen_as, residuals[0], own) for own in residuals]
-        lanes = {i: [*map(_joined, own), *tangents] for i, own in enumerate(shared)}
-        aside = {NO_LANE: [*map(_joined, residuals_aside), *tangents]}
-        found = _pushed(push, level, lanes) + _pushed(push_aside, level, aside)
+        shared = [map(_seen_as, residuals[0], own) for own in residuals]
+        found = _pushed(push, level, {i: [*own, *tangents] for i, own in enumerate(shared)})
+        found += _pushed(push_aside, level, {NO_LANE: [*residuals_aside, *tangents]})
         return [t for ts in found for t in ts]
 
     made = [*(x for out in outs for x in out), *aside]
-    residuals, residuals_aside = jax.tree.map(_split, (residuals, residuals_aside))
     moving = iter(pushed(residuals, residuals_aside, tangents))
     return made, [next(moving) if _inexact(x) else ad.Zero(jax.typeof(x).to_tangent_aval())
                   for x in made]
@@ -170,19 +168,10 @@ def _seen_as(value: jax.Array, own: jax.Array) -> jax.Array:
 
 
 def _is_stored(primitive: Primitive, *avals: Any, **params: Any) -> bool:
+    # A checkpoint of JAX cannot store complex numbers, which reduce_precision refuses, as of 0.12.
     dtypes = [getattr(aval, 'dtype', None) for aval in avals] + [params.get('new_dtype')]
-    makes_complex = primitive.name in ('complex', 'fft') or any(map(_complex, dtypes))
-    return primitive is not _seen_as_p and not makes_complex
-
-
-# A checkpoint of JAX cannot store complex numbers (reduce_precision refuses them, as of 0.12). So
-# they go in as two real ones, and what is complex inside is made again.
-def _split(x: jax.Array) -> tuple[jax.Array, ...]:
-    return (jax.lax.real(x), jax.lax.imag(x)) if _complex(x.dtype) else (x,)
-
-
-def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
-    return jax.lax.complex(*parts) if len(parts) == 2 else parts[0]
+    is_complex = primitive.name in ('complex', 'fft') or any(map(_complex, dtypes))
+    return primitive is not _seen_as_p and not is_complex
 
 
 def _complex(dtype: Any) -> bool:

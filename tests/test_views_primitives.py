@@ -64,7 +64,7 @@ ORDERS = {
     'forward over reverse': lambda f: lambda p: jax.jvp(jax.grad(f), (p,), (ones_like(p),))[1],
 }
 REVERSE, FIRST = ('grad', 'reverse over reverse'), ('grad', 'jvp')
-SOME = ('value', 'grad', 'jvp', 'reverse over reverse')
+SOME = ('grad', 'jvp', 'reverse over reverse')
 
 
 def compare(program, params, orders=SOME, rtol=1e-3, run=traced):
@@ -98,7 +98,7 @@ OBJECTS = {
     'unique': lambda p: jnp.unique(p['a'] * p['b'], size=3) * p['a'],
     'choice': lambda p: jax.random.choice(
         jax.random.key(0), p['a'], (2,), p=jax.nn.softmax(p['b'])) * p['b'][:2],
-    'expm': lambda p: jax.scipy.linalg.expm(jnp.outer(p['a'], p['b']))[0],
+    'expm': lambda p: jax.scipy.linalg.expm(jnp.outer(p['a'][:2], p['b'][:2]))[0],
     'custom_root': cube_root,
     'einsum': lambda p: jnp.einsum('i,j->ij', p['a'], p['b']),
     'frexp': lambda p: jnp.frexp(p['a'])[0] * jnp.ldexp(p['b'], 2),
@@ -114,39 +114,38 @@ def test_an_object_with_rules_in_a_target(name):
     compare(program, P, FIRST if name == 'expm' else SOME, run=jax.jit)
 
 
-def interpolated(p):
-    return OBJECTS['interp'](p) + OBJECTS['searchsorted'](p)
+searched = OBJECTS['searchsorted']
 
 
 FORMS = {
-    'jit': lambda views: jax.jit(views(interpolated)),
-    'in jit': lambda views: views(jax.jit(interpolated)),
-    'checkpoint': lambda views: jax.checkpoint(views(interpolated)),
-    'in checkpoint': lambda views: views(jax.checkpoint(interpolated)),
+    'jit': lambda views: jax.jit(views(searched)),
+    'in jit': lambda views: views(jax.jit(searched)),
+    'checkpoint': lambda views: jax.checkpoint(views(searched)),
+    'in checkpoint': lambda views: views(jax.checkpoint(searched)),
     'scan': lambda views: lambda p: jax.lax.scan(
-        lambda c, s: (c, views(interpolated)({**p, 'a': s * p['a']})), 0, jnp.array([1, 0.9]))[1],
+        lambda c, s: (c, views(searched)({**p, 'a': s * p['a']})), 0, jnp.array([1, 0.9]))[1],
     'in scan': lambda views: views(lambda p: jax.lax.scan(
-        lambda c, _: (jnp.sin(c * interpolated(p)), None), p['b'], None, length=2)[0]),
+        lambda c, _: (jnp.sin(c * searched(p)), None), p['b'], None, length=2)[0]),
     'vmap': lambda views: lambda p: jax.vmap(
-        lambda s: views(interpolated)({**p, 'a': s * p['a']}))(jnp.array([1, 0.9])),
+        lambda s: views(searched)({**p, 'a': s * p['a']}))(jnp.array([1, 0.9])),
     'in vmap': lambda views: views(lambda p: jax.vmap(
-        lambda s: interpolated({**p, 'a': s * p['a']}))(jnp.array([1, 0.9]))),
+        lambda s: searched({**p, 'a': s * p['a']}))(jnp.array([1, 0.9]))),
     'in cond': lambda views: views(lambda p: jax.lax.cond(
-        p['b'][0] > 0, interpolated, lambda p: p['a'], p)),
-    'views': lambda views: views(lambda p: mixed(views(interpolated)(p))),
+        p['b'][0] > 0, searched, lambda p: p['a'], p)),
+    'views': lambda views: views(lambda p: mixed(views(searched)(p))),
 }
 
 
 @pytest.mark.parametrize('form', FORMS)
 def test_an_object_with_rules_in_each_form(form):
     program = lambda views: lambda p: mixed(FORMS[form](views({'a': 'a', 'b': 'b'}))(p))
-    second = form in ('in scan', 'in checkpoint', 'vmap', 'views')
+    second = form in ('in checkpoint', 'views')
     compare(program, P, SOME if second else FIRST, run=jax.jit)
 
 
 def test_an_object_with_rules_runs_eagerly():
-    out = ours({'a': 'a', 'b': 'b'})(interpolated)(P)
-    assert_same(out, {'a': interpolated(P), 'b': interpolated(P)}, 'value')
+    out = ours({'a': 'a', 'b': 'b'})(searched)(P)
+    assert_same(out, {'a': searched(P), 'b': searched(P)}, 'value')
 
 
 class Table(nn.Module):
@@ -166,7 +165,7 @@ def test_an_object_with_rules_in_a_module():
         return lambda p: mixed(views({'a': 'a', 'b': 'b'})(
             lambda p: Table().apply({'params': p}, x))(p))
 
-    compare(of, P)
+    compare(of, P, REVERSE)
 
 
 def test_a_rule_that_closes_over_a_traced_value():
@@ -274,12 +273,11 @@ def used_by_hand(cache, use):
     return traced(lambda p: {name: ORDERS[name](program)(p) for name in CACHED})(AB)
 
 
-CACHED = ('value', 'grad', 'reverse over reverse', 'forward over reverse')
+CACHED = ('grad', 'forward over reverse')
 
 
 @pytest.mark.parametrize('cache, order', [
-    *(('jit', order) for order in ('12', '21', '123', '321', 'g12', '2g1', 'b3', '3b', 'nN12',
-                                   'N123', '1Nn')),
+    *(('jit', order) for order in ('12', '21', '123', '3b1', 'g12', '2g1', 'nN1', 'N1n')),
     *((cache, order) for cache in ('remat', 'scan') for order in ('12', '21', 'g1'))])
 def test_a_cached_function_with_views_in_every_order_of_calls(cache, order):
     """1 is the function alone, 2 in views, 3 in views in views, g its gradient in views."""
@@ -331,8 +329,9 @@ class Outer(nn.Module):
 
 
 @pytest.mark.parametrize('jitted, use, mutable', [
-    *((jitted, use, False) for jitted in (False, True, 'captured') for use in ('12', '21', '1221')),
-    (False, '12', ['params']), (True, '12', ['params']), (True, '21', ['params'])])
+    *((jitted, use, False) for jitted in (False, True, 'captured') for use in ('12', '21')),
+    (True, '1221', False), (False, '12', ['params']), (True, '12', ['params']),
+    (True, '21', ['params'])])
 def test_a_module_with_views_in_every_order_of_calls(jitted, use, mutable):
     variables = {'params': {'inner': AB}}
 
@@ -458,6 +457,8 @@ COMPLEX = {
     'scan': lambda p: jnp.real(jax.lax.scan(
         lambda c, _: (jnp.sin(c * p['a'] + 1j * p['b']), None), p['a'] + 0j, None, length=2)[0]),
     'remat': jax.checkpoint(lambda p: jnp.real(jnp.exp(1j * p['a'] * p['b']) / (p['a'] + 2j))),
+    'run again': lambda p: jax.checkpoint(lambda z: jnp.real(z ** 2) * jnp.sin(jnp.cos(abs(z))))(
+        p['a'] * jnp.exp(1j * p['b'])),
     'solve': lambda p: jnp.real(jnp.linalg.solve(
         jnp.array([[2, 1j], [1, 3]]) * p['a'], jnp.stack([p['b'], p['a']]) + 0j)),
 }
