@@ -56,11 +56,9 @@ def norm(tree):
 
 
 ORDERS = {
-    'value': lambda f: f,
     'grad': jax.grad,
     'jvp': lambda f: lambda p: jax.jvp(f, (p,), (ones_like(p),))[1],
     'reverse over reverse': lambda f: jax.grad(lambda p: norm(jax.grad(f)(p))),
-    'reverse over forward': lambda f: jax.grad(lambda p: jax.jvp(f, (p,), (ones_like(p),))[1]),
     'forward over reverse': lambda f: lambda p: jax.jvp(jax.grad(f), (p,), (ones_like(p),))[1],
 }
 REVERSE, FIRST = ('grad', 'reverse over reverse'), ('grad', 'jvp')
