@@ -92,7 +92,9 @@ TRANSFORMS = [
 
 
 @pytest.mark.parametrize('t', TRANSFORMS, ids=repr)
-@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('model', [
+    pytest.param(model, marks=[pytest.mark.long] * (model in (InScan, ByBind, ByDerivative)))
+    for model in MODELS])
 def test_block_class_and_tree_agree(model, t):
     params = model().init(jax.random.key(0), IDS)['params']
     loss = lambda model, p: model.apply({'params': p}, IDS)

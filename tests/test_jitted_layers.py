@@ -90,7 +90,9 @@ ASK = {
     pytest.param(False, id='fixed'),
     pytest.param(['params'], id='mutable', marks=pytest.mark.long)])
 @pytest.mark.parametrize('ask', ASK)
-@pytest.mark.parametrize('use', USES)
+@pytest.mark.parametrize('use', [
+    pytest.param(use, marks=[pytest.mark.long] * (use in (klass_inside, method, decorated)))
+    for use in USES])
 def test_what_asks_for_absolute_names_in_the_body(use, ask, mutable):
     class Layer(nn.Module):
         __call__ = nn.jit(nn.compact(use(ASK[ask])))

@@ -110,7 +110,8 @@ class Inside(Stack):
 
 @pytest.mark.parametrize('boxed', [
     pytest.param(False, id='plain'), pytest.param(True, id='boxed', marks=pytest.mark.long)])
-@pytest.mark.parametrize('kind', INNER)
+@pytest.mark.parametrize('kind', [
+    'scan', pytest.param('remat scan', marks=pytest.mark.long)])
 @pytest.mark.parametrize('hold', HOLD)
 def test_a_stack_is_seen_whole_whatever_may_be_written(hold, kind, boxed):
     if hold == 'replace' and boxed:
