@@ -101,8 +101,7 @@ def packed_scopes(scopes: list[Scope]) -> tuple[tuple[Scope, ...], list[int]]:
     And for each scope, the index of the one that it is or is below.
     """
     packed, places = lift._dedup_scopes(scopes)
-    return packed, [next(i for i, scope in enumerate(packed) if scope is root)
-                    for root, _ in places]
+    return packed, [packed.index(root) for root, _ in places]  # scopes compare by what they show
 
 
 def lifted_call(body: Callable, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> Any:
