@@ -298,7 +298,8 @@ def close(opening: Opening, *, failed: bool) -> None:
         return
     if opening not in state.openings:
         raise UsageError(
-            f'{opening.entry.transform!r} was left in another thread than it was opened in.')
+            f'{opening.entry.transform!r} was left in another thread than it was opened in. Leave '
+            'it where it was entered.')
     start = state.openings.index(opening)
     gone, state.openings[start:] = state.openings[start:], []
     for each in gone:
@@ -349,7 +350,7 @@ def opened(entry: Entry) -> Iterator[None]:
 def reopened(stack: tuple[Entry, ...], *, inside: bool) -> Iterator[None]:
     """Run a rule in the blocks in which its function was called, and in no others."""
     try:
-        with _with(around=stack, openings=[], inside=inside, setups=[], publishing=False):
+        with under(around=stack, openings=[], inside=inside, setups=[], publishing=False):
             _restack()
             try:
                 yield
@@ -363,12 +364,6 @@ def reopened(stack: tuple[Entry, ...], *, inside: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def under(**changes: Any) -> Iterator[None]:
     """Run a part with some of the thread's state changed."""
-    with _with(**changes):
-        yield
-
-
-@contextlib.contextmanager
-def _with(**changes: Any) -> Iterator[None]:
     before = {name: getattr(state, name) for name in changes}
     vars(state).update(changes)
     try:

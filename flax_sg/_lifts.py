@@ -108,7 +108,8 @@ class _Lifted:
         self.open = [self._open_about(scope) for scope in self.packed]
         self.given = self._given(in_filters[0]) if name in _DERIVES else frozenset()
         self.applied: list[frozenset[str]] = [frozenset() for _ in self.packed]
-        self.carried: set[str] = set()
+        # What is transformed at each read inside, as a step of a loop, or the body, writes it.
+        self.left: list[frozenset[str]] = [frozenset() for _ in self.packed]
 
     def _given(self, differentiated: Any) -> frozenset[str]:
         """Return the collections that a derivative is taken of, and that open blocks look into."""
@@ -144,11 +145,11 @@ class _Lifted:
         scope, out = self.packed[i], dict(variables)
         for collection, tree in variables.items():
             writable = self._writable(scope, collection)
+            if writable and carried or self._follows(i, collection):
+                self.left[i] |= {collection}
+                continue
             if not writable:
                 self.applied[i] |= {collection}
-            if writable and carried:  # each step sees what the one before has written
-                self.carried.add(collection)
-                continue
             reads = Reads(scope, collection, own=False)
             if reads.idle:
                 continue
@@ -158,6 +159,12 @@ class _Lifted:
             elif (changed := _changed(tree, seen)) is not None:
                 out[_BESIDE + collection] = changed
         return out
+
+    def _follows(self, i: int, collection: str) -> bool:
+        """Say whether reads of a collection give what the body may write elsewhere meanwhile."""
+        return any(entry.transform.in_collections(collection) and self._writable(
+            self.packed[i], source) for entry in self.open[i]
+            for source in entry.transform.read_from())
 
     def bind(self, scope_fn: Callable) -> Callable:
         """Make ``scope_fn`` mark the body's scopes with what was done and what is left to do."""
@@ -188,7 +195,7 @@ class _Lifted:
         start = _compat.scope_path(root)
         for collection in [name for name in variables if not name.startswith(_BESIDE)]:
             beside = variables.pop(_BESIDE + collection, {})
-            if beside == _LEFT or collection in self.applied[i] or collection in self.carried:
+            if beside == _LEFT or collection in self.applied[i] | self.left[i]:
                 continue
             for info, stored in walk(variables[collection], collection, start):
                 path = info.absolute_path

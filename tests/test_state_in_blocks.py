@@ -490,3 +490,25 @@ def test_a_derivative_in_a_block_that_does_not_look_at_what_its_body_writes():
     v = Net().init(jax.random.key(0), x)
     out, new = Net().apply(v, x, mutable=['batch_stats'])
     assert out.shape == x.shape and new['batch_stats']['bn']['mean'].any()
+
+
+@pytest.mark.parametrize('mutable', [['ema'], ['ema', 'params']])
+@pytest.mark.parametrize('lift', [lambda f: f, nn.remat, nn.jit, 'vmap'])
+def test_a_value_replaced_from_a_collection_follows_writes_in_a_lifted_body(lift, mutable):
+    if lift == 'vmap':
+        lift = lambda f: nn.vmap(f, variable_axes={'params': None, 'ema': None}, split_rngs={},
+                                 in_axes=(), axis_size=1, out_axes=None)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self):
+            self.variable('ema', 'w', lambda: one)
+
+            def body(self):
+                before = self.get_variable('params', 'w')
+                self.put_variable('ema', 'w', self.get_variable('ema', 'w') * 10)
+                return jnp.stack([before, self.get_variable('params', 'w')])
+            with nn.replace_values('w', 'ema'):
+                return jnp.append(lift(body)(self), self.get_variable('params', 'w'))
+    variables = {'params': {'w': one}, 'ema': {'w': 2 * one}}
+    assert Net().apply(variables, mutable=mutable)[0].tolist() == [2, 20, 20]
