@@ -118,16 +118,21 @@ class Combine:
         return {'&': all(found), '|': any(found), '~': not found[0]}[self.symbol]
 
 
-# Each transform: its name in the library (and whose of two value maps, which do not commute), its
-# arguments, and by hand what it makes of a value. What stops takes the second copy instead.
+# Each transform: its name in the library (and which value map, two of which do not commute), its
+# arguments, and by hand what it makes of a value at a path. What stops takes the second copy instead.
 KINDS: dict[str, tuple[str, Callable | None]] = {
     'stop_gradient': ('', None),
     'constant': ('', None),
-    'scale_gradient': (', -0.5', lambda v: _rescaled(v, -0.5)),
-    'map_gradient': (', double', lambda v: _rescaled(v, 2.0)),
-    'map_values, bend': (', bend', lambda v: _bend(None, v)),
-    'map_values, shift': (', shift', lambda v: _shift(None, v)),
+    'scale_gradient': (', -0.5', lambda v, path: _rescaled(v, -0.5)),
+    'map_gradient': (', double', lambda v, path: _rescaled(v, 2.0)),
+    'map_values, bend': (', bend', lambda v, path: _bend(None, v)),
+    'map_values, shift': (', shift', lambda v, path: _shift(None, v)),
+    'map_values, named': (', named', lambda v, path: _scaled_by(v, len(path))),
 }
+# One that looks at a variable as a whole, for blocks around a program: inside, a scan has taken it
+# apart.
+WHOLE = {'map_values, centre': (', centre', lambda v, path: _centre(None, v))}
+ALL_KINDS = {**KINDS, **WHOLE}
 
 
 def _rescaled(v: jax.Array, factor: float) -> jax.Array:
@@ -142,6 +147,20 @@ def _shift(info: Any, v: jax.Array) -> jax.Array:
     return lax.sub(v, np.full(v.shape, 0.25, np.float32))
 
 
+def _named(info: Any, v: jax.Array) -> jax.Array:
+    """Depends on where the variable is, which equal layers under nn.jit do not share."""
+    return _scaled_by(v, len(info.absolute_path))
+
+
+def _scaled_by(v: jax.Array, depth: int) -> jax.Array:
+    return lax.mul(v, np.full(v.shape, 1 + 0.25 * depth, np.float32))
+
+
+def _centre(info: Any, v: jax.Array) -> jax.Array:
+    mean = lax.mul(lax.reduce_sum(v, tuple(range(v.ndim))), np.float32(0.5 / v.size))
+    return lax.sub(v, lax.broadcast_in_dim(mean, v.shape, ()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """A transform: a filter and the collections that it looks at."""
@@ -152,7 +171,7 @@ class Mask:
 
     def source(self) -> str:
         more = '' if self.collections == 'params' else f', collections={self.collections!r}'
-        arguments = KINDS[self.kind][0]
+        arguments = ALL_KINDS[self.kind][0]
         name = self.kind.partition(',')[0]
         return f'sg.{name}({self.predicate()}{arguments}{more}, allow_unmatched=True)'
 
@@ -255,6 +274,15 @@ class Lifted:
     """A function of the module under a lifted transform of Flax."""
 
     kind: str  # 'scan', 'remat', 'jit', 'cond' or 'vmap'
+    local: str
+    body: list
+
+
+@dataclasses.dataclass
+class Stepped:
+    """A decorated generator function of the module, whose steps run in the block."""
+
+    mask: Mask
     local: str
     body: list
 
@@ -449,6 +477,11 @@ class Emitter:
         if isinstance(s, Lifted):
             return [f'def {s.local}(mdl, x, _=None):', *self.body(s.body, cls, 'mdl', deeper),
                     ' ' * deeper + 'return x, None', f'x = lifted_{s.kind}({me}, {s.local}, x)']
+        if isinstance(s, Stepped):
+            return [*([] if self.plain else [f'@{s.mask.source()}']),
+                    f'def {s.local}(mdl, x):', ' ' * deeper + 'yield x',
+                    *self.body(s.body, cls, 'mdl', deeper), ' ' * deeper + 'yield x',
+                    f'*_, x = {s.local}({me}, x)']
         if isinstance(s, Noise):
             return [f'x = noise({me}, x)']
         if isinstance(s, Stat):
@@ -468,9 +501,32 @@ OPS: dict[str, Callable] = {  # in jax.lax, which traces faster than jax.numpy
     'add': lambda x, v: lax.add(lax.sin(x), v),
     'wave': lambda x, v: lax.add(lax.sin(lax.mul(x, v)), x),
     'mat': lambda x, v: lax.sin(lax.dot(x, v)),
+    'tied': lambda x, v: lax.add(lax.mul(x, v), v),
+    'ruled': lambda x, v: lax.add(lax.mul(x, v), v),
     'exp': lambda v: lax.exp(lax.sin(v)),
     'sine': lambda v: lax.add(lax.sin(v), v),
 }
+
+
+class _Inner(linen.Module):
+    """A model that a module applies by itself, to a value that it has read."""
+
+    @linen.compact
+    def __call__(self, x):
+        return OPS['tied'](x, self.param('w', lambda key: x))
+
+
+def _tied(x: jax.Array, v: jax.Array) -> jax.Array:
+    return _Inner(parent=None).apply({'params': {'w': v}}, x)
+
+
+def _ruled(x: jax.Array, v: jax.Array) -> jax.Array:
+    """Apply it in a function with a rule of its own, which applies it again."""
+    f = jax.custom_jvp(lambda x, v: _tied(x, v))
+    f.defjvp(lambda primals, tangents: jax.jvp(_tied, primals, tangents))
+    return f(x, v)
+
+
 noises: list[jax.Array] = []
 
 
@@ -534,11 +590,11 @@ def _lifted_cond(mdl, body, x):
 
 
 NAMES: dict[str, Any] = {
-    'nn': linen, 'sg': flax_sg, 're': re, **OPS, 'noise': _noise, 'stat': _stat, 'pair': _pair,
+    'nn': linen, 'sg': flax_sg, 're': re, **OPS, 'tied': _tied, 'ruled': _ruled, 'noise': _noise, 'stat': _stat, 'pair': _pair,
     'vec_init': lambda key: lax.add(_draw(key, (WIDTH,)), np.full(WIDTH, 0.5, np.float32)),
     'mat_init': lambda key: 2 * _draw(key, (WIDTH, WIDTH)) - 1,
     'ones': lambda: jnp.ones(WIDTH), 'double': lambda info, cotangent: 2 * cotangent, 'bend': _bend,
-    'shift': _shift,
+    'shift': _shift, 'named': _named, 'centre': _centre,
     'remat': linen.remat, 'jit': linen.jit,
     'scan_b': lambda c: linen.scan(c, length=2, **_scan_b),
     'scan_s': lambda c: linen.scan(c, length=2, **_scan_s),
@@ -625,9 +681,9 @@ class Machine:
     def param(self, inst: Inst, name: str) -> jax.Array:
         path = (*inst.path, name)
         kinds = self.covering(path, 'params', inst.masks)
-        copy = 'phi' if all(KINDS[kind][1] for kind in kinds) else 'bar'
+        copy = 'phi' if all(ALL_KINDS[kind][1] for kind in kinds) else 'bar'
         value = self.copies[copy][path]  # as a whole: Flax hands on what is transformed
-        return transformed(kinds, value)[self.index(path, 'params')]
+        return transformed(kinds, value, path)[self.index(path, 'params')]
 
     def value(self, inst: Inst, name: str) -> jax.Array:
         if name in inst.cls.derived:
@@ -718,6 +774,9 @@ class Machine:
                 return sum(self.run(body, me, y, dict(env), made) for y in _pair(x))
             for _ in range(2 if s.kind == 'scan' else 1):
                 x = self.run(body, me, x, dict(env), made)
+        elif isinstance(s, Stepped):
+            with self.open((s.mask, me.path)):
+                return self.run(s.body, me, x, dict(env), made)
         elif isinstance(s, Noise):
             return x + next(self.noise)
         elif isinstance(s, Stat):
@@ -725,17 +784,18 @@ class Machine:
             index = self.index(path, 'batch_stats')
             def read():
                 kinds, value = self.covering(path, 'batch_stats'), self.stats[path]
-                live = all(KINDS[kind][1] for kind in kinds)
-                return transformed(kinds, value if live else lax.stop_gradient(value))[index]
+                live = all(ALL_KINDS[kind][1] for kind in kinds)
+                value = value if live else lax.stop_gradient(value)
+                return transformed(kinds, value, path)[index]
             new = 0.9 * read() + 0.1 * x
             self.stats[path] = _put(self.stats[path], index, new)
             return x + read()
         return x
 
 
-def transformed(kinds: list[str], value: jax.Array) -> jax.Array:
+def transformed(kinds: list[str], value: jax.Array, path: Path) -> jax.Array:
     for kind in kinds:
-        value = (KINDS[kind][1] or (lambda v: v))(value)
+        value = (ALL_KINDS[kind][1] or (lambda v, path: v))(value, path)
     return value
 
 
@@ -810,6 +870,9 @@ class Generator:
                  for _ in range(self.chance(0.15))]
         root = classes[-1]
         one, two = [self.mask(root)], [self.mask(root), self.mask(root)]
+        if self.chance(0.2):
+            one[0] = dataclasses.replace(
+                self.selection(root, 'params'), kind='map_values, centre')
         runs = self.rng.choice([[[]], [[]], [one], [one, [], one], [[], one], [one, two, []],
                                 [[], two, one, []]])
         outer = self.chance(0.3)
@@ -824,7 +887,9 @@ class Generator:
         """Draw a transform, most often one that selects some of what the class has."""
         collections = self.rng.choice(['params'] * 8 + [True, 'batch_stats'])
         kinds = ['stop_gradient'] * 6 + [*KINDS]
-        kind = self.rng.choice([k for k in kinds if collections == 'params' or k != 'constant'])
+        # Statistics are updated from what is read, which must be what is stored.
+        kind = self.rng.choice([k for k in kinds if collections == 'params'
+                                or k != 'constant' and not k.startswith('map_values')])
         return dataclasses.replace(self.selection(cls, collections), kind=kind)
 
     def selection(self, cls: Class | None, collections: Any) -> Mask:
@@ -973,7 +1038,8 @@ class Generator:
         return found
 
     def op(self, kind: str) -> str:
-        return 'mat' if kind == 'mat' else self.rng.choice(['mul', 'add', 'wave'])
+        return 'mat' if kind == 'mat' else self.rng.choice(
+            ['mul', 'add', 'wave', 'mul', 'add', 'wave', 'tied', 'ruled'])
 
     def stmt(self, env: Env, depth: int) -> list:
         raw, method = env.place == 'raw', env.place == 'method'
@@ -985,7 +1051,7 @@ class Generator:
         if not raw:
             makers += [(1.5, self.revisit), (1, self.mirror), (0.5, self.alias), (0.6, self.stat)]
             if not env.cls.compact and depth < 2:
-                makers.append((1, self.lifted))
+                makers += [(1, self.lifted), (0.7, self.stepped)]
         if method:
             makers.append((0.3, self.noise))
             if env.cls.compact:
@@ -1148,6 +1214,10 @@ class Generator:
         kind = self.rng.choice(['scan', 'remat', 'jit', 'cond'])
         body = self.body(env.inner('lifted'), self.rng.randint(1, 3), depth + 1)
         return [Lifted(kind, f'body{next(self.fresh)}', body)] if body else []
+
+    def stepped(self, env: Env, depth: int) -> list:
+        body = self.body(env.inner('lifted'), self.rng.randint(1, 3), depth + 1)
+        return [Stepped(self.mask(env.cls), f'steps{next(self.fresh)}', body)] if body else []
 
     def noise(self, env: Env, depth: int) -> list:
         env.cls.effects.add('noise')
@@ -1327,7 +1397,7 @@ def check(program: Program, modes: tuple[str, ...] = ('traced',), *, second: boo
     args = (variables.get('params', {}), variables.get('batch_stats', {}), X)
     # A derived value is computed once in setup, and at each read in the machine.
     # A scaled gradient is a sum of two in the machine, and a mapped value is read once in a block.
-    exact = not (re.search(r'scan|vmap|jit|remat|raw|lifted|scale_|map_', source)
+    exact = not (re.search(r'scan|vmap|jit|remat|raw|lifted|scale_|map_|tied|ruled|steps', source)
                  or any(c.derived for c in program.classes))
     differs = False
     for mode in modes:
@@ -1441,7 +1511,7 @@ def _edits(program: Program) -> Iterator[Callable[[], None]]:
     def bodies(body: list) -> Iterator[list]:
         yield body
         for s in body:
-            if isinstance(s, (Block, Closure, Lifted)):
+            if isinstance(s, (Block, Closure, Lifted, Stepped)):
                 yield from bodies(s.body)
 
     def clear(items: Any, key: Any) -> Callable[[], None]:

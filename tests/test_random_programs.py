@@ -76,7 +76,8 @@ def test_programs_stop_gradients_often_and_hold_every_form():
                  'raw_cond', 'raw_vmap', 'lifted_scan', 'lifted_remat', 'lifted_jit',
                  'lifted_cond', 'scan_b(', 'scan_s(', 'vmap_b(', 'vmap_s(', 'remat(', 'jit(',
                  'lambda c', 're.compile', "'../", "'/", '~(', ') & (', 'bound: True',
-                 'params: True', 'grad: True', ')(M0)'):
+                 'params: True', 'grad: True', ')(M0)', 'tied(', 'ruled(', 'def steps', ', named',
+                 ', centre'):
         assert form in text, form
     assert sum(check(p) for p in programs[:24]) >= 8
 
