@@ -238,14 +238,15 @@ class Opening:
       left: it is not on the stack any more.
       by: the transform whose `with` opened it, or None.
       place: the frame of the `with`, or _STACK.
-      context: the context in force while it is the innermost one, see _contexts.
+      context: the context in force while it is the innermost one, see _contexts, as far as traces
+        that begin in its own trace can tell; and the key of that context.
     """
 
     __slots__ = ('by', 'context', 'entry', 'left', 'place')
 
     def __init__(self, entry: Entry, by: Transform | None, place: Any):
         self.entry, self.by, self.place, self.left = entry, by, place, False
-        self.context: Context | None = None
+        self.context: tuple[Context | None, Hashable] = (None, None)
 
 
 def enter(entry: Entry, by: Transform | None = None, frame: FrameType | None = None) -> Opening:
@@ -380,23 +381,40 @@ def _restack() -> None:
 
 def context() -> Context:
     """Return what JAX's caches know the open blocks by."""
-    stack = state.stack
-    if not stack:
-        return no_blocks
-    share = not state.around and len(_first_group()) == len(stack)
-    return state.contexts.of(_key(stack), share=share)
+    return _context(_key(state.stack)) if state.stack else no_blocks
 
 
-def set_context(*more: Any) -> None:
-    """Set the key of JAX's caches to the open blocks, and to what else a trace depends on."""
-    now = context()
-    if state.openings:
-        state.openings[-1].context = now
-    _compat.set_cache_key((now, *more) if more or now is not no_blocks else ())
+def _context(key: tuple) -> Context:
+    share = not state.around and len(_first_group()) == len(state.stack) and (
+        _at_opening() or state.openings[-1].context[1] == key)
+    return state.contexts.of(key, share=share)
 
 
-def _key(stack: tuple[Entry, ...]) -> tuple:
-    return tuple(entry.key for entry in stack)
+def set_context(*more: Any, inside: bool | None = None) -> None:
+    """Set the key of JAX's caches to the open blocks, and to what else a trace depends on.
+
+    Args:
+      more: what else that is.
+      inside: whether a module is running, and a model that is applied its own affair; as it is.
+    """
+    if not state.stack:
+        return _compat.set_cache_key((no_blocks, *more) if more else ())
+    key = _key(state.stack, inside)
+    now = _context(key)
+    if state.openings and _at_opening():
+        state.openings[-1].context = (now, key)
+    _compat.set_cache_key((now, *more))
+
+
+def _at_opening() -> bool:
+    """Say whether the current trace to a jaxpr is that in which the innermost block was opened."""
+    return bool(state.openings) and state.openings[-1].entry.staging == _compat.staging_trace()
+
+
+def _key(stack: tuple[Entry, ...], inside: bool | None = None) -> tuple:
+    if inside is None:
+        inside = state.inside or _compat.current_module() is not None
+    return (inside, *(entry.key for entry in stack))
 
 
 def _first_group() -> tuple[Entry, ...]:
@@ -412,7 +430,9 @@ def claim() -> None:
         return
     group = _first_group()
     if group:
-        state.contexts.claim(state.openings[len(group) - 1].context, _key(group))
+        in_force, key = state.openings[len(group) - 1].context
+        if in_force is not None:  # a lifted module's, opened in another trace, has one of its own
+            state.contexts.claim(in_force, key)
 
 
 def in_body() -> bool:

@@ -24,6 +24,7 @@ from flax_sg._active import (
     in_body,
     opened,
     read_from,
+    set_context,
     state,
     under,
 )
@@ -366,6 +367,19 @@ def _variables(original, self):
         out[col] = reads.of(path, tree)
         changed |= not reads.idle
     return type(variables)(out) if changed else variables
+
+
+@_compat.tap(Module, '_call_wrapped_method')
+def _call(original, self, *args):
+    running = state.inside or _compat.current_module() is not None
+    if not state.stack or running or self.scope is None:
+        return original(self, *args)
+    # From here on a model that is applied is the module's own affair: traces depend on that.
+    set_context(inside=True)
+    try:
+        return original(self, *args)
+    finally:
+        set_context()
 
 
 # Both read a variable in order to store it: that read gives what is stored.

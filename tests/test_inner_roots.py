@@ -167,3 +167,27 @@ def test_a_model_bound_outside_and_used_by_a_module_is_covered():
             return Student().apply({'params': p}, 1.0, teacher)
     grads = jax.grad(loss, (0, 1))({'d': {'w': 1.0}}, {'w': 1.0})
     assert grads[0]['d']['w'] == 1 and grads[1]['w'] == 0
+
+
+@pytest.mark.parametrize('order', ['ab', 'ba', 'aba', 'bab'])
+@pytest.mark.parametrize('mutable', [False, ['params']])
+def test_one_jitted_function_applies_a_model_from_outside_and_from_a_module(order, mutable):
+    g = jax.jit(lambda p: Scale().apply({'params': p}, 1.0))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return g({'w': self.param('v', nn.initializers.ones, ())})
+
+    def inner(p):
+        out = Net().apply({'params': {'v': p['v']}}, mutable=mutable)
+        return 3 * (out if mutable is False else out[0])
+    calls = {'a': lambda p: g({'w': p['w']}), 'b': inner}
+    count = {name: order.count(name) for name in 'ab'}
+
+    def loss(p):
+        with sg.stop_gradient('w', allow_unmatched=True):
+            return sum(calls[name](p) for name in order)
+    for f in (loss, jax.jit(loss)):
+        grads = jax.grad(f)({'w': 1.0, 'v': 1.0})
+        assert float(grads['w']) == 0 and float(grads['v']) == 3 * count['b']
