@@ -87,9 +87,9 @@ def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
             **{name: member for name, member in lifted.items() if member is not None},
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
-            '__init_subclass__': classmethod(_init_subclass), '__reduce__': _reduce,
-            _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None})
-        _set_lifted(cls, (*_lifted(base), cls))
+            '__reduce__': _reduce, _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None})
+        cls.__init_subclass__ = classmethod(functools.partial(_init_subclass, cls))
+        _set_lifted(cls)
         made[key] = cls
     return cls
 
@@ -148,8 +148,8 @@ def _lifted(cls: type[Module]) -> tuple[type[Module], ...]:
     return getattr(cls, _LIFTED, ())
 
 
-def _set_lifted(cls: type[Module], lifted: tuple[type[Module], ...]) -> None:
-    setattr(cls, _LIFTED, lifted)
+def _set_lifted(cls: type[Module]) -> None:
+    setattr(cls, _LIFTED, tuple(owner for owner in reversed(cls.__mro__) if _LAYER in vars(owner)))
     cls.scope = _AttachedScope()
 
 
@@ -171,11 +171,10 @@ class _AttachedScope:
         vars(module)['scope'] = scope
 
 
-def _init_subclass(cls: type[Module], **kwargs: Any) -> None:
+def _init_subclass(lifted: type[Module], cls: type[Module], **kwargs: Any) -> None:
     """Keep a user's subclass of a lifted class masked; Flax sets `scope` anew on each class."""
-    lifted = next(base for base in cls.__mro__[1:] if _LAYER in vars(base))
     super(lifted, cls).__init_subclass__(**kwargs)
-    _set_lifted(cls, _lifted(lifted))
+    _set_lifted(cls)
 
 
 def _reduce(self):

@@ -503,6 +503,27 @@ def test_a_subclass_of_a_lifted_class():
     assert live(lambda p: deeper().apply(p, 1.0, method='more')) == 'layers_1/b'
 
 
+def test_lifted_many_times():
+    cls, mirrored = Net, lambda p: Net().bind(p)
+    for pattern, want in [('a', 'layers_0/b layers_1/b'), ('layers_0', 'layers_1/b'),
+                          ('layers_1', ''), ('a', '')]:
+        transform = sg.stop_gradient(pattern)
+        cls = transform(cls)
+        mirrored = functools.partial(lambda p, t, of: t(of(p)), t=transform, of=mirrored)
+        again = pickle.loads(pickle.dumps(cls()))
+        for f in (cls().apply, again.apply, lambda p, x, of=mirrored: of(p)(x)):
+            assert live(lambda p, f=f: f(p, 1.0)) == want
+
+
+class FromTwo(sg.stop_gradient('a')(Net), sg.stop_gradient('layers_0')(Net)):
+    pass
+
+
+def test_a_subclass_of_two_lifted_classes_has_the_transforms_of_both():
+    for method in ('__call__', lambda m, x: m.a + m.layers[0](x) + m[1]):
+        assert live(lambda p, method=method: FromTwo().apply(p, 1.0, method=method)) == 'layers_1/b'
+
+
 class Methods(nn.Module):
     def setup(self):
         self.a = self.param('a', ones, ())
