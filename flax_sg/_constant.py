@@ -42,7 +42,7 @@ def constant(predicate: Predicate = True, *, collections: Any = 'params',
     Args:
       predicate: what is constant; see :func:`flax_sg.stop_gradient`.
       collections: a Flax collection filter, the collections in which it selects.
-      allow_unmatched: accept a glob or regex that selects nothing.
+      allow_unmatched: accept a glob, regex or callable that selects nothing.
 
     Returns:
       A transform. On a tree it is `stop_gradient`.
@@ -50,7 +50,7 @@ def constant(predicate: Predicate = True, *, collections: Any = 'params',
     Raises:
       FrozenVariableError: in the block, at a write; an error of Flax, ModifyScopeVariableError.
       PredicateError: the predicate or ``collections`` is none.
-      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UnmatchedPathError: at the end of a block, when a glob, regex or callable selects no variable.
 
     Source: google/flax issue 1857.
     """

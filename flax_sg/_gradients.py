@@ -96,14 +96,14 @@ def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'par
         is itself a constant of first derivatives. A number 0 stops the gradient; an array that
         holds 0 multiplies by it.
       collections: a Flax collection filter, the collections in which it selects.
-      allow_unmatched: accept a glob or regex that selects nothing.
+      allow_unmatched: accept a glob, regex or callable that selects nothing.
 
     Returns:
       A transform.
 
     Raises:
       PredicateError: the predicate or ``collections`` is none.
-      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UnmatchedPathError: at the end of a block, when a glob, regex or callable selects no variable.
       UsageError: the factor is no real number.
 
     Source: google/flax issue 1857; Ganin et al., arXiv 1505.07818.
@@ -219,14 +219,14 @@ def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], j
       fn: ``fn(info, cotangent) -> cotangent``, both arrays of the variable's shape and dtype. It is
         traced, once for each read. It may close over arrays, traced ones too.
       collections: a Flax collection filter, the collections in which it selects.
-      allow_unmatched: accept a glob or regex that selects nothing.
+      allow_unmatched: accept a glob, regex or callable that selects nothing.
 
     Returns:
       A transform.
 
     Raises:
       PredicateError: the predicate or ``collections`` is none.
-      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UnmatchedPathError: at the end of a block, when a glob, regex or callable selects no variable.
       UsageError: ``fn`` is not callable; at a read, it returns another shape or dtype; or it is met
         by forward-mode differentiation.
 

@@ -59,14 +59,14 @@ def map_values(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], jax
       fn: ``fn(info, value) -> value``, called for each floating-point or complex array; boxes stay
         around it. It may return another dtype; Flax checks the shape of a parameter.
       collections: a Flax collection filter, the collections in which it selects.
-      allow_unmatched: accept a glob or regex that selects nothing.
+      allow_unmatched: accept a glob, regex or callable that selects nothing.
 
     Returns:
       A transform.
 
     Raises:
       PredicateError: the predicate or ``collections`` is none.
-      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UnmatchedPathError: at the end of a block, when a glob, regex or callable selects no variable.
       UsageError: ``fn`` is not callable or returns None, a tuple or another tree.
 
     Source: google/flax issue 1857; Haiku's ``hk.custom_getter``.
@@ -165,14 +165,14 @@ def replace_values(predicate: Predicate, source: str | Mapping[str, Any], *,
         the same model, with the same paths. A block that a jitted function opens takes a tree that
         is an argument of it; a tree from outside would be compiled in as a constant.
       collections: a Flax collection filter, the collections in which it selects.
-      allow_unmatched: accept a glob or regex that selects nothing.
+      allow_unmatched: accept a glob, regex or callable that selects nothing.
 
     Returns:
       A transform. Values keep the dtype that they have in the source, and the variable's box.
 
     Raises:
       PredicateError: the predicate or ``collections`` is none.
-      UnmatchedPathError: at the end of a block, when a glob or regex selects no variable.
+      UnmatchedPathError: at the end of a block, when a glob, regex or callable selects no variable.
       UsageError: the source is no mapping or name; at a read, when it has no such path, or another
         shape there.
 

@@ -180,7 +180,7 @@ def gradient_views(predicates: Mapping[str, Predicate], *, collections: Any = 'p
         Predicates may overlap. A parameter that none selects gets no gradient.
       collections: a Flax collection filter, the collections in which they select. Variables of
         other collections are differentiated in every entry.
-      allow_unmatched: accept a glob or regex that selects nothing.
+      allow_unmatched: accept a glob, regex or callable that selects nothing.
 
     Returns:
       A callable of a target. The target's result becomes a dict with an output for each name. The
@@ -189,7 +189,7 @@ def gradient_views(predicates: Mapping[str, Predicate], *, collections: Any = 'p
 
     Raises:
       PredicateError: a predicate or ``collections`` is none.
-      UnmatchedPathError: when a glob or regex selects no variable of the target.
+      UnmatchedPathError: when a glob, regex or callable selects no variable of the target.
       UsageError: there are no predicates; it is called on something else; or the target takes a
         derivative of its own with respect to a variable that it reads inside of it.
 

@@ -35,11 +35,8 @@ class Named(dict):
         return out
 
 
-class Sorted(collections.abc.Mapping):
-    """A mapping that JAX knows by position, sorted, and with an attribute."""
-
-    def __init__(self, items, scale=2.0):
-        self._items, self.scale = dict(items), scale
+class Items(collections.abc.Mapping):
+    """What the mappings below have in common."""
 
     def __getitem__(self, name):
         return self._items[name]
@@ -49,6 +46,13 @@ class Sorted(collections.abc.Mapping):
 
     def __len__(self):
         return len(self._items)
+
+
+class Sorted(Items):
+    """A mapping that JAX knows by position, sorted, and with an attribute."""
+
+    def __init__(self, items, scale=2.0):
+        self._items, self.scale = dict(items), scale
 
 
 def _rebuild_sorted(names, children):
@@ -99,21 +103,12 @@ def _rebuild_flat(structure, leaves):
 jax.tree_util.register_pytree_node(Flat, lambda f: (f.leaves, f.structure), _rebuild_flat)
 
 
-class Titled(collections.abc.Mapping):
+class Titled(Items):
     """A mapping that JAX knows, which looks at its values, so that JAX cannot make one of marks."""
 
     def __init__(self, items, title='none'):
         assert all(isinstance(value, (jax.Array, str, bool)) for value in items.values())
         self._items, self.title = dict(items), title
-
-    def __getitem__(self, name):
-        return self._items[name]
-
-    def __iter__(self):
-        return iter(self._items)
-
-    def __len__(self):
-        return len(self._items)
 
 
 jax.tree_util.register_pytree_node(
