@@ -1,5 +1,6 @@
 """Settings for the whole suite: eight CPU devices, and a fixture that looks for leaked tracers."""
 
+import collections
 import os
 
 # Before jax starts: eight devices on one host, for the sharding tests, and quick compilation. The
@@ -17,8 +18,16 @@ def pytest_addoption(parser):
     parser.addoption('--long', action='store_true', help='run the long tables of cases too')
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked as long, unless it is asked for."""
+    """Leave out what is marked as long, and most of a thinned table, unless it is asked for."""
+    met = collections.Counter()
+    for item in items:
+        for mark in item.iter_markers('thinned'):
+            case = met[item.path, item.originalname]
+            met[item.path, item.originalname] += 1
+            if case % mark.args[0]:
+                item.add_marker('long')
     if not config.getoption('--long'):
         long = [item for item in items if item.get_closest_marker('long')]
         config.hook.pytest_deselected(items=long)

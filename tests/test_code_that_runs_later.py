@@ -123,6 +123,7 @@ LATER = {
     'context manager': contextlib.contextmanager(lambda module, x: iter([module.a(x)]))}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('kind', LATER)
 @pytest.mark.parametrize('use', ['method', 'class', 'mirror'])
 def test_what_is_returned_and_runs_later_is_refused(kind, use):
@@ -173,6 +174,7 @@ def waits(t):
     yield
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('inner', [INNER, OUTER], ids=['another', 'the same'])
 @pytest.mark.parametrize('end', ['close', 'next', 'drop', 'throw'])
 @pytest.mark.parametrize('outer', ['with', 'stack', 'method'])

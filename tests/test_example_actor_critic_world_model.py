@@ -186,6 +186,7 @@ def test_records_are_of_the_real_pendulum(problem):
 # --- A short run ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_main_learns_prints_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, 'BATCH', 16)
     picture = tmp_path / 'picture.png'

@@ -140,6 +140,7 @@ def test_cost_stays_bounded_without_matrices():
     assert 3.5 < flops[64]['matrices'] / flops[16]['matrices'] < 4.5
 
 
+@pytest.mark.long
 def test_main_prints_and_draws(tmp_path, capsys):
     picture = tmp_path / 'picture.png'
     result = example.main(['--quick', '--output', str(picture)])

@@ -119,6 +119,7 @@ def surrogate(point, x, y):
                for tau, cost in zip(log_probs(point, x, y), costs(point, x, y), strict=True))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('outcome', OUTCOMES)
 @pytest.mark.parametrize('name', ['dice', 'surrogate'])
 def test_each_outcome_is_that_of_a_stopped_tau(name, outcome):
@@ -184,6 +185,7 @@ def test_error_falls_for_dice_and_stays_for_the_surrogate():
     np.testing.assert_allclose(left[-1], abs(left_out(*example.POINT)[1][0, 0]), rtol=0.1)
 
 
+@pytest.mark.long
 def test_main_prints_the_table_and_draws(tmp_path, capsys):
     picture = tmp_path / 'picture.png'
     table = example.main(['--quick', '--output', str(picture)])

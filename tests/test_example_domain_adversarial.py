@@ -71,6 +71,7 @@ def largest(tree):
     return max(float(abs(x).max()) for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('traced', [False, True])
 @pytest.mark.parametrize('lam', LAMBDAS)
 def test_gradients_are_those_of_a_reversal_layer(problem, lam, traced):
@@ -172,6 +173,7 @@ def test_source_only_encoder_does_not_see_the_target():
         assert (one['domain']['layers_0']['kernel'] != other['domain']['layers_0']['kernel']).any()
 
 
+@pytest.mark.long
 def test_main_gains_on_the_target_and_draws(tmp_path, capsys):
     picture = tmp_path / 'picture.png'
     results = example.main(['--quick', '--output', str(picture)])

@@ -183,6 +183,7 @@ def test_changes_are_norms_and_zero_means_every_bit():
     assert set(found.values()) == {0.0} and len(found) == 5
 
 
+@pytest.mark.long
 def test_main_freezes_then_trains_all(tmp_path, capsys):
     picture = tmp_path / 'picture.png'
     result = ft.main(['--quick', '--output', str(picture)])

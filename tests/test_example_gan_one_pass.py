@@ -114,6 +114,7 @@ def test_quality_counts_what_a_classifier_is_sure_of():
     assert example.quality(classifier, np.zeros((4, 10))).sure == 0
 
 
+@pytest.mark.long
 def test_main_runs_and_draws(costs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(example, 'costs_of', lambda state, batch, rounds: costs)

@@ -80,6 +80,7 @@ def test_groups_stay_up_to_the_nearest_tie(seed):
     assert not np.any(jax.grad(example.hard)({'theta': jnp.asarray(theta + way)}, rows)['theta'])
 
 
+@pytest.mark.long
 def test_gradient_is_zero_and_the_line_is_that_of_the_sort(run):
     found, printed, _ = run
     assert found['gradient'].shape == (4,) and not np.any(found['gradient'])
@@ -153,6 +154,7 @@ def test_mean_and_standard_error_are_those_over_keys():
         np.testing.assert_allclose(got.error, want, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_gradients_agree_with_differences_within_their_errors(run):
     found, printed, _ = run
     assert set(found['gradients']) == set(example.estimators())

@@ -296,6 +296,7 @@ def test_runs_of_the_sampler(example, setting, element, runs):
     assert loops(lambda params: world.apply({'params': params}, *rest), params) == runs
 
 
+@pytest.mark.long
 def test_shared_run_from_end_to_end(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, 'probe', lambda *_: 0.5)  # the other tests look at codes
     result = example.main(['--quick', '--shared', '--output', str(tmp_path / 'picture.png')])

@@ -47,6 +47,7 @@ def assert_close(got, want, rtol):
         np.testing.assert_allclose(got[name], want[name], rtol, rtol, err_msg=name)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('mode', GRADIENTS)
 @pytest.mark.parametrize('name', vi.CHOICES)
 @pytest.mark.parametrize('seed', SEEDS)
@@ -194,6 +195,7 @@ def test_each_target_is_the_fixed_point_of_its_own_choice_alone():
     assert jnp.ones(()).dtype == np.float32  # float64 stayed inside
 
 
+@pytest.mark.long
 def test_main_learns_the_targets_and_draws(tmp_path, capsys):
     picture = tmp_path / 'picture.png'
     histories = vi.main(['--quick', '--output', str(picture)])

@@ -79,6 +79,7 @@ def test_terms_are_the_papers(seed):
         vq.distance(drawn, pixels), vq.terms(params, pixels)['reconstruction'], rtol=1e-5)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('mode', ['eager', 'jit'])
 @pytest.mark.parametrize('some', [*((name,) for name in vq.TERMS), vq.TERMS], ids='+'.join)
 @pytest.mark.parametrize('seed', SEEDS)

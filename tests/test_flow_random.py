@@ -113,6 +113,7 @@ def losses(program, second, weights, params):
     return {'first': first, 'both': first + (run(second, values) * weights[::-1]).sum()}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('seed', range(6))
 def test_verdicts_agree_with_gradients(seed):
     @hypothesis.seed(seed)

@@ -1829,6 +1829,7 @@ def points(params, count=4):
     return [params, *(jax.tree.map(draw, params) for _ in range(count - 1))]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_gradients(name):
     case = PROGRAMS[name]

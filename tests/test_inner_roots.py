@@ -91,6 +91,7 @@ TRANSFORMS = [
     sg.map_gradient(True, lambda info, ct: 2 * ct), sg.constant('shared')]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('t', TRANSFORMS, ids=repr)
 @pytest.mark.parametrize('model', [
     pytest.param(model, marks=[pytest.mark.long] * (model in (InScan, ByBind, ByDerivative)))

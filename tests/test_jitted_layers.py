@@ -86,6 +86,7 @@ ASK = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('mutable', [
     pytest.param(False, id='fixed'),
     pytest.param(['params'], id='mutable', marks=pytest.mark.long)])
@@ -204,6 +205,7 @@ def counted():
     return Net(), traces
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('predicate', [
     True, sg.nothing, 'Layer_*', '**/kernel', 'nowhere', lambda v: False,
     sg.path('Layer_*') & ~sg.path('**/bias')],

@@ -79,6 +79,7 @@ def test_scan_with_split_parameters():
             XS, exact=False)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('around', [False, True])
 def test_a_raw_scan_over_a_bound_module(around):
     def call(self, c, xs):
@@ -107,6 +108,7 @@ def test_vmap(axis):
     compare(apply(model(call)), two_copies, {'cell': params}, X, X, exact=False)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('lift', [nn.jit, nn.remat, lambda cls: nn.remat(nn.jit(cls))],
                          ids=['jit', 'remat', 'remat jit'])
 @pytest.mark.parametrize('around', [False, True])
@@ -316,6 +318,7 @@ def test_weight_norm_keeps_its_scale():
     assert all(leaf.any() for leaf in jax.tree.leaves(grads['norm']))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('reverse', [False, True])
 def test_an_rnn_whose_cell_opens_a_block(reverse):
     class Rnn(nn.RNNCellBase):
@@ -412,6 +415,7 @@ class Unrolled(nn.Module):
         return c, None
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('collections', ['params', 'state', ('params', 'state')])
 @pytest.mark.parametrize('how, mutable', [
     ('scan', ['state']), ('unrolled', ['state']), ('unrolled', False), ('unrolled', ['params']),

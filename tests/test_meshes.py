@@ -153,6 +153,7 @@ def programs(way, form):
     return ours, by_hand
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('way, form', [
     *((way, 'plain') for way in WAYS), *(('scale', form) for form in FORMS if form != 'plain'),
     *(('bent', form) for form in ('scan', 'vmap', 'views'))])
@@ -282,6 +283,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('name, around', [
     *((name, 'plain') for name in TARGETS), ('closes over', 'scan'), ('psum', 'checkpoint')])
 def test_views_in_a_shard_map(name, around):

@@ -158,6 +158,7 @@ def train(model, optimiser, steps, params, stats, state):
 
 # The recipe.
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('blocks', [True, False], ids=['with a block', 'without'])
 @pytest.mark.parametrize('boxed', [False, True], ids=['plain', 'boxed'])
 def test_a_hundred_steps_move_what_is_trained_and_nothing_else(boxed, blocks):

@@ -32,6 +32,7 @@ def check_seed(seed, **how):
         raise
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('part', range(6))
 @settings(deterministic, max_examples=10)
 @given(seeds)
@@ -39,6 +40,7 @@ def test_random_programs(part, seed):
     check_seed(6 * seed + part)
 
 
+@pytest.mark.long
 @settings(deterministic, max_examples=3)
 @given(seeds)
 def test_random_programs_eager_and_compiled(seed):

@@ -759,6 +759,7 @@ PAIRS = [(form, host) for i, form in enumerate(SMALL)
          for host in (*ALWAYS, *(IN_TURN[(2 * i + k) % len(IN_TURN)] for k in range(2)))]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('form, host', [pair for pair in PAIRS if pair not in CANNOT])
 def test_reads_inside_are_stopped_and_reads_outside_are_live(form, host):
     check(SMALL[form], HOSTS[host], 'MLM')
@@ -766,6 +767,7 @@ def test_reads_inside_are_stopped_and_reads_outside_are_live(form, host):
         check(SMALL[form], HOSTS[host], 'LM')
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('form, host', [
     *((form, host) for i, form in enumerate(LARGE) for host in ('SetupHost', 'apply')[i % 2:]),
     *((form, 'MirrorHost') for form in ('LayerScan', 'ScanSplit'))])
@@ -773,6 +775,7 @@ def test_reads_of_lifted_and_large_modules(form, host):
     check(LARGE[form], HOSTS[host], 'MLM', jit=True)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('host', ['SetupHost', 'bind', 'MirrorHost'])
 @pytest.mark.parametrize('form', ['SetupDerivedBelow', 'Embed', 'Dense', 'Boxed', 'JitMethod'])
 def test_alternating_three_times(form, host):
@@ -781,6 +784,7 @@ def test_alternating_three_times(form, host):
     check(SMALL[form], HOSTS[host], 'LMLMLM')
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('host', HOSTS)
 @pytest.mark.parametrize('form', ['SetupDerivedBelow', 'Norms'])
 def test_what_is_not_selected_stays_live(form, host):

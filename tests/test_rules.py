@@ -80,6 +80,7 @@ def masked(f, t):
     return loss
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('order', ['block in', 'block out'])
 @pytest.mark.parametrize('wrap', [
     wrap if wrap in ('eager', 'jit', 'checkpoint', 'scan') else pytest.param(

@@ -49,6 +49,7 @@ BLOCKS = {'none': sg.stop_gradient(sg.nothing), 'stop': sg.stop_gradient('sub'),
 SLOPE = {'none': 4, 'stop': 0, 'scale': 40, 'map': 12}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('jit', [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize('block', BLOCKS)
 @pytest.mark.parametrize('trace', [

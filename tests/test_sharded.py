@@ -48,6 +48,7 @@ def step_by_hand(encoder_cls, style, passes, kernels=False):
 # Compiled steps ----------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('encoder_cls, style, use, kernels', [
     *((Layer, 'plain', use, False) for use in programs.USES),
     (Layer, 'plain', 'class', True),
@@ -83,6 +84,7 @@ SIBLINGS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('encoder_cls', [Layer, Stack])
 @pytest.mark.parametrize('sibling', SIBLINGS)
 def test_siblings_move_no_data_that_programs_by_hand_do_not(sibling, encoder_cls):

@@ -202,6 +202,7 @@ def check(kind, use, which, run=traced):
             assert_same(run(order(f))(PARAMS, X), run(order(plain))(PARAMS, X), kind, rtol=1e-3)
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('kind, use', [
     *((kind, use) for kind in ('scale', 'clip', 'bend', 'replace') for use in USES),
     *((kind, use) for kind in ('reverse', 'zero', 'constant') for use in ('block', 'tree'))])
@@ -209,6 +210,7 @@ def test_each_use(kind, use):
     check(kind, use, 'some')
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('which', ['all', 'callable'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_each_kind_of_predicate(kind, which):
@@ -216,12 +218,14 @@ def test_each_kind_of_predicate(kind, which):
     check(kind, 'class', which)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('kind, run', [
     ('scale', jax.jit), ('replace', jax.jit), ('clip', lambda f: f)])
 def test_as_jax_runs_it(kind, run):
     check(kind, 'block', 'some', run)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('kind', KINDS)
 def test_init_is_that_of_the_plain_model(kind):
     tree = {'part': OTHER}
@@ -233,6 +237,7 @@ def test_init_is_that_of_the_plain_model(kind):
         assert_same(init(Whole()), want, 'init in a block')
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('kind', KINDS)
 def test_nothing_is_stored_back(kind):
     # A lifted body that may write the parameters of layers sees each layer's, as a tree does not.

@@ -108,6 +108,7 @@ class Inside(Stack):
             return Stack.__call__.__wrapped__(self, x)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('boxed', [
     pytest.param(False, id='plain'), pytest.param(True, id='boxed', marks=pytest.mark.long)])
 @pytest.mark.parametrize('kind', [
@@ -145,6 +146,7 @@ def test_a_stack_is_seen_whole_whatever_may_be_written(hold, kind, boxed):
                          got, want)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('kind', INNER)
 @pytest.mark.parametrize('hold', HOLD)
 def test_init_does_not_break_and_makes_the_same(hold, kind):

@@ -115,6 +115,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_each_order_of_derivative(name, order):
@@ -124,6 +125,7 @@ def test_each_order_of_derivative(name, order):
     assert_same(got, want, order, rtol=1e-4)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['eager', 'jit'])
 def test_as_jax_runs_it(run):
     views = sg.gradient_views(ENTRIES)(loop)
@@ -156,6 +158,7 @@ def clipped(v):
 clipped.defvjp(lambda v: (v, v), lambda v, ct: (jnp.clip(ct, -0.1, 0.1) + 0 * v,))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('wrap', [lambda f: f, jax.jit, jax.checkpoint, lambda f: lambda p, x: (
     jax.lax.scan(lambda c, _: (c + f(p, x), None), 0.0, None, length=2)[0])],
     ids=['plain', 'jit', 'remat', 'scan'])
@@ -390,6 +393,7 @@ def by_runs(mutable):
 MUTABLE = {'sown': ['batch_stats', 'intermediates'], 'params': ['batch_stats', 'params']}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('mutable', MUTABLE)
 @pytest.mark.parametrize('use', USES)
 def test_each_target(use, mutable):
@@ -476,6 +480,7 @@ def test_blocks_inside_and_around():
         assert apply({'params': {'a': 2.0, 'b': 3.0}}, 1.0) == {'a': 36, 'b': 36}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('mutable', [False, ['params']])
 @pytest.mark.parametrize('where', ['scan', 'split', 'remat', 'jit', 'vmap'])
 def test_views_in_the_body_of_a_lifted_transform(where, mutable):
@@ -780,6 +785,7 @@ WANT = {'1': {'x': ONE, 'y': BOTH}, '2': {'x': ONE, 'y': TWO, 'z': ONE},
         'n': {'x': {'x': ONE, 'y': ONE}, 'y': {'x': NEITHER, 'y': TWO}, 'z': {'x': ONE, 'y': ONE}}}
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['eager', 'jit'])
 @pytest.mark.parametrize('order', [
     '12', '21', '132', '31p2', 'p12', 'h12p', '1h2', 'n21', '1n2'])
@@ -979,6 +985,7 @@ def count_scans(jaxpr):
     return found
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('entries', [1, 2, 3, 4, 5, 6, 7, 8])
 def test_one_forward_loop_and_a_pullback_for_each_entry(entries):
     """The compiled step has the figures of one vjp and its pullbacks, and the same bits."""

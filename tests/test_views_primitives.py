@@ -106,6 +106,7 @@ OBJECTS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('name', OBJECTS)
 def test_an_object_with_rules_in_a_target(name):
     program = lambda views: lambda p: mixed(views({'a': 'a', 'b': 'b'})(OBJECTS[name])(p))
@@ -201,6 +202,7 @@ COTANGENTS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('name, form', [
     *((name, 'plain') for name in COTANGENTS),
     *(('interp', form) for form in ('jit', 'checkpoint', 'scan', 'vmap', 'views'))])
@@ -274,6 +276,7 @@ def used_by_hand(cache, use):
 CACHED = ('grad', 'forward over reverse')
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize('cache, order', [
     *(('jit', order) for order in ('12', '21', '123', '3b1', 'g12', '2g1', 'nN1', 'N1n')),
     *((cache, order) for cache in ('remat', 'scan') for order in ('12', '21', 'g1'))])
@@ -516,6 +519,7 @@ INSIDE = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('name', COLLECTIVES)
 def test_a_collective_of_an_axis_around(name):
     """Derivatives inside the axis, and outside of it."""
