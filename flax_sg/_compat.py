@@ -31,10 +31,10 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'batched', 'checked', 'current_module', 'in_scratch_root',
-    'is_ref', 'lifted_call', 'operation_of', 'packed_scopes', 'rewound_counters', 'root_variables',
-    'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending',
-    'snapshot_counters', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
+    'Module', 'Scope', 'Variable', 'batched', 'checked', 'current_module', 'drawn_again',
+    'in_scratch_root', 'is_ref', 'lifted_call', 'operation_of', 'packed_scopes', 'random_state',
+    'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
+    'setup_pending', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
     'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'written_at',
 ]
 
@@ -133,10 +133,13 @@ def run_setup(module: Module) -> None:
     module._try_setup()
 
 
-def snapshot_counters(scope: Scope) -> list[tuple[dict, dict]]:
-    """Record how many keys the scope and those below it have drawn from each random stream."""
-    return [(counters, {k: n for k, n in counters.items() if not isinstance(n, dict)})
-            for counters in _counters_below(scope.rng_counters)]
+def random_state(scope: Scope) -> tuple[dict, list[tuple[dict, dict]]]:
+    """Record a scope's random streams, and how many keys it and those below have drawn from each.
+
+    Flax gives a scope other streams for the time of a call of a jitted class.
+    """
+    return scope.rngs, [(counters, {k: n for k, n in counters.items() if not isinstance(n, dict)})
+                        for counters in _counters_below(scope.rng_counters)]
 
 
 def _counters_below(counters: dict) -> Iterator[dict]:
@@ -147,18 +150,20 @@ def _counters_below(counters: dict) -> Iterator[dict]:
 
 
 @contextlib.contextmanager
-def rewound_counters(scope: Scope, start: list[tuple[dict, dict]]) -> Iterator[None]:
+def drawn_again(scope: Scope, start: tuple[dict, list[tuple[dict, dict]]]) -> Iterator[None]:
     """Draw the keys that were drawn after ``start`` once more, and go on from where it was."""
-    now = snapshot_counters(scope)
-    for counters, counts in now:  # in place: scopes share these dicts
+    now = random_state(scope)
+    for counters, counts in now[1]:  # in place: scopes share these dicts
         counters.update(dict.fromkeys(counts, 0))
-    for counters, counts in start:
+    for counters, counts in start[1]:
         counters.update(counts)
+    scope.rngs = start[0]
     try:
         yield
     finally:
-        for counters, counts in now:
+        for counters, counts in now[1]:
             counters.update(counts)
+        scope.rngs = now[0]
 
 
 def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:

@@ -69,7 +69,7 @@ def _effects() -> tuple:
     module = _compat.current_module()
     if module is None:
         return (state.writes,)
-    counters = [counts for _, counts in _compat.snapshot_counters(module.scope.root)]
+    counters = [counts for _, counts in _compat.random_state(module.scope.root)[1]]
     return state.writes, counters, sum(map(len, module.scope.reservations.values()))
 
 

@@ -94,7 +94,7 @@ class _Table:
 
     def replay(self, module: Module) -> dict[str, Any]:
         scope = module.scope.rewound()
-        with _running(_Run(self.seen)), _compat.rewound_counters(scope, vars(module)[_START]):
+        with _running(_Run(self.seen)), _compat.drawn_again(scope, vars(module)[_START]):
             clone = module.clone(parent=scope)
             _compat.run_setup(clone)
         missing = [name for name in self.names if name not in vars(clone)]
@@ -146,8 +146,8 @@ def _try_setup(original, self, shallow=False):
     # A module and its mirrors draw the same random numbers, and between them draw them once.
     live = vars(self).get(LIVE, self)
     start = vars(live).get(_START)
-    drawing = _compat.rewound_counters(self.scope, start) if start else contextlib.nullcontext()
-    start = start or _compat.snapshot_counters(self.scope)
+    drawing = _compat.drawn_again(self.scope, start) if start else contextlib.nullcontext()
+    start = start or _compat.random_state(self.scope)
     with _running(_Run()) as run, drawing:
         original(self, shallow)
     for module in (self, live):

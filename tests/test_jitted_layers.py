@@ -359,3 +359,46 @@ def test_the_info_that_a_function_gets_is_an_ordinary_one(jit):
             return Layer(name='a')(x)
     Net().apply({'params': {'a': {'d': {'w': one}}}}, 1.0)
     assert seen == [True]
+
+
+class Noisy(nn.Module):
+    def setup(self):
+        self.w = self.param('w', nn.initializers.normal(), ())
+        self.noisy = self.w + jax.random.normal(self.make_rng('noise'))
+        self.child = Child()
+
+    def __call__(self, x):
+        return x * self.noisy
+
+
+class Child(nn.Module):
+    def setup(self):
+        self.b = self.param('b', nn.initializers.normal(), ())
+
+
+def in_block(layer, get):
+    with sg.stop_gradient('layer'):
+        return get(layer)
+
+
+@pytest.mark.parametrize('get', [
+    lambda layer: layer.noisy, lambda layer: layer.child.b, lambda layer: layer(1.0)],
+    ids=['derived', 'child', 'called'])
+@pytest.mark.parametrize('read', [in_block, lambda layer, get: get(sg.stop_gradient()(layer))],
+                         ids=['block', 'mirror'])
+@pytest.mark.parametrize('of', [lambda cls: cls, nn.jit, nn.remat], ids=['plain', 'jit', 'remat'])
+def test_random_streams_of_a_layer_that_was_called(of, read, get):
+    """Flax gives a scope other streams while a method of a jitted class is called."""
+    layer = of(Noisy)
+
+    class Root(nn.Module):
+        masked: bool
+
+        @nn.compact
+        def __call__(self):
+            at = layer(name='layer')
+            return at(1.0) + (read if self.masked else lambda layer, get: get(layer))(at, get)
+
+    keys = {'params': jax.random.key(0), 'noise': jax.random.key(1)}
+    plain, masked = Root(False).init_with_output(keys), Root(True).init_with_output(keys)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), plain, masked))
