@@ -95,6 +95,7 @@ class Entry:
         outside all modules.
       line: where in the user's code that was.
       attached: it belongs to the lifted class `owner`, and is open whenever its module is used.
+      around: the attached entries of the lifted modules that its opener lies in.
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
       staging: the trace to a jaxpr in which that was, which JAX may keep.
@@ -105,22 +106,25 @@ class Entry:
     """
 
     __slots__ = (
-        '__weakref__', 'answers', 'attached', 'bodies', 'captured', 'family', 'kept', 'key', 'line',
-        'met', 'opener', 'owner', 'reads', 'staging', 'trace', 'transform')
+        '__weakref__', 'answers', 'around', 'attached', 'bodies', 'captured', 'family', 'kept', 'key',
+        'line', 'met', 'opener', 'owner', 'reads', 'staging', 'trace', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: Any = None, *,
-                 variables: dict | None = None, owner: Any = None, initializing: bool = False):
+                 variables: dict | None = None, around: tuple[Entry, ...] = (),
+                 owner: Any = None, initializing: bool = False):
         self.transform = transform
         self.opener = opener
         self.family = family
         self.owner = owner
         self.attached = owner is not None
+        self.around = around
         self.line = here()
         self.trace, self.staging = _compat.trace_state(), _compat.staging_trace()
         self.bodies = state.bodies
         self.captured = False
         self.answers: Answers | None = None
-        source = (transform.key(callable_source), opener, family is None)
+        source = (transform.key(callable_source), opener, family is None,
+                  *(entry.key for entry in around))
         if transform.asks():
             self.answers = answers_of(source, self)
             source = (*source, self.answers)

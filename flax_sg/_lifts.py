@@ -121,7 +121,7 @@ class _Lifted:
             and any(entry.transform.in_collections(collection) for entry in entries))
 
     def _open_about(self, scope: Scope) -> tuple:
-        reads = Reads(scope, '', own=False)
+        reads = Reads(scope, '', idle=False)
         return (*reads.mark.outer, *reads.inside)
 
     def _writable(self, scope: Scope, collection: str) -> bool:
@@ -150,7 +150,7 @@ class _Lifted:
                 continue
             if not writable:
                 self.applied[i] |= {collection}
-            reads = Reads(scope, collection, own=False)
+            reads = Reads(scope, collection, idle=False)
             if reads.idle:
                 continue
             seen = reads.of(_compat.scope_path(scope), tree)

@@ -200,7 +200,8 @@ def lift_instance(transform: Transform, module: Module) -> Module:
     cls = lift_class(transform, type(module))
     if module.scope is None:
         return cls(parent=None, **fields_of(module))
-    mirror = cls(parent=module.scope.rewound(), **fields_of(module))
+    scope = attach(module.scope.rewound(), (cls, module.name), transform, mirror=True)
+    mirror = cls(parent=scope, **fields_of(module))
     for name, value in fields_of(mirror).items():
         object.__setattr__(mirror, name, _rebound(value, module.scope, mirror.scope))
     object.__setattr__(mirror, 'parent', module.parent)

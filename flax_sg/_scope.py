@@ -104,12 +104,18 @@ def _init(original, self, *args, **kwargs):
         self.flags = self.flags.copy({APPLICATION: Application(inner=inner)})
 
 
-def _inside(scope: Scope, mark: Mark, own: bool) -> tuple[Entry, ...]:
-    """Return the entries about a scope that no lifted transform has seen to."""
-    inner = scope.flags[APPLICATION].inner
+def _inside(scope: Scope, mark: Mark, idle: bool) -> tuple[Entry, ...]:
+    """Return the entries about a scope that no lifted transform has seen to.
+
+    A block that a module below a lifted one opens is inside the lifted one, whether that is running
+    or not; ``idle=False`` leaves out those that are neither running nor around a block.
+    """
+    inner, found = scope.flags[APPLICATION].inner, state.stack
+    if mark.own:
+        found = [e for block in found for e in (*(o for o in block.around if o in mark.own), block)]
+        found += mark.own * idle
     return tuple(dict.fromkeys(
-        e for e in (*state.stack, *mark.own * own)
-        if e not in mark.outer and e.covers(mark.family, inner)))
+        e for e in found if e not in mark.outer and e.covers(mark.family, inner)))
 
 
 def effective(scope: Scope) -> tuple[Entry, ...]:
@@ -119,7 +125,7 @@ def effective(scope: Scope) -> tuple[Entry, ...]:
     mark = mark_of(scope)
     if state.stack:
         read_from(mark.trace)
-    return (*mark.outer, *_inside(scope, mark, own=True))
+    return (*mark.outer, *_inside(scope, mark, idle=True))
 
 
 class Reads:
@@ -129,8 +135,8 @@ class Reads:
       idle: nothing is open that concerns them.
     """
 
-    def __init__(self, scope: Scope, collection: str, *, own: bool = True):
-        """Ask what is open; ``own=False`` leaves out lifted modules that are not running."""
+    def __init__(self, scope: Scope, collection: str, *, idle: bool = True):
+        """Ask what is open; ``idle=False`` leaves out lifted modules that are not running."""
         self.scope, self.collection = scope, collection
         self.mark = mark_of(scope)
         self.inside: tuple[Entry, ...] = ()
@@ -139,7 +145,7 @@ class Reads:
             return
         if state.stack:
             read_from(self.mark.trace)
-        self.inside = _inside(scope, self.mark, own)
+        self.inside = _inside(scope, self.mark, idle)
         applied = collection in self.mark.applied
         self.outer = () if applied else self.mark.outer
         self.idle = not self.outer and not self.inside
@@ -222,32 +228,42 @@ def open_at(transform: Any, scope: Scope | None) -> contextlib.AbstractContextMa
     return opened(entry_at(transform, scope))
 
 
-def entry_at(transform: Any, scope: Scope | None, owner: Any = None) -> Entry:
+def entry_at(transform: Any, scope: Scope | None) -> Entry:
     """Return an opening of a transform at a module's scope, or outside all modules."""
-    if scope is None:
-        return Entry(transform, ())
+    return Entry(transform, ()) if scope is None else _entry(transform, scope, _around(scope))
+
+
+def _entry(transform: Any, scope: Scope, around: tuple[Entry, ...], owner: Any = None) -> Entry:
     mark = mark_of(scope)
     return Entry(transform, _compat.scope_path(scope), mark.family, variables=mark.variables,
-                 owner=owner, initializing=bool(scope.get_flag('initializing', False)))
+                 around=around, owner=owner,
+                 initializing=bool(scope.get_flag('initializing', False)))
 
 
-def attach(scope: Scope, owner: Any, transform: Any) -> Scope:
+def _around(scope: Scope) -> tuple[Entry, ...]:
+    """Return those of a scope's attached entries in which the running module lies too.
+
+    What it opens at the scope is inside them, and around the others.
+    """
+    own, running = mark_of(scope).own, _compat.current_module()
+    return own and running and tuple(e for e in own if e in mark_of(running.scope).own) or ()
+
+
+def attach(scope: Scope, owner: Any, transform: Any, *, mirror: bool = False) -> Scope:
     """Return a view of the scope through which every read is transformed.
 
     The view shares variables, names and random streams with the scope. A scope that carries the
-    owner's transform already, as inside a lifted method, is returned as it is.
+    owner's transform already, as inside a lifted method, is returned as it is. That of a mirror is
+    around what was attached to the scope before.
     """
     if _compat.in_scratch_root(scope) or attached_entry(scope, owner) is not None:
         return scope
-    mark, (cls, name), path = mark_of(scope), owner, _compat.scope_path(scope)
-    # A mirror of a mirror is around what the first one has attached.
-    inner = [i for i, e in enumerate(mark.own) if issubclass(cls, e.owner[0])
-             and e.owner[1] == name and e.opener == path]
-    at = inner[0] if inner else len(mark.own)
+    mark = mark_of(scope)
+    around = _around(scope) if mirror else mark.own
+    inside = tuple(entry for entry in mark.own if entry not in around)
     view = scope.rewound()
     view.reservations = scope.reservations
-    own = (*mark.own[:at], entry_at(transform, scope, owner), *mark.own[at:])
-    set_mark(view, mark.with_own(own))
+    set_mark(view, mark.with_own((*around, _entry(transform, scope, around, owner), *inside)))
     return view
 
 

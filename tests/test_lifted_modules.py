@@ -485,6 +485,112 @@ def test_the_order_of_lifts_of_lifts_and_of_blocks_inside(outer, inner, want):
     assert outer(held.bind(W)).in_a_block() == want
 
 
+class Part(nn.Module):
+    """Opens a block around reads of its own."""
+
+    mask: sg.Transform
+
+    def setup(self):
+        self.w = self.param('w', ones, ())
+
+    def __call__(self):
+        with self.mask:
+            return self.w
+
+    def method(self):
+        return self.mask(type(self).read)(self)
+
+    def read(self):
+        return self.get_variable('params', 'w')
+
+    @nn.remat
+    def body(self):
+        with self.mask:
+            return self.w
+
+    def around_a_body(self):
+        with self.mask:
+            return nn.remat(type(self).read)(self)
+
+    def around_a_scan(self):
+        scan = nn.scan(lambda m, c, _: (c, m.w), variable_broadcast='params', length=1,
+                       split_rngs={'params': False})
+        with self.mask:
+            return scan(self, None, None)[1].sum()
+
+    def mirror(self):
+        return self.mask(self).read()
+
+
+class HasPart(nn.Module):
+    part: nn.Module
+
+    def __call__(self):
+        return self.part()
+
+
+@pytest.mark.parametrize('mutable', [False, ['params']])
+@pytest.mark.parametrize('how', ['class', 'mirror', 'mirror of a mirror'])
+@pytest.mark.parametrize('way', [
+    '__call__', 'method', 'body', 'around_a_body', 'around_a_scan', 'mirror', 'lifted'])
+@pytest.mark.parametrize('outer, inner, want', NESTS, ids=['11', '12'])
+def test_a_block_in_a_part_of_a_lifted_module_is_inside_it(outer, inner, want, way, how, mutable):
+    """Also where the part is used from outside, and no method of the lifted module runs."""
+    lift, cls = outer('**/w'), inner()(Part) if way == 'lifted' else Part
+    method = '__call__' if way == 'lifted' else way
+    nothing = sg.map_values(sg.nothing, abs)
+
+    class Root(nn.Module):
+        def setup(self):
+            mask = nothing if way == 'lifted' else inner()
+            self.m = (lift(HasPart) if how == 'class' else HasPart)(cls(mask))
+
+        def __call__(self):
+            m = self.m
+            if how != 'class':
+                m = lift(m)
+            if how == 'mirror of a mirror':
+                m = nothing(m)
+            with sg.map_values('m/part/w', lambda info, v: v + 100):
+                around = getattr(m.part, method)()
+            return getattr(m.part, method)(), around
+
+    variables = {'params': {'m': {'part': W['params']}}}
+    out = Root().apply(variables, mutable=mutable)
+    got, around = out[0] if mutable else out
+    assert got == want
+    assert around == want + (200 if outer is times or inner is times else 100)
+    if mutable:
+        assert out[1] == variables
+
+
+class Mirrors(nn.Module):
+    """Makes a mirror of its part, and reads through that."""
+
+    mask: sg.Transform
+
+    def setup(self):
+        self.part = Reads()
+
+    def __call__(self):
+        return self.mask(self.part)()
+
+
+@pytest.mark.parametrize('outer, inner, want', NESTS, ids=['11', '12'])
+def test_what_is_around_a_part_of_a_lifted_module(outer, inner, want):
+    """What the lifted module itself does to a part is inside; what others do is around."""
+    variables = {'params': {'part': W['params']}}
+    for lift in (outer('**/w'), outer('part')):
+        assert lift(Mirrors)(inner()).apply(variables) == want
+        assert lift(Mirrors)(inner()).bind(variables)() == lift(Mirrors(inner()).bind(variables))()
+    lift, around, outer = inner('**/w'), outer('**/w'), outer()
+    for lifted in (lift(Mirrors)(inner()).bind(variables), lift(Mirrors(inner()).bind(variables))):
+        assert outer(lifted.part)() == outer(lifted.part).w == want
+        assert outer(Reads.__call__)(lifted.part) == outer(lifted.part.computed)() == want
+        with around:
+            assert lifted.part.w == lifted.part() == want
+
+
 # Methods ---------------------------------------------------------------------------------------------
 
 
