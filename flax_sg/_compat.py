@@ -34,7 +34,7 @@ __all__ = [
     'Module', 'Scope', 'Variable', 'batched', 'checked', 'current_module', 'drawn_again',
     'in_scratch_root', 'is_ref', 'lifted_call', 'operation_of', 'packed_scopes', 'random_state',
     'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
-    'setup_pending', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
+    'setup_pending', 'split', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
     'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'written_at',
 ]
 
@@ -255,6 +255,19 @@ def traced(fn: Callable, *args: Any) -> ClosedJaxpr:
 _TRACED = DebugInfo('flax_sg', 'flax_sg', None, None)
 
 
+def split(jaxpr: Any, unknown: list[bool]) -> tuple[ClosedJaxpr, ClosedJaxpr]:
+    """Split a jaxpr without constants by what depends on some of its inputs.
+
+    Returns:
+      What does not: a function of the other inputs; and what does: one of some results of the
+      first, and of these inputs.
+    """
+    closed = ClosedJaxpr(getattr(jaxpr, 'jaxpr', jaxpr), [])
+    known, rest, *_ = _partial_eval.partial_eval_jaxpr_nounits(  # public since 0.12
+        closed, unknown, True)
+    return known, rest
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Return how many operands of a scan are constants, and how many its carry has."""
     if 'num_consts' in params:
@@ -304,26 +317,27 @@ def batched(jaxpr: ClosedJaxpr, axis: Any, dims: list) -> tuple[ClosedJaxpr, lis
     return _batching.batch_jaxpr_axes(jaxpr, axis, dims, free)  # public since 0.12
 
 
-def checked(primitive: Primitive, bind: Callable) -> None:
+def checked(primitive: Primitive, inputs_of: Callable, bind: Callable) -> None:
     """Let `checkify` look into the jaxpr of a primitive; it has no public way to say that.
 
-    ``bind(jaxpr, *operands, **params)`` binds the primitive to another jaxpr, which has more
-    results, at the end; so has then the primitive, and `bind` returns these.
+    ``inputs_of(*operands, **params)`` returns the inputs of its jaxpr. ``bind(jaxpr, errors,
+    *operands, **params)`` binds it to another jaxpr, which has the errors as inputs before the
+    others, and more results, at the end; so has then the primitive, and `bind` returns these.
     """
     def rule(*args: Any, jaxpr: ClosedJaxpr, **params: Any) -> tuple[Any, list]:
         context = args[:not isinstance(args[0], _checkify.Error)]  # there is one since 0.12
         error, enabled, *operands = args[len(context):]
         errors, tree = jax.tree.flatten(error)
-        operands = [*errors, *operands]
+        inputs = [*errors, *inputs_of(*operands, **params)]
         made, tree, _ = _checkify.jaxpr_to_checkify_jaxpr(
-            *context, jaxpr, enabled, tree, *map(jax.typeof, operands))
+            *context, jaxpr, enabled, tree, *map(jax.typeof, inputs))
         count = tree.num_leaves - len(jaxpr.out_avals)
 
-        def errors_last(*operands: Any) -> list:
-            results = jax.core.eval_jaxpr(made.jaxpr, made.consts, *operands)
+        def errors_last(*inputs: Any) -> list:
+            results = jax.core.eval_jaxpr(made.jaxpr, made.consts, *inputs)
             return [*results[count:], *results[:count]]
 
-        results = bind(traced(errors_last, *operands), *operands, **params)
+        results = bind(traced(errors_last, *inputs), errors, *operands, **params)
         end = len(results) - count
         return tree.children()[0].unflatten(results[end:]), results[:end]
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import batching, mlir
 
 from flax_sg._compat import traced, varying
 
-__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves',
-           'runs', 'varied']
+__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves', 'opened', 'runs',
+           'varied']
 
 
 def first(x: Any, *_: Any, **__: Any) -> Any:
@@ -42,6 +42,14 @@ def varied(x: jax.Array, like: Any) -> jax.Array:
     return jax.lax.pcast(x, tuple(axes), to='varying') if axes else x
 
 
+def opened(closed: ClosedJaxpr) -> tuple[Jaxpr, list]:
+    """Return a jaxpr whose first inputs are the constants, and the constants."""
+    jaxpr = closed.jaxpr
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    return jaxpr.replace(constvars=[], invars=inputs,
+                         debug_info=jaxpr.debug_info.with_unknown_names()), list(closed.consts)
+
+
 def closed_over(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, list]:
     """Trace a function of arrays to a list, and make an argument of each array it closes over.
 
@@ -50,12 +58,8 @@ def closed_over(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, list]:
     Returns:
       The jaxpr, of these arrays and then the arguments; and the arrays.
     """
-    closed = traced(fn, *args)
-    if not closed.consts:
-        return closed, []
-    count = len(closed.consts)
-    return traced(lambda *xs: jax.core.eval_jaxpr(closed.jaxpr, xs[:count], *xs[count:]),
-                  *closed.consts, *args), closed.consts
+    jaxpr, consts = opened(traced(fn, *args))
+    return ClosedJaxpr(jaxpr, []), consts
 
 
 def define(name: str, run: Callable = first) -> Primitive:

@@ -20,17 +20,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Primitive
+from jax.extend.core import ClosedJaxpr, Literal, Primitive
 from jax.interpreters import ad, batching
 
 from flax_sg import _compat
-from flax_sg._jaxprs import closed_over, define, evaluate, runs
+from flax_sg._jaxprs import closed_over, evaluate, opened, runs
 from flax_sg._marks import BINDER, NO_LANE, during, of_lane, tracing
+from flax_sg._together import Maps
 
 __all__ = ['in_lanes']
 
-# Operands: the inputs of `jaxpr`, whose first `count` results are the output, and the others what
-# else it made. Results: the output for each of `lanes`, and what else it made.
+# Operands: inputs of `jaxpr`, first `shared` of them that all lanes have in common, then the others
+# for each of `lanes`, which are equal in value. Its first `count` results are the output, the others
+# what else it made. Results: the output for each lane, and what else it made.
 _lanes_p = Primitive(BINDER)
 _lanes_p.multiple_results = True
 
@@ -51,19 +53,17 @@ def in_lanes(fun: Callable[[], tuple[Any, Any]], lanes: tuple[str, ...]
     with during(levels=level + 1, told_apart=tracing.told_apart - {level}):
         closed, shape = jax.make_jaxpr(fun, return_shape=True)()
     treedef, count = jax.tree.structure(shape), len(jax.tree.leaves(shape[0]))
+    jaxpr, inputs = opened(closed)
     # What was only handed on stays what it is: nn.scan wants broadcast variables back unchanged.
-    inputs = dict(zip(map(id, closed.jaxpr.constvars), closed.consts, strict=True))
-    handed = [None] * count + [inputs.get(id(var)) for var in closed.jaxpr.outvars[count:]]
-
-    def of_inputs(*inputs: Any) -> list:
-        made = jax.core.eval_jaxpr(closed.jaxpr, inputs)
-        return [x for x, old in zip(made, handed, strict=True) if old is None]
-
-    jaxpr = jax.make_jaxpr(of_inputs)(*closed.consts)
-    made = _lanes_p.bind(*closed.consts, jaxpr=jaxpr, count=count, lanes=lanes, level=level)
+    places = {var: i for i, var in enumerate(jaxpr.invars)}
+    handed = [None] * count + [
+        None if isinstance(var, Literal) else places.get(var) for var in jaxpr.outvars[count:]]
+    outvars = [var for var, place in zip(jaxpr.outvars, handed, strict=True) if place is None]
+    made = _lanes_p.bind(*inputs, jaxpr=ClosedJaxpr(jaxpr.replace(outvars=outvars), []),
+                         shared=len(inputs), count=count, lanes=lanes, level=level)
     outs, aside = _parts(made, count, len(lanes))
     rest = iter(aside)
-    aside = [next(rest) if old is None else old for old in handed[count:]]
+    aside = [next(rest) if place is None else inputs[place] for place in handed[count:]]
     trees = [treedef.unflatten([*out, *aside]) for out in outs]
     return [out for out, _ in trees], trees[0][1]
 
@@ -73,33 +73,50 @@ def _parts(made: list, count: int, lanes: int) -> tuple[list[list], list]:
     return [made[i * count:(i + 1) * count] for i in range(lanes)], made[lanes * count:]
 
 
-def _run(*inputs: Any, jaxpr: ClosedJaxpr, count: int, lanes: tuple, level: int) -> list:
-    made = evaluate(jaxpr, *inputs)
+def _of_lanes(operands: Any, shared: int, lanes: tuple) -> list[list]:
+    """Return the inputs of the function in each lane."""
+    own = (len(operands) - shared) // len(lanes)
+    return [[*operands[:shared], *operands[shared + i * own:shared + (i + 1) * own]]
+            for i in range(len(lanes))]
+
+
+def _run(*operands: Any, jaxpr: ClosedJaxpr, shared: int, count: int, lanes: tuple, level: int
+         ) -> list:
+    made = evaluate(jaxpr, *_of_lanes(operands, shared, lanes)[0])
     return made[:count] * len(lanes) + made[count:]
 
 
-def _abstract(*_: Any, jaxpr: ClosedJaxpr, count: int, lanes: tuple, level: int) -> tuple:
+def _abstract(*_: Any, jaxpr: ClosedJaxpr, shared: int, count: int, lanes: tuple, level: int
+              ) -> tuple:
     avals = list(jaxpr.out_avals)
     return avals[:count] * len(lanes) + avals[count:], jaxpr.effects
 
 
-def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lanes: tuple,
-         level: int) -> tuple[list, list]:
-    moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
-    tangents = tuple(tangents[i] for i in moved)
+def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, count: int,
+         lanes: tuple, level: int) -> tuple[list, list]:
+    inputs, moving = (_of_lanes(values, shared, lanes) for values in (primals, tangents))
+    moved = [i for i, ts in enumerate(zip(*moving, strict=True))
+             if any(type(t) is not ad.Zero for t in ts)]
+    tangents = [[ad.instantiate_zeros(ts[i]) for i in moved] for ts in moving]
     with during(linearizing=True, told_apart=tracing.told_apart | {level}):
-        forward, inputs, push, push_aside, kept = _linearized(jaxpr, count, primals, moved)
-    made = _lanes_p.bind(*inputs, jaxpr=forward, count=count + kept, lanes=lanes, level=level)
+        forward, consts, push, push_aside, kept = _linearized(jaxpr, count, inputs[0], moved)
+    made = _lanes_p.bind(*consts, *primals, jaxpr=forward, shared=len(consts) + shared,
+                         count=count + kept, lanes=lanes, level=level)
     outs, aside = _parts(made, count + kept, len(lanes))
     residuals, outs = [out[count:] for out in outs], [out[:count] for out in outs]
     rest = len(jaxpr.out_avals) - count
     aside, residuals_aside = aside[:rest], aside[rest:]
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_is_stored)
-    def pushed(residuals: list, residuals_aside: list, tangents: tuple) -> list:
-        shared = [map(_seen_as, residuals[0], own) for own in residuals]
-        found = _pushed(push, level, {i: [*own, *tangents] for i, own in enumerate(shared)})
-        found += _pushed(push_aside, level, {NO_LANE: [*residuals_aside, *tangents]})
+    # A scan around would stack each lane's residuals, which it cannot know to be equal. In a
+    # checkpoint it stacks what goes in, of which all but the first lane's is not used.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def pushed(residuals: list, residuals_aside: list, tangents: list) -> list:
+        maps = Maps(level, functools.partial(_in_common, lanes, level))
+        found = maps.apply(push.jaxpr, [
+            [*own, *ts] for own, ts in zip(maps.share(None, residuals), tangents, strict=True)],
+            [False] * len(residuals[0]) + [True] * len(moved))
+        found.append(jax.core.eval_jaxpr(of_lane(push_aside.jaxpr, level, NO_LANE), (),
+                                         *residuals_aside, *tangents[0]))
         return [t for ts in found for t in ts]
 
     made = [*(x for out in outs for x in out), *aside]
@@ -108,18 +125,12 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, lan
                   for x in made]
 
 
-def _pushed(push: ClosedJaxpr, level: int, operands: dict[int, list]) -> list[list]:
-    """Apply a linear map to the residuals and tangents of each lane."""
-    return [jax.core.eval_jaxpr(of_lane(push.jaxpr, level, lane), push.consts, *values)
-            for lane, values in operands.items()]
-
-
 def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
                 ) -> tuple[ClosedJaxpr, list, ClosedJaxpr, ClosedJaxpr, int]:
     """Linearise a function in some of its inputs.
 
     Returns:
-      The function, with residuals after the output, and others after what else it made; its inputs,
+      The function, with residuals after the output, and others after what else it made; the first
       which are the given ones after what rules of `jax.custom_jvp` in it close over; two linear
       maps, from the residuals and tangents of the moved inputs to the tangents of the inexact
       arrays in each of the two; and the number of residuals of the first.
@@ -148,44 +159,43 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
         return [*made[:count], *residuals[0], *made[count:], *residuals[1]]
 
     closed, consts = closed_over(forward, *primals)
-    return closed, [*consts, *primals], *pushes, kept
+    return closed, consts, *pushes, kept
 
 
 def _inexact(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-# All lanes have the same residuals, in value. A scan around them would stack each lane's own: JAX
-# tells them apart, as their derivatives differ. So the linear maps see the first lane's values, and
-# of the others nothing but their derivatives; that is done in a checkpoint, so that what the scan
-# stacks is what goes in there, of which all but the first lane's is not used.
-_seen_as_p = define('flax_sg_seen_as')
+def _in_common(lanes: tuple, level: int, jaxpr: ClosedJaxpr | None, groups: list[list]
+               ) -> list[list]:
+    """Compute a function once, of inputs that are equal in all lanes but in their derivatives.
+
+    Args:
+      jaxpr: the function; None returns its inputs.
+      groups: the inputs in each lane.
+
+    Returns:
+      Its results in each lane.
+    """
+    if jaxpr is None:
+        jaxpr = _compat.traced(lambda *xs: list(xs), *groups[0])
+    count = len(jaxpr.out_avals)
+    made = _lanes_p.bind(*(x for group in groups for x in group), jaxpr=jaxpr, shared=0,
+                         count=count, lanes=lanes, level=level)
+    return _parts(made, count, len(lanes))[0]
 
 
-def _seen_as(value: jax.Array, own: jax.Array) -> jax.Array:
-    """Return a value, with the derivative of an equal one."""
-    return _seen_as_p.bind(value, own) if _inexact(value) else value
-
-
-def _is_stored(primitive: Primitive, *avals: Any, **params: Any) -> bool:
-    # A checkpoint of JAX cannot store complex numbers, which reduce_precision refuses, as of 0.12.
-    dtypes = [getattr(aval, 'dtype', None) for aval in avals] + [params.get('new_dtype')]
-    is_complex = primitive.name in ('complex', 'fft') or any(map(_complex, dtypes))
-    return primitive is not _seen_as_p and not is_complex
-
-
-def _complex(dtype: Any) -> bool:
-    return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
-
-
-ad.primitive_jvps[_seen_as_p] = lambda primals, tangents: (_seen_as_p.bind(*primals), tangents[1])
-
-
-def _batched(axis: Any, inputs: list, dims: list, *, jaxpr: ClosedJaxpr, count: int, lanes: tuple,
-             level: int) -> tuple[list, list]:
-    batched, varies = _compat.batched(jaxpr, axis, dims)
+def _batched(axis: Any, operands: list, dims: list, *, jaxpr: ClosedJaxpr, shared: int,
+             count: int, lanes: tuple, level: int) -> tuple[list, list]:
+    of_lanes = _of_lanes(dims, shared, lanes)
+    fronts = [None if all(d is None for d in of) else 0 for of in zip(*of_lanes, strict=True)]
+    wanted = [*fronts[:shared], *fronts[shared:] * len(lanes)]
+    operands = [x if front is None else batching.bdim_at_front(x, dim, axis.size)
+                for x, dim, front in zip(operands, dims, wanted, strict=True)]
+    batched, varies = _compat.batched(jaxpr, axis, fronts)
     axes = [0 if v else None for v in varies]
-    made = _lanes_p.bind(*inputs, jaxpr=batched, count=count, lanes=lanes, level=level)
+    made = _lanes_p.bind(*operands, jaxpr=batched, shared=shared, count=count, lanes=lanes,
+                         level=level)
     return made, axes[:count] * len(lanes) + axes[count:]
 
 
@@ -193,5 +203,11 @@ runs(_lanes_p, _run)
 _lanes_p.def_effectful_abstract_eval(_abstract)
 ad.primitive_jvps[_lanes_p] = _jvp
 batching.fancy_primitive_batchers[_lanes_p] = _batched
-_compat.checked(_lanes_p, lambda jaxpr, *inputs, **params: _lanes_p.bind(
-    *inputs, jaxpr=jaxpr, **params))
+
+
+def _checked(jaxpr: ClosedJaxpr, errors: list, *operands: Any, shared: int, **params: Any) -> list:
+    return _lanes_p.bind(*errors, *operands, jaxpr=jaxpr, shared=len(errors) + shared, **params)
+
+
+_compat.checked(
+    _lanes_p, lambda *operands, shared, lanes, **_: _of_lanes(operands, shared, lanes)[0], _checked)

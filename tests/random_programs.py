@@ -1288,7 +1288,8 @@ def evaluate(closed: Any, *args: Any) -> list:
         elif name == 'cond':
             outs = evaluate(params['branches'][int(vals[0])], *vals[1:])
         elif name == 'flax_sg_lanes':
-            outs, count = evaluate(params['jaxpr'], *vals), params['count']
+            body, count = params['jaxpr'], params['count']  # the inputs of the first lane
+            outs = evaluate(body, *vals[:len(getattr(body, 'jaxpr', body).invars)])
             outs = outs[:count] * len(params['lanes']) + outs[count:]
         elif 'jaxpr' in params or 'call_jaxpr' in params:
             outs = evaluate(params.get('jaxpr', params.get('call_jaxpr')), *vals)

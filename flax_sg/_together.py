@@ -1,0 +1,173 @@
+"""The linear maps of several lanes, applied together where they compute something again.
+
+A pullback of a rematerialised function computes its residuals again. Those of all lanes are equal,
+so they are computed once here: one checkpoint for all lanes computes what it has to, and applies
+each lane's own linear map to that; a loop, a branch or a call around it is one for all lanes too.
+A map that computes nothing again is applied in each lane by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+
+from flax_sg import _compat
+from flax_sg._jaxprs import closed_over, opened
+from flax_sg._marks import of_lane
+
+__all__ = ['Maps']
+
+
+class Maps:
+    """Linear maps, which are one but for the marks that count in each lane.
+
+    Args:
+      level: that of these marks.
+      share: computes a function once, whose inputs are equal in all lanes; it gets a jaxpr and the
+        inputs of each lane, and returns the results in each.
+    """
+
+    def __init__(self, level: int, share: Callable[[ClosedJaxpr, list[list]], list[list]]):
+        self.level, self.share = level, share
+
+    def apply(self, jaxpr: Jaxpr, operands: list[list], moving: list[bool]) -> list[list]:
+        """Apply the map in each lane, and return the results in each.
+
+        Args:
+          jaxpr: the map, without constants.
+          operands: those of each lane.
+          moving: which of these the map is linear in; the others are equal in all lanes.
+        """
+        if not _computes_again(jaxpr):
+            return self._each(jaxpr, operands)
+        envs = [dict(zip(jaxpr.invars, values, strict=True)) for values in operands]
+        moved = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
+        for eqn in jaxpr.eqns:
+            values = [[_read(env, var) for var in eqn.invars] for env in envs]
+            flags = _moving(eqn.invars, moved)
+            rule = _RULES.get(eqn.primitive.name)
+            if rule is None or not any(flags) or not _holds_checkpoint(eqn):
+                alone = _alone(jaxpr, eqn)
+                outs = self._each(alone, [[env[var] for var in alone.invars] for env in envs])
+            else:
+                outs = rule(self, eqn, values, flags)
+            for env, out in zip(envs, outs, strict=True):
+                env.update(zip(eqn.outvars, out, strict=True))
+            moved.update(eqn.outvars * any(flags))
+        return [[_read(env, var) for var in jaxpr.outvars] for env in envs]
+
+    def _each(self, jaxpr: Jaxpr, operands: list[list]) -> list[list]:
+        return [jax.core.eval_jaxpr(of_lane(jaxpr, self.level, lane), (), *values)
+                for lane, values in enumerate(operands)]
+
+    def _checkpoint(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
+        known, push = _compat.split(eqn.params['jaxpr'], moving)
+        parts = [_parted(values, moving) for values in operands]
+
+        def body(*flat: Any) -> list:
+            parts = unflatten(flat)
+            kept = self.share(known, [inputs for inputs, _ in parts])
+            outs = self.apply(push.jaxpr, [
+                [*own, *tangents] for own, (_, tangents) in zip(kept, parts, strict=True)],
+                [False] * len(kept[0]) + [True] * sum(moving))
+            return jax.tree.leaves(outs)
+
+        flat, treedef = jax.tree.flatten(parts)
+        unflatten = treedef.unflatten
+        jaxpr, consts = closed_over(body, *flat)
+        params = eqn.params | {'jaxpr': jaxpr.jaxpr}
+        if isinstance(params['prevent_cse'], tuple):  # for each operand, since jax 0.11
+            flags = _parted(params['prevent_cse'], moving)
+            params['prevent_cse'] = (True,) * len(consts) + tuple(
+                jax.tree.leaves([flags] * len(operands)))
+        outs = eqn.primitive.bind(*consts, *flat, **params)
+        return _grouped(outs, len(operands))
+
+    def _scan(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
+        params, (body, closed_consts) = eqn.params, opened(eqn.params['jaxpr'])
+        consts, carry = _compat.scan_counts(params)
+        moving = list(moving)
+        while True:  # what a step makes of what moves, moves in the next one
+            made = _moves_out(body, [*[False] * len(closed_consts), *moving])[:carry]
+            before = moving[consts:consts + carry]
+            moving[consts:consts + carry] = [a or b for a, b in zip(before, made, strict=True)]
+            if moving[consts:consts + carry] == before:
+                break
+
+        def step(carries: list[list], xs: list[list]) -> tuple[list[list], list[list]]:
+            values = [[*closed_consts, *of[:consts], *c, *x]
+                      for of, c, x in zip(operands, carries, xs, strict=True)]
+            outs = self.apply(body, values, [*[False] * len(closed_consts), *moving])
+            return [out[:carry] for out in outs], [out[carry:] for out in outs]
+
+        carries, ys = jax.lax.scan(
+            step, [of[consts:consts + carry] for of in operands],
+            [of[consts + carry:] for of in operands], params['length'], params['reverse'],
+            params['unroll'])
+        return [[*c, *y] for c, y in zip(carries, ys, strict=True)]
+
+    def _cond(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
+        def of_branch(closed: Any) -> Callable:
+            return lambda operands: self.apply(*_with_consts(closed, operands, moving[1:]))
+        return jax.lax.switch(operands[0][0], list(map(of_branch, eqn.params['branches'])),
+                              [values[1:] for values in operands])
+
+    def _call(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
+        def call(operands: list[list]) -> list[list]:
+            return self.apply(*_with_consts(eqn.params['jaxpr'], operands, moving))
+        call.__name__ = eqn.params['name']
+        return jax.jit(call)(operands)
+
+
+_RULES = {'checkpoint': Maps._checkpoint, 'remat2': Maps._checkpoint, 'scan': Maps._scan,
+          'cond': Maps._cond, 'pjit': Maps._call, 'jit': Maps._call}
+
+
+def _read(env: dict, var: Any) -> Any:
+    return var.val if isinstance(var, Literal) else env[var]
+
+
+def _moving(names: list, moved: set) -> list[bool]:
+    return [not isinstance(var, Literal) and var in moved for var in names]
+
+
+def _moves_out(jaxpr: Jaxpr, moving: list[bool]) -> list[bool]:
+    """Say which results of a jaxpr depend on inputs that move."""
+    moved = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
+    for eqn in jaxpr.eqns:
+        moved.update(eqn.outvars * any(_moving(eqn.invars, moved)))
+    return _moving(jaxpr.outvars, moved)
+
+
+def _computes_again(jaxpr: Jaxpr) -> bool:
+    return any(map(_holds_checkpoint, jaxpr.eqns))
+
+
+def _holds_checkpoint(eqn: JaxprEqn) -> bool:
+    return eqn.primitive.name in ('checkpoint', 'remat2') or any(
+        map(_computes_again, jaxprs_in_params(eqn.params)))
+
+
+def _alone(jaxpr: Jaxpr, eqn: JaxprEqn) -> Jaxpr:
+    """Return a jaxpr of one equation."""
+    names = dict.fromkeys(var for var in eqn.invars if not isinstance(var, Literal))
+    return jaxpr.replace(constvars=[], invars=[*names], eqns=[eqn], outvars=[*eqn.outvars],
+                         debug_info=jaxpr.debug_info.with_unknown_names())
+
+
+def _parted(values: Any, moving: list[bool]) -> tuple[list, list]:
+    pairs = list(zip(values, moving, strict=True))
+    return [x for x, m in pairs if not m], [x for x, m in pairs if m]
+
+
+def _grouped(values: list, lanes: int) -> list[list]:
+    count = len(values) // lanes
+    return [values[i * count:(i + 1) * count] for i in range(lanes)]
+
+
+def _with_consts(closed: ClosedJaxpr, operands: list[list], moving: list[bool]) -> tuple:
+    jaxpr, consts = opened(closed)
+    return jaxpr, [[*consts, *values] for values in operands], [False] * len(consts) + moving
