@@ -69,7 +69,8 @@ class Maps:
 
         def body(*flat: Any) -> list:
             parts = unflatten(flat)
-            kept = self.share(known, [inputs for inputs, _ in parts])
+            kept = self.share(known, [inputs for inputs, _ in parts]) if known.jaxpr.eqns else [
+                jax.core.eval_jaxpr(known.jaxpr, known.consts, *inputs) for inputs, _ in parts]
             outs = self.apply(push.jaxpr, [
                 [*own, *tangents] for own, (_, tangents) in zip(kept, parts, strict=True)],
                 [False] * len(kept[0]) + [True] * sum(moving))
