@@ -13,15 +13,15 @@ from typing import Any
 from flax_sg import _compat
 from flax_sg._active import state
 from flax_sg._compat import Module
-from flax_sg._scope import APPLICATION, effective
-
-__all__ = ['watch']
+from flax_sg._runs import Run, running
+from flax_sg._scope import effective
+from flax_sg._setup import Kept, note_parent
 
 _watched: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 class _CachedProperty:
-    """Stands for a ``functools.cached_property``: keeps its first value, and whose it is."""
+    """Stands for a ``functools.cached_property``: keeps its first value, and how it came about."""
 
     def __init__(self, wrapped: functools.cached_property):
         self.wrapped, self.__doc__ = wrapped, wrapped.__doc__
@@ -32,23 +32,32 @@ class _CachedProperty:
             return self
         for run in state.setups:
             run.read = True
-        scope, now = module.scope, _compat.trace_state()
-        entries = () if scope is None else effective(scope)
-        # What is computed in a function that JAX traced, the body of a scan, stays in there.
-        if scope is not None and now != scope.flags[APPLICATION].trace:
-            kept = vars(module).get(self.slot)
-            return kept[1] if kept and kept[0] == entries else self.wrapped.func(module)
-        if self.slot not in vars(module):
-            vars(module)[self.slot] = (entries, self.wrapped.func(module))
-        first, value = vars(module)[self.slot]
-        return value if first == entries else self.wrapped.func(module)
+        values, compute = vars(module), self.wrapped.func
+        if self.slot not in values:
+            if module.scope is None:
+                kept, value = None, compute(module)
+            else:
+                run, entries = Run(), effective(module.scope)
+                with running(run, module.scope):
+                    value = compute(module)
+                kept = Kept(entries, run)
+            values[self.slot] = kept, value
+        kept, first = values[self.slot]
+        return first if kept is None else kept.read(module, first, lambda run: compute(module))
 
     def __set__(self, module: Module, value: Any) -> None:  # so as to come before the instance
         raise AttributeError(f'{self.wrapped.attrname!r} is a cached property.')
 
 
-def watch(cls: type[Module]) -> None:
-    """Replace the cached properties of a class and its bases, once."""
+@_compat.tap(Module, '__post_init__')
+def _post_init(original, self):
+    _watch(type(self))
+    original(self)
+    note_parent(self)
+
+
+def _watch(cls: type[Module]) -> None:
+    """Replace the cached properties of a class and its bases, once, before they are used."""
     if cls in _watched:
         return
     _watched.add(cls)

@@ -31,8 +31,8 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'batched', 'checked', 'current_module', 'drawn_again',
-    'in_scratch_root', 'is_ref', 'lifted_call', 'operation_of', 'packed_scopes', 'random_state',
+    'Module', 'Scope', 'Variable', 'batched', 'checked', 'counts', 'current_module', 'draws',
+    'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call', 'operation_of', 'packed_scopes',
     'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
     'setup_pending', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
     'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'written_at',
@@ -133,13 +133,19 @@ def run_setup(module: Module) -> None:
     module._try_setup()
 
 
-def random_state(scope: Scope) -> tuple[dict, list[tuple[dict, dict]]]:
-    """Record a scope's random streams, and how many keys it and those below have drawn from each.
+def in_setup(module: Module) -> bool:
+    """Say whether the module's ``setup`` is running."""
+    return module._state.in_setup
 
-    Flax gives a scope other streams for the time of a call of a jitted class.
-    """
-    return scope.rngs, [(counters, {k: n for k, n in counters.items() if not isinstance(n, dict)})
-                        for counters in _counters_below(scope.rng_counters)]
+
+def counts(counters: dict) -> dict:
+    """Return how many keys a scope has drawn from each random stream, those below it left out."""
+    return {name: count for name, count in counters.items() if not isinstance(count, dict)}
+
+
+def draws(scope: Scope) -> list[dict]:
+    """Return how many keys the scope and those below it have drawn from each random stream."""
+    return list(map(counts, _counters_below(scope.rng_counters)))
 
 
 def _counters_below(counters: dict) -> Iterator[dict]:
@@ -147,23 +153,6 @@ def _counters_below(counters: dict) -> Iterator[dict]:
     for value in counters.values():
         if isinstance(value, dict):
             yield from _counters_below(value)
-
-
-@contextlib.contextmanager
-def drawn_again(scope: Scope, start: tuple[dict, list[tuple[dict, dict]]]) -> Iterator[None]:
-    """Draw the keys that were drawn after ``start`` once more, and go on from where it was."""
-    now = random_state(scope)
-    for counters, counts in now[1]:  # in place: scopes share these dicts
-        counters.update(dict.fromkeys(counts, 0))
-    for counters, counts in start[1]:
-        counters.update(counts)
-    scope.rngs = start[0]
-    try:
-        yield
-    finally:
-        for counters, counts in now[1]:
-            counters.update(counts)
-        scope.rngs = now[0]
 
 
 def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:
@@ -217,7 +206,8 @@ def tap_rules(fn: Callable) -> Callable:
     """Tap calls of functions with rules of the user's own; ``fn`` gets the rules' names too."""
     for cls, names in _RULES:
         def call(original, self, *args, names=names, **kwargs):
-            if _applies_nothing(self.fun, args):
+            rules = [getattr(self, name, None) for name in names]
+            if not any(map(callable, args)) and all(map(_is_of_jax, (self.fun, *rules))):
                 return original(self, *args, **kwargs)
             return fn(original, self, names, *args, **kwargs)
         tap(cls, '__call__')(call)
@@ -230,10 +220,15 @@ def tap_linear_call(fn: Callable) -> Callable:
     return fn
 
 
-def _applies_nothing(fn: Callable, args: tuple) -> bool:
-    """Say whether it is a function of JAX's own, such as relu, that is given none of the user's."""
-    return ((getattr(fn, '__module__', None) or '').startswith('jax.')
-            and getattr(fn, '__closure__', None) is None and not any(map(callable, args)))
+def _is_of_jax(fn: Any) -> bool:
+    """Say whether a function, and what its closure holds, is JAX's own, such as relu and its rule."""
+    if isinstance(fn, (tuple, list)):
+        return all(map(_is_of_jax, fn))
+    if not callable(fn):
+        return True
+    if not (getattr(fn, '__module__', None) or '').startswith('jax.'):
+        return False
+    return all(_is_of_jax(cell.cell_contents) for cell in getattr(fn, '__closure__', None) or ())
 
 
 def set_cache_key(value: Any) -> None:

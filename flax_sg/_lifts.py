@@ -69,8 +69,7 @@ def _effects() -> tuple:
     module = _compat.current_module()
     if module is None:
         return (state.writes,)
-    counters = [counts for _, counts in _compat.random_state(module.scope.root)[1]]
-    return state.writes, counters, sum(map(len, module.scope.reservations.values()))
+    return state.writes, _compat.draws(module.scope.root), sum(map(len, module.scope.reservations.values()))
 
 
 def _seen(written: tuple) -> tuple:

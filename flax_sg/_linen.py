@@ -13,6 +13,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,10 +43,49 @@ _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, typ
     weakref.WeakKeyDictionary())
 
 
-def block_entry(transform: Transform) -> Entry:
-    """Return an opening of a transform at the module that is running, or outside all modules."""
-    module = _compat.current_module()
-    return entry_at(transform, None if module is None else module.scope)
+def block_entry(transform: Transform, frame: FrameType) -> Entry:
+    """Return an opening of a transform at the module whose code that is, or outside all modules."""
+    module = _module_of(frame) or _compat.current_module()
+    scope = None if module is None else module.scope
+    return entry_at(transform, scope, by=scope)
+
+
+def _module_of(frame: FrameType | None) -> Module | None:
+    """Return the bound module of which a frame runs a member.
+
+    Flax does not know of properties, generators that go on later and what is marked `nn.nowrap`.
+    """
+    while frame is not None and frame.f_code.co_filename == contextlib.__file__:
+        frame = frame.f_back
+    if frame is None or not frame.f_code.co_argcount:
+        return None
+    module = frame.f_locals.get(frame.f_code.co_varnames[0])
+    if not isinstance(module, Module) or module.scope is None:
+        return None
+    return module if frame.f_code in _code_of(type(module)) else None
+
+
+def _code_of(cls: type[Module]) -> frozenset[CodeType]:
+    """Return the code of a class's members."""
+    if cls not in _codes:
+        found = (code for base in cls.__mro__ if issubclass(base, Module)
+                 for member in vars(base).values() for code in _codes_in(member))
+        _codes[cls] = frozenset(found)
+    return _codes[cls]
+
+
+def _codes_in(member: Any) -> Iterator[CodeType]:
+    for name in ('wrapped', 'fget', 'func', '__func__', 'default'):  # of descriptors, in descriptors
+        inner = inspect.getattr_static(member, name, None)
+        if inner is not None:
+            yield from _codes_in(getattr(member, name))
+    if callable(member):
+        code = getattr(inspect.unwrap(member), '__code__', None)
+        if code is not None:
+            yield code
+
+
+_codes: weakref.WeakKeyDictionary[type, frozenset[CodeType]] = weakref.WeakKeyDictionary()
 
 
 def lift_function(transform: Transform, fn: Callable) -> Callable:
@@ -230,6 +270,8 @@ def _rebound(value: Any, old: Scope, new: Scope) -> Any:
         for name in path[len(start):]:
             scope = scope.push(name, reuse=True)
         fields = {k: _rebound(v, old, new) for k, v in fields_of(leaf).items()}
-        return type(leaf)(parent=scope, **fields)
+        copy = type(leaf)(parent=scope, **fields)
+        object.__setattr__(copy, LIVE, leaf)
+        return copy
 
     return jax.tree.map(rebind, value)

@@ -164,6 +164,13 @@ class Reads:
                 name: self.of((*path, name), child) for name, child in children_of(value).items()})
         return self._of_variable(path, value)
 
+    def settle(self) -> None:
+        """Raise UnmatchedPathError for a lifted module that is read from outside its methods."""
+        for entry in self.mark.own:
+            if not entry.settled and entry in self.inside and entry not in state.stack:
+                entry.settled = True
+                entry.met.check()
+
     def handed_in(self, path: Path, value: Any) -> tuple[Any, tuple[Entry, ...]]:
         """Return what a lifted transform made of a stored value, and what it left to do."""
         stored, copy = self.mark.copies.get((self.collection, path), (_MISSING, None))
@@ -225,12 +232,15 @@ def _read_part(read: Any, value: Any) -> Any:
 
 def open_at(transform: Any, scope: Scope | None) -> contextlib.AbstractContextManager[None]:
     """Open a transform at a module's scope, or outside all modules."""
-    return opened(entry_at(transform, scope))
+    return opened(entry_at(transform, scope, _running()))
 
 
-def entry_at(transform: Any, scope: Scope | None) -> Entry:
-    """Return an opening of a transform at a module's scope, or outside all modules."""
-    return Entry(transform, ()) if scope is None else _entry(transform, scope, _around(scope))
+def entry_at(transform: Any, scope: Scope | None, by: Scope | None) -> Entry:
+    """Return an opening of a transform at a module's scope, or outside all modules.
+
+    ``by`` is the scope of the module whose code opens it.
+    """
+    return Entry(transform, ()) if scope is None else _entry(transform, scope, _around(scope, by))
 
 
 def _entry(transform: Any, scope: Scope, around: tuple[Entry, ...], owner: Any = None) -> Entry:
@@ -240,13 +250,18 @@ def _entry(transform: Any, scope: Scope, around: tuple[Entry, ...], owner: Any =
                  initializing=bool(scope.get_flag('initializing', False)))
 
 
-def _around(scope: Scope) -> tuple[Entry, ...]:
-    """Return those of a scope's attached entries in which the running module lies too.
+def _around(scope: Scope, by: Scope | None) -> tuple[Entry, ...]:
+    """Return those of a scope's attached entries in which the module that opens a block lies too.
 
-    What it opens at the scope is inside them, and around the others.
+    The block is inside them, and around the others.
     """
-    own, running = mark_of(scope).own, _compat.current_module()
-    return own and running and tuple(e for e in own if e in mark_of(running.scope).own) or ()
+    own = mark_of(scope).own
+    return () if by is None else tuple(entry for entry in own if entry in mark_of(by).own)
+
+
+def _running() -> Scope | None:
+    module = _compat.current_module()
+    return None if module is None else module.scope
 
 
 def attach(scope: Scope, owner: Any, transform: Any, *, mirror: bool = False) -> Scope:
@@ -259,7 +274,7 @@ def attach(scope: Scope, owner: Any, transform: Any, *, mirror: bool = False) ->
     if _compat.in_scratch_root(scope) or attached_entry(scope, owner) is not None:
         return scope
     mark = mark_of(scope)
-    around = _around(scope) if mirror else mark.own
+    around = _around(scope, _running()) if mirror else mark.own
     inside = tuple(entry for entry in mark.own if entry not in around)
     view = scope.rewound()
     view.reservations = scope.reservations
@@ -351,12 +366,15 @@ def _get_variable(original, self, col, name, default=None):
     value = original(self, col, name, _MISSING)
     if value is _MISSING:
         return default
-    for run in state.setups:
-        value = run.saw(self, col, name, value)
     path = (*_compat.scope_path(self), name)
+    for run in state.setups:
+        value = run.saw(self, col, path, value)
     if state.storing == (col, path):
         return value
-    return Reads(self, col).of(path, value)
+    reads = Reads(self, col)
+    value = reads.of(path, value)
+    reads.settle()
+    return value
 
 
 @_compat.tap(Scope, 'param')
@@ -378,10 +396,11 @@ def _variables(original, self):
     out, path, changed = {}, _compat.scope_path(self), False
     for col, tree in variables.items():
         for run in state.setups:
-            run.read = True
+            tree = run.saw(self, col, path, tree)
         reads = Reads(self, col)
         out[col] = reads.of(path, tree)
-        changed |= not reads.idle
+        reads.settle()
+        changed |= out[col] is not variables[col]
     return type(variables)(out) if changed else variables
 
 

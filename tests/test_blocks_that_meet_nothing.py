@@ -171,3 +171,31 @@ def test_a_block_inside_a_module_that_reads_nothing_is_no_matter():
                 y = jnp.sin(x)
             return Scale(name='s')(y)
     Idle().apply({'params': {'s': {'w': one}}}, 1.0)
+
+
+class Outer(nn.Module):
+    def setup(self):
+        self.part = Scale()
+        self.v = self.param('v', nn.initializers.ones, ())
+
+    def __call__(self, x):
+        return self.part(x) + self.v
+
+
+OUTER = {'params': {'part': {'w': one}, 'v': one}}
+FROM_OUTSIDE = {
+    'attribute': lambda m: m.v, 'part': lambda m: m.part(1.0), 'remat': lambda m: nn.remat(
+        lambda part: part(1.0))(m.part), 'variables': lambda m: m.variables['params']['v']}
+
+
+@pytest.mark.parametrize('collections', ['params', 'none'])
+@pytest.mark.parametrize('read', FROM_OUTSIDE.values(), ids=FROM_OUTSIDE)
+@pytest.mark.parametrize('lift', [
+    lambda t: t(Outer().bind(OUTER)), lambda t: t(Outer)().bind(OUTER),
+    lambda t: t(Outer()).bind(OUTER)], ids=['mirror', 'class', 'instance'])
+def test_a_typo_around_a_lifted_module_that_is_read_from_outside(lift, read, collections):
+    read(lift(sg.stop_gradient('part')))
+    bad = sg.stop_gradient('prat') if collections == 'params' else sg.stop_gradient(
+        'part', collections='none')
+    with pytest.raises(sg.UnmatchedPathError, match='prat|none'):
+        read(lift(bad))
