@@ -109,8 +109,9 @@ class Entry:
     """
 
     __slots__ = (
-        '__weakref__', 'answers', 'around', 'attached', 'bodies', 'captured', 'family', 'kept', 'key',
-        'line', 'met', 'opener', 'owner', 'reads', 'settled', 'staging', 'trace', 'transform')
+        '__weakref__', 'answers', 'around', 'attached', 'bodies', 'captured', 'family', 'kept',
+        'key', 'line', 'met', 'opener', 'owner', 'reads', 'settled', 'staging', 'trace',
+        'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: Any = None, *,
                  variables: dict | None = None, around: tuple[Entry, ...] = (),

@@ -10,7 +10,6 @@ Checked with flax 0.12.8 and 0.12.12, jax 0.10.2 and 0.12.0.1.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -221,7 +220,7 @@ def tap_linear_call(fn: Callable) -> Callable:
 
 
 def _is_of_jax(fn: Any) -> bool:
-    """Say whether a function, and what its closure holds, is JAX's own, such as relu and its rule."""
+    """Say whether a function and what its closure holds is JAX's own, such as relu and its rule."""
     if isinstance(fn, (tuple, list)):
         return all(map(_is_of_jax, fn))
     if not callable(fn):

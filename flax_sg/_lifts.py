@@ -69,7 +69,8 @@ def _effects() -> tuple:
     module = _compat.current_module()
     if module is None:
         return (state.writes,)
-    return state.writes, _compat.draws(module.scope.root), sum(map(len, module.scope.reservations.values()))
+    names = sum(map(len, module.scope.reservations.values()))
+    return state.writes, _compat.draws(module.scope.root), names
 
 
 def _seen(written: tuple) -> tuple:

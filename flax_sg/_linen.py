@@ -75,7 +75,7 @@ def _code_of(cls: type[Module]) -> frozenset[CodeType]:
 
 
 def _codes_in(member: Any) -> Iterator[CodeType]:
-    for name in ('wrapped', 'fget', 'func', '__func__', 'default'):  # of descriptors, in descriptors
+    for name in ('wrapped', 'fget', 'func', '__func__', 'default'):  # of descriptors
         inner = inspect.getattr_static(member, name, None)
         if inner is not None:
             yield from _codes_in(getattr(member, name))

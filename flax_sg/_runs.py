@@ -12,7 +12,7 @@ from typing import Any
 
 from flax_sg import _compat
 from flax_sg._active import state
-from flax_sg._compat import Module, Scope
+from flax_sg._compat import Scope
 from flax_sg._info import Path
 from flax_sg._mappings import children_of, rebuilt
 

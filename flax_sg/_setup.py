@@ -130,7 +130,8 @@ def _try_setup(original, self, shallow=False):
     before, entries = set(vars(self)), effective(self.scope)
     # A module and its mirrors see the same state and draw the same numbers: the first is set up.
     runs = self.scope.flags[APPLICATION].setups
-    key = (_compat.scope_path(self.scope), self.name, type(self).__module__, type(self).__qualname__)
+    cls = type(self)  # a lifted class has the names of its base
+    key = (_compat.scope_path(self.scope), self.name, cls.__module__, cls.__qualname__)
     first, mirrored = runs.get(key, (None, False)), _is_mirrored(self)
     run = Run(first[0] if mirrored or first[1] else None)
     with running(run, self.scope):
