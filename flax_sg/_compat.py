@@ -11,6 +11,8 @@ Checked with flax 0.12.8 and 0.12.12, jax 0.10.2 and 0.12.0.1.
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,11 +32,13 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'batched', 'checked', 'counts', 'current_module', 'draws',
+    'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts', 'current_module',
+    'draws',
     'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call', 'operation_of', 'packed_scopes',
     'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
     'setup_pending', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
-    'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'written_at',
+    'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'wrapped',
+    'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -56,6 +60,9 @@ def staging_trace() -> Any:
     while not isinstance(trace, _partial_eval.DynamicJaxprTrace) and hasattr(trace, 'parent_trace'):
         trace = trace.parent_trace
     return trace._weakref
+
+
+CALL = Module._call_wrapped_method.__code__  # that runs each method of a module
 
 
 def current_module() -> Module | None:
@@ -135,6 +142,17 @@ def run_setup(module: Module) -> None:
 def in_setup(module: Module) -> bool:
     """Say whether the module's ``setup`` is running."""
     return module._state.in_setup
+
+
+def child(module: Module, name: str) -> Module | None:
+    """Return the submodule of a name, if there is one."""
+    found = module._state.children.get(name)
+    return found if isinstance(found, Module) else None
+
+
+def wrapped(descriptor: Any) -> Any:
+    """Wrap a descriptor of a module class as Flax does, which tells of an AttributeError in it."""
+    return _module.create_descriptor_wrapper(descriptor)
 
 
 def counts(counters: dict) -> dict:
@@ -225,9 +243,15 @@ def _is_of_jax(fn: Any) -> bool:
         return all(map(_is_of_jax, fn))
     if not callable(fn):
         return True
-    if not (getattr(fn, '__module__', None) or '').startswith('jax.'):
+    if isinstance(fn, functools.partial):
+        return _is_of_jax((fn.func, *fn.args, *fn.keywords.values()))
+    fn = inspect.unwrap(fn)  # a jitted function
+    if not isinstance(fn, types.FunctionType) or not fn.__module__.startswith('jax.'):
         return False
-    return all(_is_of_jax(cell.cell_contents) for cell in getattr(fn, '__closure__', None) or ())
+    try:
+        return all(_is_of_jax(cell.cell_contents) for cell in fn.__closure__ or ())
+    except ValueError:  # an empty cell
+        return False
 
 
 def set_cache_key(value: Any) -> None:

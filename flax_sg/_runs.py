@@ -6,6 +6,7 @@ same, draws the same, and has no effect on anything.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from flax_sg._active import state
 from flax_sg._compat import Scope
 from flax_sg._info import Path
 from flax_sg._mappings import children_of, rebuilt
+from flax_sg._scope import application_of
 
 __all__ = ['Run', 'running', 'written_in_a_run']
 
@@ -31,6 +33,7 @@ class Run:
       drawn: counters of random numbers, by identity, as they were when it first drew from them.
       rngs: the streams of its scope, which are others while a jitted class is called.
       written: what it would have written, if it repeats another one.
+      handed: the collections that lifted transforms handed to their bodies, by place.
     """
 
     def __init__(self, first: Run | None = None):
@@ -40,37 +43,81 @@ class Run:
         self.drawn: dict[int, tuple[dict, dict]] = {}
         self.rngs: Any = None
         self.written: dict[tuple, Any] = {}
+        self.handed: dict[tuple, frozenset[str]] = {}
 
-    def saw(self, scope: Scope, collection: str, path: Path, value: Any) -> Any:
-        """Note a read of what is stored at a path, and return the value to go on with."""
+    def saw(self, scope: Scope, collection: str, path: Path, value: Any, missing: Any) -> Any:
+        """Note a read of what is stored at a path, and return the value to go on with.
+
+        ``missing`` is the value if there is nothing.
+        """
         self.read = True
-        if self.first is None and not scope.is_mutable_collection(collection):
+        if not scope.is_mutable_collection(collection):
             return value
-        if isinstance(value, Mapping):  # which Flax changes in place
-            parts = {name: self.saw(scope, collection, (*path, name), child)
-                     for name, child in children_of(value).items()}
-            return value if self.first is None else rebuilt(value, parts)
+        if self.first is not None:
+            found = self._seen(scope, collection, path, value)
+            return missing if found is _ABSENT else found
+        self._note(scope, collection, path, _ABSENT if value is missing else value)
+        return value
+
+    def handed_in(self, scope: Scope, path: Path, variables: dict[str, Any]) -> dict[str, Any]:
+        """Note what a lifted transform hands to its body, and return what to hand to it."""
+        place = (application_of(scope).life, path)
+        there = None if self.first is None else self.first.handed.get(place)
+        self.handed.setdefault(place, frozenset(variables))
+        return {collection: self.saw(scope, collection, path, tree, {})
+                if there is None or collection in there or any(
+                    key[:2] == (place[0], collection) for key in self.written) else {}
+                for collection, tree in variables.items()}
+
+    def _note(self, scope: Scope, collection: str, path: Path, value: Any) -> None:
+        items = children_of(value) if isinstance(value, Mapping) else None
+        for name, child in (items or {}).items():  # Flax changes these in place
+            self._note(scope, collection, (*path, name), child)
+        self.seen.setdefault(
+            _address(scope, collection, path), value if items is None else frozenset(items))
+
+    def _seen(self, scope: Scope, collection: str, path: Path, value: Any) -> Any:
         key = _address(scope, collection, path)
-        if self.first is None:
-            self.seen.setdefault(key, value)
-            return value
-        return self.written.get(key, self.first.seen.get(key, value))
+        if key in self.written:
+            return self.written[key]
+        seen = self.first.seen.get(key, value)
+        if not isinstance(value, Mapping):
+            return seen
+        names = seen if isinstance(seen, frozenset) else frozenset(value)
+        parts = {name: self._seen(scope, collection, (*path, name), child)
+                 for name, child in children_of(value).items()}
+        kept = {name: part for name, part in parts.items() if part is not _ABSENT and (
+            name in names or _address(scope, collection, (*path, name)) in self.written)}
+        return rebuilt(value, kept) if len(kept) == len(value) else type(value)(kept)
+
+    def had(self, scope: Scope, collection: str, path: Path, found: bool) -> bool:
+        """Note whether there is a variable, and say whether there is one for this run."""
+        key = _address(scope, collection, path)
+        if self.first is not None:
+            return key in self.written or found and self.first.seen.get(key) is not _ABSENT
+        if not found and scope.is_mutable_collection(collection):
+            self.seen.setdefault(key, _ABSENT)
+        return found
+
+
+_ABSENT = object()
 
 
 def _address(scope: Scope, collection: str, path: Path) -> tuple:
-    return (id(_compat.root_variables(scope)), collection, path)
+    return (application_of(scope).life, collection, path)  # each run of a lifted body has its own
 
 
 @contextlib.contextmanager
 def running(run: Run, scope: Scope) -> Iterator[None]:
     """Make a run. A repeated one draws the first one's numbers; then all goes on as it was."""
-    first, rngs, now = run.first, scope.rngs, []
+    first, rngs, names, now = run.first, scope.rngs, scope.reservations, []
     run.rngs = rngs
     if first is not None:
         now = [(counters, _compat.counts(counters)) for counters, _ in first.drawn.values()]
         for counters, counts in first.drawn.values():
             counters.update(counts)
         scope.rngs = first.rngs
+        scope.reservations = collections.defaultdict(set)
     state.setups.append(run)
     try:
         yield
@@ -78,7 +125,7 @@ def running(run: Run, scope: Scope) -> Iterator[None]:
         state.setups.remove(run)
         for counters, counts in now:
             counters.update(counts)
-        scope.rngs = rngs
+        scope.rngs, scope.reservations = rngs, names
 
 
 def written_in_a_run(scope: Scope, collection: str, path: Path, value: Any) -> bool:
@@ -88,6 +135,14 @@ def written_in_a_run(scope: Scope, collection: str, path: Path, value: Any) -> b
             run.written[_address(scope, collection, path)] = value
             return True
     return False
+
+
+@_compat.tap(Scope, 'has_variable')
+def _has_variable(original, self, col, name):
+    found = original(self, col, name)
+    for run in state.setups:
+        found = run.had(self, col, (*_compat.scope_path(self), name), found)
+    return found
 
 
 @_compat.tap(Scope, 'make_rng')

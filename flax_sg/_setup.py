@@ -24,12 +24,13 @@ from flax_sg._callables import cell_contents
 from flax_sg._compat import Module, Scope, Variable
 from flax_sg._errors import UsageError
 from flax_sg._runs import Run, running, written_in_a_run
-from flax_sg._scope import APPLICATION, effective, write
+from flax_sg._scope import application_of, effective, write
 
-__all__ = ['LIVE', 'Kept', 'note_parent']
+__all__ = ['LIVE', 'Kept', 'first_run', 'note_parent', 'note_run']
 
 LIVE = '_flax_sg_live'  # of a mirror: the module that it mirrors
 _OF_SETUP = '_flax_sg_of_setup'  # of a module that was made in a setup
+_RUNS = '_flax_sg_runs'  # of a module: first runs, its own and of what stands for its parts
 _TABLE = '_flax_sg_setup'
 _STATIC = (Variable, Scope, str, bytes, bool, int, float, complex, type, np.dtype,
            types.ModuleType, types.BuiltinFunctionType)
@@ -44,20 +45,24 @@ class Kept:
         self.trace = _compat.trace_state()
         self.kept: dict[int, tuple] = {}
 
-    def read(self, module: Module, first: Any, again: Callable[[Run], Any]) -> Any:
+    def read(self, module: Module, first: dict[str, Any], again: Callable[[], dict[str, Any]]
+             ) -> dict[str, Any]:
         """Return the first run's values, or those of a run ``again`` under the open transforms."""
         entries, now = effective(module.scope), _compat.trace_state()
-        # What was computed in a function that JAX traced, the body of a scan, stays in there.
-        if entries == self.entries and self.trace in (now, module.scope.flags[APPLICATION].trace):
+        # A tracer computed in a function that JAX traced, the body of a scan, stays in there.
+        if entries == self.entries and (
+                self.trace in (now, application_of(module.scope).trace) or not any(
+                    isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(first))):
             return first
         # Values computed here are tracers of the current trace. They are kept only where what
         # keeps them cannot outlive it: by the innermost block, or by a module of the same trace.
         keeper = state.stack[-1] if state.stack else self
         kept = keeper.kept if keeper.trace == now else {}
         if kept.get(id(self), _NOTHING)[:2] != (self, entries):
-            run = Run(self.run)
-            with running(run, module.scope):
-                kept[id(self)] = (self, entries, again(run))
+            with running(Run(self.run), module.scope):
+                new = again()
+            merged = {name: _merge(value, new[name]) for name, value in first.items()}
+            kept[id(self)] = (self, entries, merged)
         return kept[id(self)][2]
 
 
@@ -70,7 +75,7 @@ def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
             f"setup of '/{'/'.join(module.path)}' set {missing[0]!r} when it first ran, and "
             'not when it ran again inside a flax_sg block. Let setup depend on nothing but the '
             "module's fields, variables and random streams.")
-    return {name: _merge(vars(module)[name], vars(clone)[name]) for name in names}
+    return {name: vars(clone)[name] for name in names}
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -112,15 +117,48 @@ def note_parent(module: Module) -> None:
         object.__setattr__(module, _OF_SETUP, True)
 
 
-def _is_mirrored(module: Any) -> bool:
-    """Say whether a module is a mirror, or stands for a part of what a mirror mirrors."""
-    while isinstance(module, Module):
-        if LIVE in vars(module):
-            return True
+def live_of(module: Module) -> Module:
+    """Return the module that a mirror, or a mirror of a mirror, mirrors."""
+    while LIVE in vars(module):
+        module = vars(module)[LIVE]
+    return module
+
+
+def _places(module: Module) -> list[tuple[Module, tuple]]:
+    """Return where a run of a module's setup may be noted: a module, and a path of setups below it.
+
+    A mirror's parts are those of the module that it mirrors, which may not have made its own yet.
+    """
+    names: tuple = ()
+    found = []
+    while LIVE not in vars(module):
+        found.append((module, names))
         if _OF_SETUP not in vars(module):
-            return False
+            return found
+        cls = type(module)  # a lifted class has the names of its base
+        names = ((module.name, cls.__module__, cls.__qualname__), *names)
         module = module.parent
-    return False
+    part, found = live_of(module), []
+    while part is not None:
+        found.append((part, names))
+        if not names:
+            break
+        part, names = _compat.child(part, names[0][0]), names[1:]
+    return found
+
+
+def first_run(module: Module, what: str) -> Run | None:
+    """Return the first run of a module's setup, or of what has another name, by it or a mirror."""
+    return next((run for place, names in _places(module)
+                 if (run := vars(place).get(_RUNS, {}).get((what, names)))), None)
+
+
+def note_run(module: Module, what: str, run: Run) -> None:
+    """Note a first run."""
+    place, names = _places(module)[0]
+    if _RUNS not in vars(place):
+        object.__setattr__(place, _RUNS, {})
+    vars(place)[_RUNS][what, names] = run
 
 
 @_compat.tap(Module, '_try_setup')
@@ -129,17 +167,15 @@ def _try_setup(original, self, shallow=False):
         return original(self, shallow)
     before, entries = set(vars(self)), effective(self.scope)
     # A module and its mirrors see the same state and draw the same numbers: the first is set up.
-    runs = self.scope.flags[APPLICATION].setups
-    cls = type(self)  # a lifted class has the names of its base
-    key = (_compat.scope_path(self.scope), self.name, cls.__module__, cls.__qualname__)
-    first, mirrored = runs.get(key, (None, False)), _is_mirrored(self)
-    run = Run(first[0] if mirrored or first[1] else None)
+    run = Run(first_run(self, 'setup'))
     with running(run, self.scope):
         original(self, shallow)
-    runs[key] = (run.first or run, mirrored and (run.first is None or first[1]))
+    if run.first is None:
+        note_run(self, 'setup', run)
     if run.read:
-        new = {k: v for k, v in vars(self).items() if k not in (*before, 'scope')}
-        names = tuple(name for name, value in new.items() if _depends(value))
+        names = tuple(name for name, value in vars(self).items()
+                      if name not in (*before, 'scope', _RUNS) and _depends(value)
+                      and not _is_set(type(self), name))
         for name in names:
             _intercept(type(self), name)
         if names:
@@ -152,6 +188,12 @@ def _put_variable(original, self, col, name, value):
         return
     state.writes += 1
     original(self, col, name, write(self, col, name, value))
+
+
+def _is_set(cls: type[Module], name: str) -> bool:
+    """Say whether a class has a descriptor of its own that is asked for an attribute."""
+    member = inspect.getattr_static(cls, name, None)
+    return hasattr(type(member), '__set__') and not isinstance(member, _SetupAttribute)
 
 
 class _SetupAttribute:
@@ -172,7 +214,8 @@ class _SetupAttribute:
             return values[self.name]
         for run in state.setups:
             run.read = True
-        return kept.read(module, values, lambda run: _setup_again(module, names))[self.name]
+        first = {name: values[name] for name in names}
+        return kept.read(module, first, lambda: _setup_again(module, names))[self.name]
 
     def __set__(self, module: Module, value: Any) -> None:
         vars(module)[self.name] = value

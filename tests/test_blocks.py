@@ -1012,8 +1012,64 @@ def test_unusual_leaves():
 # Which module opens a block: the one whose code does -------------------------------------------------
 
 
-class Opens(nn.Module):
+class Mixin:
+    """No module."""
+
+    @property
+    def by_mixin(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+    def method_of_a_mixin(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+
+class Lazy:
+    """A descriptor of a user's own."""
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __get__(self, module, owner):
+        return self if module is None else self.fn(module)
+
+
+def unwrapped(fn):
+    return lambda *args: fn(*args)
+
+
+@contextlib.contextmanager
+def frozen(name):
+    with nn.stop_gradient(name):
+        yield
+
+
+class Opens(Mixin, nn.Module):
     """Opens a block in members of which Flax does not note that they run."""
+
+    @property
+    def by_helper(self):
+        with frozen('w'):
+            return self.w
+
+    @property
+    def by_nested(self):
+        def nested():
+            with nn.stop_gradient('w'):
+                return self.w
+        return nested()
+
+    @property
+    @unwrapped
+    def by_decorated(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+    @Lazy
+    def by_descriptor(self):
+        with nn.stop_gradient('w'):
+            return self.w
 
     def setup(self):
         self.w = self.param('w', nn.initializers.ones, ())
@@ -1073,7 +1129,10 @@ OPENS = {
     'property': lambda m: m.by_property, 'cached property': lambda m: m.by_cached_property,
     'nowrap': lambda m: m.unwrapped(), 'partialmethod': lambda m: m.partial(),
     'singledispatchmethod': lambda m: m.dispatched('w'), 'generator': lambda m: sum(m.steps()),
-    'contextmanager': read_around, 'stack': lambda m: m.in_a_stack()}
+    'contextmanager': read_around, 'stack': lambda m: m.in_a_stack(),
+    'mixin': lambda m: m.by_mixin, 'method of a mixin': lambda m: m.method_of_a_mixin(),
+    'helper': lambda m: m.by_helper, 'nested': lambda m: m.by_nested,
+    'decorated': lambda m: m.by_decorated, 'descriptor': lambda m: m.by_descriptor}
 
 
 @pytest.mark.parametrize('of', [PLAIN, sg.stop_gradient(sg.nothing)], ids=['plain', 'lifted'])

@@ -199,3 +199,28 @@ def test_a_typo_around_a_lifted_module_that_is_read_from_outside(lift, read, col
         'part', collections='none')
     with pytest.raises(sg.UnmatchedPathError, match='prat|none'):
         read(lift(bad))
+
+
+class Creates(nn.Module):
+    def setup(self):
+        self.w = self.param('w', nn.initializers.ones, ())
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.w * self.variable('cache', 'n', lambda: one).value
+
+
+@pytest.mark.parametrize('attribute_first', [False, True])
+@pytest.mark.parametrize('mirror', [False, True])
+def test_a_lifted_module_that_is_read_before_it_makes_what_is_selected(mirror, attribute_first):
+    lift = sg.stop_gradient('n', collections='cache')
+
+    class Reads(nn.Module):
+        def setup(self):
+            self.c = (Creates if mirror else lift(Creates))()
+
+        def __call__(self):
+            c = lift(self.c) if mirror else self.c
+            return c.w + c(1.0) if attribute_first else c(1.0) + c.w
+
+    assert Reads().apply({'params': {'c': {'w': one}}}, mutable=['cache'])[0] == 2

@@ -342,3 +342,15 @@ def test_rules_of_ones_own_for_a_function_of_jax(primal, wrap):
         with sg.map_values(True, lambda info, w: 7 * w, allow_unmatched=True):
             return surrogate(x)
     assert wrap(jax.grad(loss))(2.0) == 14
+
+
+def test_rules_in_a_partial_of_jax():
+    Partial = jax.tree_util.Partial
+    f = jax.custom_vjp(Partial(run))
+    f.defvjp(Partial(lambda p, x: (run(p, x), (p, x))),
+             Partial(lambda res, ct: jax.vjp(run, *res)[1](ct)))
+
+    def loss(p):
+        with sg.stop_gradient():
+            return f(p, one)
+    assert jax.grad(loss)(PARAMS)['params']['w'] == 0

@@ -9,6 +9,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import struct
 
@@ -251,3 +252,234 @@ def test_setup_makes_a_tree_whose_structure_is_new_in_each_run(make):
         return 10 * module() + 100 * in_block(module, lambda m: m()) + mirror(module, lambda m: m())
     value, grads = jax.value_and_grad(loss)({'params': {'w': one}})
     assert value == 222 and grads['params']['w'] == 20
+
+
+# What does not exist yet, and what is written, in a run again -----------------------------------------
+
+
+class HasVariable(nn.Module):
+    """As BatchNorm and SpectralNorm do."""
+
+    def setup(self):
+        w, there = self.param('w', ones, ()), self.has_variable('state', 's')
+        s = self.variable('state', 's', lambda: one)
+        if there:
+            s.value += 1
+        self.value = s.value * w
+
+
+class Draws(nn.Module):
+    def setup(self):
+        w = self.param('w', ones, ())
+        self.variable('state', 's', lambda: draw(self))
+        self.value = draw(self) * w
+
+
+class Default(nn.Module):
+    def setup(self):
+        w, before = self.param('w', ones, ()), self.get_variable('state', 's', 1.0)
+        self.variable('state', 's', lambda: 7 * one)
+        self.value = before * w
+
+
+class Whole(nn.Module):
+    def setup(self):
+        w, before = self.param('w', ones, ()), len(self.variables.get('state', {}))
+        self.variable('state', 's', lambda: one)
+        self.value = before * w
+
+
+class Tree(nn.Module):
+    """A variable whose value is a dict."""
+
+    def setup(self):
+        w, s = self.param('w', ones, ()), self.variable('state', 's', lambda: {'n': one})
+        s.value = {'n': s.value['n'] + 1}
+        self.value = s.value['n'] * w
+
+
+class Counts(nn.Module):
+    @nn.compact
+    def __call__(self):
+        s = self.variable('state', 's', lambda: one)
+        s.value += 1
+        return s.value
+
+
+class InJit(nn.Module):
+    lift: object = nn.jit
+
+    def setup(self):
+        self.counts = self.lift(Counts)()
+        self.value = self.counts() * self.param('w', ones, ())
+
+
+class InRemat(InJit):
+    lift: object = nn.remat
+
+
+class Once(nn.Module):
+    kind: type
+    order: tuple
+
+    def setup(self):
+        self.m = self.kind()
+
+    def __call__(self):
+        return [use(self.m, lambda m: m.value) for use in self.order]
+
+
+@pytest.mark.parametrize('order', [
+    (plain, in_block, plain), (in_block, plain, in_block), (plain, mirror, plain),
+    (mirror, plain, mirror), (mirror, in_block, plain)],
+    ids=lambda order: ' then '.join(use.__name__ for use in order))
+@pytest.mark.parametrize('stored', [False, True])
+@pytest.mark.parametrize('kind', [HasVariable, Draws, Default, Whole, Tree, InJit, InRemat])
+def test_setup_sees_what_there_was_and_what_it_wrote(kind, stored, order):
+    keys = {'params': jax.random.key(0), **KEYS}
+    variables = Once(kind, (plain,)).init(keys)
+    if not stored:
+        variables = {'params': variables['params']}
+    run = lambda order: Once(kind, order).apply(variables, rngs=KEYS, mutable=['state'])
+    (values, state), ((want, *_), wanted) = run(order), run((plain, plain))
+    assert values == [want] * 3 and state == wanted
+    (values, made), ((want, *_), wanted) = (
+        Once(kind, order).init_with_output(keys) for order in (order, (plain, plain)))
+    assert values == [want] * 3 and made == wanted
+
+
+class Numbered(nn.Module):
+    i: int = 0
+
+    def setup(self):
+        self.w = self.param(f'w{self.i}', nn.initializers.normal(), ())
+        self.n = self.variable('state', 'n', lambda: 0 * one)
+        self.n.value += 1
+        self.noise = draw(self)
+
+    def __call__(self):
+        return self.n.value, self.noise
+
+
+class Makes(nn.Module):
+    """Makes a new part, of the same name, in each call."""
+
+    lift: object
+
+    @nn.compact
+    def __call__(self, i):
+        return self.lift(Numbered(i))()
+
+
+class Calls(nn.Module):
+    lift: object
+
+    def setup(self):
+        self.makes = Makes(self.lift)
+
+    def __call__(self, i):
+        return self.makes(0), self.makes(i)
+
+
+def test_parts_made_anew_in_each_call_are_not_one_another():
+    keys = {'params': jax.random.key(0), **KEYS}
+    same, mirrored = Calls(lambda m: m), Calls(lambda m: held(m))
+    wanted, made = (model.init_with_output(keys, 1) for model in (same, mirrored))
+    assert wanted == made and made[1]['params']['makes']['Numbered_0'].keys() == {'w0', 'w1'}
+    run = lambda model: model.apply(made[1], 0, rngs=KEYS, mutable=['state'])
+    assert run(same) == run(mirrored) and run(same)[0][0] != run(same)[0][1]
+
+
+# Programs without blocks are as they are without the library ------------------------------------------
+
+
+class Mixin:
+    """No module."""
+
+    @functools.cached_property
+    def cached(self):
+        return 2 * self.number
+
+    @functools.cached_property
+    def read(self):
+        return self.get_variable('params', 'w')
+
+
+class NoModule(Mixin):
+    number = 5
+
+
+class Mixed(Mixin, nn.Module):
+    number: int = 3
+
+    def __call__(self):
+        return self.cached
+
+
+def test_cached_properties_are_what_they_were():
+    assert Mixed().apply({}) == 6 and NoModule().cached == 10
+    other = NoModule()
+    other.cached = 4
+    assert other.cached == 4
+    del other.cached
+    assert other.cached == 10
+    bound = Mixed().bind({})
+    assert bound.cached == 6
+    vars(bound)['cached'] = 9
+    assert bound.cached == 9
+    del vars(bound)['cached']
+    assert bound.cached == 6 and not hasattr(bound, 'other')
+
+
+def test_a_cached_property_of_a_mixin_in_a_block():
+    def loss(params):
+        module = Mixed().bind(params)
+        return 10 * in_block(module, lambda m: m.read) + module.read
+    assert jax.grad(loss)({'params': {'w': one}})['params']['w'] == 1
+
+
+def test_what_a_cached_property_holds_that_read_nothing_is_one_object():
+    class Logs(nn.Module):
+        @functools.cached_property
+        def log(self):
+            return []
+
+        @functools.cached_property
+        def part(self):
+            return nn.Dense(1)
+
+        @nn.compact
+        def __call__(self, x):
+            first = in_block(self, lambda m: m.log.append(1) or m.part(x))
+            self.log.append(2)
+            return first - self.part(x), self.log
+
+    (difference, log), variables = Logs().init_with_output(jax.random.key(0), jnp.ones((1, 1)))
+    assert difference == 0 and log == [1, 2] and variables['params'].keys() == {'Dense_0'}
+
+
+def test_setup_that_first_ran_in_a_trace_and_made_no_tracer_does_not_run_again():
+    class Host(nn.Module):
+        def setup(self):
+            self.w = self.param('w', ones, ())
+            self.noise = np.random.default_rng().normal(size=1)
+
+        def __call__(self):
+            return self.w * self.noise
+
+    class Maps(nn.Module):
+        def setup(self):
+            self.host = Host()
+
+        def __call__(self):
+            return jax.vmap(lambda x: self.host() * x)(jnp.ones(1))[0], self.host()
+
+    first, second = Maps().apply({'params': {'host': {'w': one}}})
+    assert first == second
+
+
+def test_a_module_that_was_bound_before_the_library_was_imported():
+    module = Own().bind({'params': {'w': one}}, rngs=KEYS)
+    scope = module.scope
+    scope.flags = scope.flags.pop('flax_sg_application')[0]
+    assert jax.grad(lambda w: in_block(module, lambda m: m.value) * w)(1.0) == module.value
