@@ -1,8 +1,8 @@
 """Block-scoped gradient masks for Flax Linen: train some parameters with a loss, and not others."""
 
+from flax_sg import _cached as _cached  # taps Flax's modules and their setup
 from flax_sg import _lifts as _lifts  # taps what lifted transforms hand on; _scope taps reads
 from flax_sg import _rules as _rules  # taps functions with rules of the user's own
-from flax_sg import _setup as _setup  # taps Flax's setup
 from flax_sg import data_structures, nn
 from flax_sg._adaptors import from_haiku, from_nnx
 from flax_sg._assert_flow import assert_flow

@@ -69,14 +69,16 @@ class Application:
       life: its identity.
       linearizing: it began while the target of views was differentiated, in a rule of the user's.
       inner: a running module applies the model by itself, so that it is that module's own affair.
+      setups: the runs of `setup` in it, see `_setup`.
     """
 
-    __slots__ = ('inner', 'life', 'linearizing', 'trace')
+    __slots__ = ('inner', 'life', 'linearizing', 'setups', 'trace')
 
     def __init__(self, *, inner: bool = False) -> None:
         self.trace, self.life = _compat.trace_state(), _Life()
         self.linearizing = tracing.linearizing
         self.inner = inner
+        self.setups: dict[tuple, tuple] = {}
 
     def __eq__(self, other: object) -> bool:  # it is in the flags of scopes, a key of nn.jit
         return isinstance(other, Application) and self.inner == other.inner
@@ -103,11 +105,13 @@ class Entry:
       captured: a rule of the user's will open it again.
       reads: what variables were read as, for each application of a model.
       met: what it has met, for patterns that select nothing, until it is closed.
+      settled: an attached one's patterns were looked at, as no block of it need ever end.
     """
 
     __slots__ = (
-        '__weakref__', 'answers', 'around', 'attached', 'bodies', 'captured', 'family', 'kept', 'key',
-        'line', 'met', 'opener', 'owner', 'reads', 'staging', 'trace', 'transform')
+        '__weakref__', 'answers', 'around', 'attached', 'bodies', 'captured', 'family', 'kept',
+        'key', 'line', 'met', 'opener', 'owner', 'reads', 'settled', 'staging', 'trace',
+        'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: Any = None, *,
                  variables: dict | None = None, around: tuple[Entry, ...] = (),
@@ -135,6 +139,7 @@ class Entry:
         self.met: Met | None = Met(
             transform, opener, variables, self.key, self.line, quiet=quiet)
         self.reads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.settled = False
 
     def read(self, application: Application, info: VariableInfo, value: Any, other: Callable
              ) -> Any:

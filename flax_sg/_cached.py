@@ -7,53 +7,85 @@ a block or a stopped one to what comes after it.
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from typing import Any
 
 from flax_sg import _compat
 from flax_sg._active import state
 from flax_sg._compat import Module
-from flax_sg._scope import APPLICATION, effective
-
-__all__ = ['watch']
+from flax_sg._runs import Run, running
+from flax_sg._scope import effective
+from flax_sg._setup import Kept, first_run, note_parent, note_run
 
 _watched: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 class _CachedProperty:
-    """Stands for a ``functools.cached_property``: keeps its first value, and whose it is."""
+    """Stands for a ``functools.cached_property``: keeps its first value, and how it came about."""
 
     def __init__(self, wrapped: functools.cached_property):
-        self.wrapped, self.__doc__ = wrapped, wrapped.__doc__
-        self.slot = f'_flax_sg_cached_{wrapped.attrname}'
+        self.wrapped, self.__doc__, self.name = wrapped, wrapped.__doc__, wrapped.attrname
+        self.slot = f'_flax_sg_cached_{self.name}'
 
     def __get__(self, module: Module | None, owner: type) -> Any:
         if module is None:
             return self
+        values = vars(module)
+        if self.name not in values:
+            self._compute(module)
+        first, kept = values[self.name], values.get(self.slot)
+        if kept is None or kept[1] is not first:  # it read no variable, or another one was set
+            return first
         for run in state.setups:
             run.read = True
-        scope, now = module.scope, _compat.trace_state()
-        entries = () if scope is None else effective(scope)
-        # What is computed in a function that JAX traced, the body of a scan, stays in there.
-        if scope is not None and now != scope.flags[APPLICATION].trace:
-            kept = vars(module).get(self.slot)
-            return kept[1] if kept and kept[0] == entries else self.wrapped.func(module)
-        if self.slot not in vars(module):
-            vars(module)[self.slot] = (entries, self.wrapped.func(module))
-        first, value = vars(module)[self.slot]
-        return value if first == entries else self.wrapped.func(module)
+        again = lambda: {self.name: self.wrapped.func(module)}
+        return kept[0].read(module, {self.name: first}, again)[self.name]
 
-    def __set__(self, module: Module, value: Any) -> None:  # so as to come before the instance
-        raise AttributeError(f'{self.wrapped.attrname!r} is a cached property.')
+    def _compute(self, module: Module) -> None:
+        values = vars(module)
+        if module.scope is None:
+            values[self.name] = self.wrapped.func(module)
+            return
+        run, entries = Run(first_run(module, self.slot)), effective(module.scope)
+        with running(run, module.scope):
+            values[self.name] = self.wrapped.func(module)
+        if run.first is None:
+            note_run(module, self.slot, run)
+        if run.read:
+            values[self.slot] = Kept(entries, run), values[self.name]
+
+    def __set__(self, module: Module, value: Any) -> None:
+        vars(module)[self.name] = value
+
+    def __delete__(self, module: Module) -> None:
+        if self.name not in vars(module):
+            raise AttributeError(self.name)
+        del vars(module)[self.name]
 
 
-def watch(cls: type[Module]) -> None:
-    """Replace the cached properties of a class and its bases, once."""
+@_compat.tap(Module, '__post_init__')
+def _post_init(original, self):
+    _watch(type(self))
+    original(self)
+    note_parent(self)
+
+
+def _watch(cls: type[Module]) -> None:
+    """Replace the cached properties of a class and its bases, once, before they are used.
+
+    Those of a base that is no module are replaced in the class alone.
+    """
     if cls in _watched:
         return
     _watched.add(cls)
-    for base in cls.__mro__:
-        for name, member in list(vars(base).items()):
-            wrapped = getattr(member, 'wrapped', member)  # Flax wraps descriptors
-            if isinstance(wrapped, functools.cached_property):
-                setattr(base, name, _CachedProperty(wrapped))
+    for base in reversed(cls.__mro__):
+        if issubclass(base, Module):
+            names = {name for of in base.__mro__ if of is base or not issubclass(of, Module)
+                     for name in vars(of)}
+            for name in names:
+                member = inspect.getattr_static(base, name)
+                wrapped = getattr(member, 'wrapped', member)  # Flax wraps descriptors
+                if type(wrapped) is functools.cached_property and wrapped.attrname == name:
+                    ours = _CachedProperty(wrapped)
+                    setattr(base, name, ours if wrapped is member else _compat.wrapped(ours))

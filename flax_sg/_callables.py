@@ -123,7 +123,10 @@ def _hashable(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         return _Identity(value)
-    return (type(value), value)  # 1, 1.0 and True are equal, and not the same predicate
+    kind = type(value)
+    if kind is float:  # 0.0 and -0.0 are equal, and a NaN equals nothing
+        value = value.hex()
+    return (kind, value)  # 1, 1.0 and True are equal, and not the same predicate
 
 
 def cell_contents(cell: types.CellType) -> Any:

@@ -10,8 +10,9 @@ Checked with flax 0.12.8 and 0.12.12, jax 0.10.2 and 0.12.0.1.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,11 +32,13 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'batched', 'checked', 'current_module', 'drawn_again',
-    'in_scratch_root', 'is_ref', 'lifted_call', 'operation_of', 'packed_scopes', 'random_state',
+    'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts', 'current_module',
+    'draws',
+    'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call', 'operation_of', 'packed_scopes',
     'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
-    'setup_pending', 'split', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
-    'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'written_at',
+    'setup_pending', 'split', 'staging_trace', 'stored', 'tap', 'tap_linear_call',
+    'tap_map_variables', 'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying',
+    'wrapped', 'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -57,6 +60,9 @@ def staging_trace() -> Any:
     while not isinstance(trace, _partial_eval.DynamicJaxprTrace) and hasattr(trace, 'parent_trace'):
         trace = trace.parent_trace
     return trace._weakref
+
+
+CALL = Module._call_wrapped_method.__code__  # that runs each method of a module
 
 
 def current_module() -> Module | None:
@@ -133,13 +139,30 @@ def run_setup(module: Module) -> None:
     module._try_setup()
 
 
-def random_state(scope: Scope) -> tuple[dict, list[tuple[dict, dict]]]:
-    """Record a scope's random streams, and how many keys it and those below have drawn from each.
+def in_setup(module: Module) -> bool:
+    """Say whether the module's ``setup`` is running."""
+    return module._state.in_setup
 
-    Flax gives a scope other streams for the time of a call of a jitted class.
-    """
-    return scope.rngs, [(counters, {k: n for k, n in counters.items() if not isinstance(n, dict)})
-                        for counters in _counters_below(scope.rng_counters)]
+
+def child(module: Module, name: str) -> Module | None:
+    """Return the submodule of a name, if there is one."""
+    found = module._state.children.get(name)
+    return found if isinstance(found, Module) else None
+
+
+def wrapped(descriptor: Any) -> Any:
+    """Wrap a descriptor of a module class as Flax does, which tells of an AttributeError in it."""
+    return _module.create_descriptor_wrapper(descriptor)
+
+
+def counts(counters: dict) -> dict:
+    """Return how many keys a scope has drawn from each random stream, those below it left out."""
+    return {name: count for name, count in counters.items() if not isinstance(count, dict)}
+
+
+def draws(scope: Scope) -> list[dict]:
+    """Return how many keys the scope and those below it have drawn from each random stream."""
+    return list(map(counts, _counters_below(scope.rng_counters)))
 
 
 def _counters_below(counters: dict) -> Iterator[dict]:
@@ -147,23 +170,6 @@ def _counters_below(counters: dict) -> Iterator[dict]:
     for value in counters.values():
         if isinstance(value, dict):
             yield from _counters_below(value)
-
-
-@contextlib.contextmanager
-def drawn_again(scope: Scope, start: tuple[dict, list[tuple[dict, dict]]]) -> Iterator[None]:
-    """Draw the keys that were drawn after ``start`` once more, and go on from where it was."""
-    now = random_state(scope)
-    for counters, counts in now[1]:  # in place: scopes share these dicts
-        counters.update(dict.fromkeys(counts, 0))
-    for counters, counts in start[1]:
-        counters.update(counts)
-    scope.rngs = start[0]
-    try:
-        yield
-    finally:
-        for counters, counts in now[1]:
-            counters.update(counts)
-        scope.rngs = now[0]
 
 
 def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:
@@ -217,7 +223,8 @@ def tap_rules(fn: Callable) -> Callable:
     """Tap calls of functions with rules of the user's own; ``fn`` gets the rules' names too."""
     for cls, names in _RULES:
         def call(original, self, *args, names=names, **kwargs):
-            if _applies_nothing(self.fun, args):
+            rules = [getattr(self, name, None) for name in names]
+            if not any(map(callable, args)) and all(map(_is_of_jax, (self.fun, *rules))):
                 return original(self, *args, **kwargs)
             return fn(original, self, names, *args, **kwargs)
         tap(cls, '__call__')(call)
@@ -230,10 +237,21 @@ def tap_linear_call(fn: Callable) -> Callable:
     return fn
 
 
-def _applies_nothing(fn: Callable, args: tuple) -> bool:
-    """Say whether it is a function of JAX's own, such as relu, that is given none of the user's."""
-    return ((getattr(fn, '__module__', None) or '').startswith('jax.')
-            and getattr(fn, '__closure__', None) is None and not any(map(callable, args)))
+def _is_of_jax(fn: Any) -> bool:
+    """Say whether a function and what its closure holds is JAX's own, such as relu and its rule."""
+    if isinstance(fn, (tuple, list)):
+        return all(map(_is_of_jax, fn))
+    if not callable(fn):
+        return True
+    if isinstance(fn, functools.partial):
+        return _is_of_jax((fn.func, *fn.args, *fn.keywords.values()))
+    fn = inspect.unwrap(fn)  # a jitted function
+    if not isinstance(fn, types.FunctionType) or not fn.__module__.startswith('jax.'):
+        return False
+    try:
+        return all(_is_of_jax(cell.cell_contents) for cell in fn.__closure__ or ())
+    except ValueError:  # an empty cell
+        return False
 
 
 def set_cache_key(value: Any) -> None:

@@ -31,8 +31,8 @@ from flax_sg._together import Maps
 __all__ = ['in_lanes']
 
 # Operands: inputs of `jaxpr`, first `shared` of them that all lanes have in common, then the others
-# for each of `lanes`, which are equal in value. Its first `count` results are the output, the others
-# what else it made. Results: the output for each lane, and what else it made.
+# for each of `lanes`, which are equal in value. Its first `count` results are the output, the
+# others what else it made. Results: the output for each lane, and what else it made.
 _lanes_p = Primitive(BINDER)
 _lanes_p.multiple_results = True
 

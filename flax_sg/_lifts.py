@@ -21,7 +21,15 @@ from flax_sg._active import Application, context, set_context, state, under
 from flax_sg._bodies import Body, Question
 from flax_sg._compat import Scope
 from flax_sg._info import Path, walk
-from flax_sg._scope import APPLICATION, FLAG, Mark, Reads, mark_of, set_mark
+from flax_sg._scope import (
+    APPLICATION,
+    FLAG,
+    Mark,
+    Reads,
+    application_of,
+    mark_of,
+    set_mark,
+)
 
 __all__: list[str] = []  # it taps Flax
 
@@ -69,8 +77,8 @@ def _effects() -> tuple:
     module = _compat.current_module()
     if module is None:
         return (state.writes,)
-    counters = [counts for _, counts in _compat.random_state(module.scope.root)[1]]
-    return state.writes, counters, sum(map(len, module.scope.reservations.values()))
+    names = sum(map(len, module.scope.reservations.values()))
+    return state.writes, _compat.draws(module.scope.root), names
 
 
 def _seen(written: tuple) -> tuple:
@@ -143,7 +151,10 @@ class _Lifted:
 
     def _read_group(self, i: int, variables: Mapping[str, Any], *, carried: bool) -> dict:
         scope, out = self.packed[i], dict(variables)
-        for collection, tree in variables.items():
+        path = _compat.scope_path(scope)
+        for run in state.setups:
+            out = run.handed_in(scope, path, out)
+        for collection, tree in list(out.items()):
             writable = self._writable(scope, collection)
             if writable and carried or self._follows(i, collection):
                 self.left[i] |= {collection}
@@ -153,7 +164,7 @@ class _Lifted:
             reads = Reads(scope, collection, idle=False)
             if reads.idle:
                 continue
-            seen = reads.of(_compat.scope_path(scope), tree)
+            seen = reads.of(path, tree)
             if not writable:
                 out[collection] = seen
             elif (changed := _changed(tree, seen)) is not None:
@@ -183,7 +194,7 @@ class _Lifted:
         outer = mark_of(self.packed[i])
         mark = Mark(outer.family, outer.variables, self.applied[i], self._copies(i, root),
                     self.open[i], trace=_compat.staging_trace(), split=outer.split or self.split)
-        inner = self.packed[i].flags[APPLICATION].inner
+        inner = application_of(self.packed[i]).inner
         root.flags = root.flags.copy({FLAG: mark, APPLICATION: Application(inner=inner)})
 
     def _copies(self, i: int, root: Scope) -> dict[tuple, tuple]:

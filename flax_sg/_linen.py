@@ -13,13 +13,14 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from flax_sg import _compat
 from flax_sg._active import Entry, opened, state
-from flax_sg._callables import identity_key, lasting_key
+from flax_sg._callables import cell_contents, identity_key, lasting_key
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
 from flax_sg._inside import run_inside
@@ -42,10 +43,62 @@ _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, typ
     weakref.WeakKeyDictionary())
 
 
-def block_entry(transform: Transform) -> Entry:
-    """Return an opening of a transform at the module that is running, or outside all modules."""
-    module = _compat.current_module()
-    return entry_at(transform, None if module is None else module.scope)
+def block_entry(transform: Transform, frame: FrameType) -> Entry:
+    """Return an opening of a transform at the module whose code that is, or outside all modules."""
+    module = _module_of(frame) or _compat.current_module()
+    scope = None if module is None else module.scope
+    return entry_at(transform, scope, by=scope)
+
+
+def _module_of(frame: FrameType | None) -> Module | None:
+    """Return the bound module of which the innermost frame runs a member.
+
+    Flax does not know of properties, generators that go on later and what is marked `nn.nowrap`.
+    """
+    for _ in range(_FRAMES):
+        if frame is None or frame.f_code is _compat.CALL:  # from here on Flax knows
+            return None
+        if frame.f_code.co_argcount:
+            module = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if (isinstance(module, Module) and module.scope is not None
+                    and frame.f_code in _code_of(type(module))):
+                return module
+        frame = frame.f_back
+    return None
+
+
+_FRAMES = 20  # helpers, nested functions and context managers stand between; a loop's body does not
+
+
+def _code_of(cls: type[Module]) -> frozenset[CodeType]:
+    """Return the code of a class's members."""
+    if cls not in _codes:
+        fields = {field.name for field in dataclasses.fields(cls)}
+        members = [member for base in cls.__mro__ if base not in (object, Module)
+                   for name, member in vars(base).items() if name not in fields]
+        _codes[cls] = frozenset(code for member in members for code in _codes_in(member))
+    return _codes[cls]
+
+
+def _codes_in(member: Any, depth: int = 0) -> Iterator[CodeType]:
+    if depth > 4:
+        return
+    if isinstance(member, FunctionType):
+        yield member.__code__
+        cells = map(cell_contents, member.__closure__ or ())  # what a decorator wraps
+        inner = [getattr(member, '__wrapped__', None), *cells]
+    elif isinstance(member, property):
+        inner = [member.fget]
+    elif isinstance(member, (staticmethod, classmethod)):
+        inner = [member.__func__]
+    else:  # another descriptor, as of Flax around one of Python
+        is_one = hasattr(type(member), '__get__')
+        inner = list(getattr(member, '__dict__', {}).values()) if is_one else []
+    for part in inner:
+        if isinstance(part, FunctionType) or hasattr(type(part), '__get__'):
+            yield from _codes_in(part, depth + 1)
+
+_codes: weakref.WeakKeyDictionary[type, frozenset[CodeType]] = weakref.WeakKeyDictionary()
 
 
 def lift_function(transform: Transform, fn: Callable) -> Callable:
@@ -113,7 +166,8 @@ def _members(base: type[Module]) -> dict[str, Any]:
 
 def _lift_member(member: Any) -> Any:
     """Lift a method or a property; return None for what is neither."""
-    member = getattr(member, 'wrapped', member)  # Flax wraps descriptors
+    while hasattr(member, 'wrapped'):  # Flax wraps descriptors, and _cached does
+        member = member.wrapped
     if inspect.isfunction(member):
         return _lift_method(member)
     if isinstance(member, property):
@@ -230,6 +284,8 @@ def _rebound(value: Any, old: Scope, new: Scope) -> Any:
         for name in path[len(start):]:
             scope = scope.push(name, reuse=True)
         fields = {k: _rebound(v, old, new) for k, v in fields_of(leaf).items()}
-        return type(leaf)(parent=scope, **fields)
+        copy = type(leaf)(parent=scope, **fields)
+        object.__setattr__(copy, LIVE, leaf)
+        return copy
 
     return jax.tree.map(rebind, value)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax.core import FrozenDict, meta
+from flax.core import DenyList, FrozenDict, meta
 
 from flax_sg import _compat
 from flax_sg._active import (
@@ -35,8 +35,8 @@ from flax_sg._mappings import children_of, rebuilt
 from flax_sg._marks import tracing
 
 __all__ = [
-    'APPLICATION', 'FLAG', 'Mark', 'Reads', 'attach', 'attached_entry', 'effective', 'entry_at',
-    'mark_of', 'open_at', 'set_mark', 'write',
+    'APPLICATION', 'FLAG', 'Mark', 'Reads', 'application_of', 'attach', 'attached_entry',
+    'effective', 'entry_at', 'mark_of', 'open_at', 'set_mark', 'write',
 ]
 
 FLAG, APPLICATION = 'flax_sg', 'flax_sg_application'
@@ -88,7 +88,7 @@ class Mark:
 def mark_of(scope: Scope) -> Mark:
     """Return the mark that a scope carries, or one that says nothing."""
     return scope.flags.get(FLAG) or Mark(
-        scope.flags[APPLICATION].life, _compat.root_variables(scope))
+        application_of(scope).life, _compat.root_variables(scope))
 
 
 def set_mark(scope: Scope, mark: Mark) -> None:
@@ -104,13 +104,23 @@ def _init(original, self, *args, **kwargs):
         self.flags = self.flags.copy({APPLICATION: Application(inner=inner)})
 
 
+def application_of(scope: Scope) -> Application:
+    """Return the application of a model that a scope is of."""
+    found = scope.flags.get(APPLICATION)
+    if found is None:  # it was made before this library was imported
+        root = scope.root
+        found = root.flags.get(APPLICATION) or Application()
+        root.flags, scope.flags = (s.flags.copy({APPLICATION: found}) for s in (root, scope))
+    return found
+
+
 def _inside(scope: Scope, mark: Mark, idle: bool) -> tuple[Entry, ...]:
     """Return the entries about a scope that no lifted transform has seen to.
 
     A block that a module below a lifted one opens is inside the lifted one, whether that is running
     or not; ``idle=False`` leaves out those that are neither running nor around a block.
     """
-    inner, found = scope.flags[APPLICATION].inner, state.stack
+    inner, found = application_of(scope).inner, state.stack
     if mark.own:
         found = [e for block in found for e in (*(o for o in block.around if o in mark.own), block)]
         found += mark.own * idle
@@ -164,6 +174,14 @@ class Reads:
                 name: self.of((*path, name), child) for name, child in children_of(value).items()})
         return self._of_variable(path, value)
 
+    def settle(self) -> None:
+        """Raise UnmatchedPathError for a lifted module that is read from outside its methods."""
+        for entry in self.mark.own:
+            if (not entry.settled and entry in self.inside and entry not in state.stack
+                    and not _may_create(self.scope, entry.transform)):
+                entry.settled = True
+                entry.met.check()
+
     def handed_in(self, path: Path, value: Any) -> tuple[Any, tuple[Entry, ...]]:
         """Return what a lifted transform made of a stored value, and what it left to do."""
         stored, copy = self.mark.copies.get((self.collection, path), (_MISSING, None))
@@ -179,7 +197,7 @@ class Reads:
 
     def _apply(self, entries: tuple[Entry, ...], path: Path, value: Any) -> Any:
         initializing = self.scope.get_flag('initializing', False)
-        application = self.scope.flags[APPLICATION]
+        application = application_of(self.scope)
         for entry in entries:
             info = entry.info(path, self.collection, value)
             if not entry.selects(info) or initializing and not entry.transform.at_init:
@@ -208,9 +226,18 @@ class Reads:
         """Return what a stored variable was last read as in this application."""
         value, left = self.handed_in(path, stored)
         for entry in left:
-            was = entry.has_read(self.scope.flags[APPLICATION], self.collection, path)
+            was = entry.has_read(application_of(self.scope), self.collection, path)
             value = value if was is None else was
         return value
+
+
+def _may_create(scope: Scope, transform: Any) -> bool:
+    """Say whether variables that a transform is about may still be created."""
+    mutable = scope.mutable
+    if isinstance(mutable, (bool, DenyList)):
+        return mutable is not False
+    names = [mutable] if isinstance(mutable, str) else mutable
+    return any(map(transform.in_collections, names))
 
 
 def _read_part(read: Any, value: Any) -> Any:
@@ -225,12 +252,15 @@ def _read_part(read: Any, value: Any) -> Any:
 
 def open_at(transform: Any, scope: Scope | None) -> contextlib.AbstractContextManager[None]:
     """Open a transform at a module's scope, or outside all modules."""
-    return opened(entry_at(transform, scope))
+    return opened(entry_at(transform, scope, _running()))
 
 
-def entry_at(transform: Any, scope: Scope | None) -> Entry:
-    """Return an opening of a transform at a module's scope, or outside all modules."""
-    return Entry(transform, ()) if scope is None else _entry(transform, scope, _around(scope))
+def entry_at(transform: Any, scope: Scope | None, by: Scope | None) -> Entry:
+    """Return an opening of a transform at a module's scope, or outside all modules.
+
+    ``by`` is the scope of the module whose code opens it.
+    """
+    return Entry(transform, ()) if scope is None else _entry(transform, scope, _around(scope, by))
 
 
 def _entry(transform: Any, scope: Scope, around: tuple[Entry, ...], owner: Any = None) -> Entry:
@@ -240,13 +270,18 @@ def _entry(transform: Any, scope: Scope, around: tuple[Entry, ...], owner: Any =
                  initializing=bool(scope.get_flag('initializing', False)))
 
 
-def _around(scope: Scope) -> tuple[Entry, ...]:
-    """Return those of a scope's attached entries in which the running module lies too.
+def _around(scope: Scope, by: Scope | None) -> tuple[Entry, ...]:
+    """Return those of a scope's attached entries in which the module that opens a block lies too.
 
-    What it opens at the scope is inside them, and around the others.
+    The block is inside them, and around the others.
     """
-    own, running = mark_of(scope).own, _compat.current_module()
-    return own and running and tuple(e for e in own if e in mark_of(running.scope).own) or ()
+    own = mark_of(scope).own
+    return () if by is None else tuple(entry for entry in own if entry in mark_of(by).own)
+
+
+def _running() -> Scope | None:
+    module = _compat.current_module()
+    return None if module is None else module.scope
 
 
 def attach(scope: Scope, owner: Any, transform: Any, *, mirror: bool = False) -> Scope:
@@ -259,7 +294,7 @@ def attach(scope: Scope, owner: Any, transform: Any, *, mirror: bool = False) ->
     if _compat.in_scratch_root(scope) or attached_entry(scope, owner) is not None:
         return scope
     mark = mark_of(scope)
-    around = _around(scope) if mirror else mark.own
+    around = _around(scope, _running()) if mirror else mark.own
     inside = tuple(entry for entry in mark.own if entry not in around)
     view = scope.rewound()
     view.reservations = scope.reservations
@@ -326,7 +361,7 @@ def _check_write(entry: Entry, scope: Scope, info: VariableInfo, name: str) -> N
             f'{what}in which it is constant. Write it outside of the block, or narrow the '
             'predicate or collections=.')
     mark, key = mark_of(scope), (info.collection, info.absolute_path)
-    if entry.was_read(scope.flags[APPLICATION], *key) or entry in mark.outer and key in mark.copies:
+    if entry.was_read(application_of(scope), *key) or entry in mark.outer and key in mark.copies:
         raise UsageError(
             f'{what}which reads something else in its place: what was made of that would replace '
             'what is stored. Write it outside of the block, let the module not update it '
@@ -335,7 +370,7 @@ def _check_write(entry: Entry, scope: Scope, info: VariableInfo, name: str) -> N
 
 def _check_open(scope: Scope, collection: str, name: str) -> None:
     """Raise UsageError if the target of some views is read where none of its blocks is open."""
-    if tracing.linearizing and not scope.flags[APPLICATION].linearizing:
+    if tracing.linearizing and not application_of(scope).linearizing:
         path = '/'.join((*_compat.scope_path(scope), name))
         raise UsageError(
             f"gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads {collection} "
@@ -349,14 +384,17 @@ def _get_variable(original, self, col, name, default=None):
     if not state.stack and not state.setups and FLAG not in self.flags:
         return original(self, col, name, default)
     value = original(self, col, name, _MISSING)
+    path = (*_compat.scope_path(self), name)
+    for run in state.setups:
+        value = run.saw(self, col, path, value, _MISSING)
     if value is _MISSING:
         return default
-    for run in state.setups:
-        value = run.saw(self, col, name, value)
-    path = (*_compat.scope_path(self), name)
     if state.storing == (col, path):
         return value
-    return Reads(self, col).of(path, value)
+    reads = Reads(self, col)
+    value = reads.of(path, value)
+    reads.settle()
+    return value
 
 
 @_compat.tap(Scope, 'param')
@@ -378,10 +416,11 @@ def _variables(original, self):
     out, path, changed = {}, _compat.scope_path(self), False
     for col, tree in variables.items():
         for run in state.setups:
-            run.read = True
+            tree = run.saw(self, col, path, tree, {})
         reads = Reads(self, col)
         out[col] = reads.of(path, tree)
-        changed |= not reads.idle
+        reads.settle()
+        changed |= out[col] is not variables[col]
     return type(variables)(out) if changed else variables
 
 

@@ -2,19 +2,17 @@
 
 `self.w = self.param(...)` is no read of a scope when it is used. So a module whose setup read a
 variable keeps, beside the values, how they came about; a read of such an attribute under other
-transforms than those of its setup runs setup again, on a clone, with the stored values that the
-first run saw, its random streams, and no effect on anything. The first run's values stay as they
-are.
+transforms than those of its setup runs setup again, on a clone (`_runs`). The first run's values
+stay as they are.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,92 +20,68 @@ import numpy as np
 
 from flax_sg import _compat
 from flax_sg._active import Entry, state
-from flax_sg._cached import watch
 from flax_sg._callables import cell_contents
 from flax_sg._compat import Module, Scope, Variable
 from flax_sg._errors import UsageError
-from flax_sg._scope import APPLICATION, effective, write
+from flax_sg._runs import Run, running, written_in_a_run
+from flax_sg._scope import application_of, effective, write
 
-LIVE = '_flax_sg_live'
-_START = '_flax_sg_start'
+__all__ = ['LIVE', 'Kept', 'first_run', 'note_parent', 'note_run']
+
+LIVE = '_flax_sg_live'  # of a mirror: the module that it mirrors
+_OF_SETUP = '_flax_sg_of_setup'  # of a module that was made in a setup
+_RUNS = '_flax_sg_runs'  # of a module: first runs, its own and of what stands for its parts
 _TABLE = '_flax_sg_setup'
 _STATIC = (Variable, Scope, str, bytes, bool, int, float, complex, type, np.dtype,
            types.ModuleType, types.BuiltinFunctionType)
-
-
-class _Run:
-    """A run of setup in progress: the variables it has seen, and in a replay those to show."""
-
-    def __init__(self, replayed: dict | None = None):
-        self.read = False
-        self.seen: dict[Any, Any] = {}
-        self.replayed = replayed
-        self.written: dict[Any, Any] = {}
-
-    def saw(self, scope: Scope, collection: str, name: str, value: Any) -> Any:
-        """Note a read of a stored value, and return the value to go on with."""
-        self.read = True
-        key = _address(scope, collection, name)
-        if self.replayed is not None:
-            return self.written.get(key, self.replayed.get(key, value))
-        if scope.is_mutable_collection(collection):
-            self.seen.setdefault(key, value)
-        return value
-
-
-def _address(scope: Scope, collection: str, name: str) -> tuple:
-    return (id(_compat.root_variables(scope)), _compat.scope_path(scope), collection, name)
-
-
-@contextlib.contextmanager
-def _running(run: _Run) -> Iterator[_Run]:
-    state.setups.append(run)
-    try:
-        yield run
-    finally:
-        state.setups.remove(run)
-
-
 _NOTHING = (None, None)
 
 
-class _Table:
-    """How a module's setup values came about, and those of the transforms used last."""
+class Kept:
+    """Values that a run computed for a module, and those of the transforms used last."""
 
-    def __init__(self, names: tuple[str, ...], entries: tuple[Entry, ...], run: _Run):
-        self.names, self.entries, self.seen = names, entries, run.seen
+    def __init__(self, entries: tuple[Entry, ...], run: Run):
+        self.entries, self.run = entries, run.first or run
         self.trace = _compat.trace_state()
         self.kept: dict[int, tuple] = {}
 
-    def read(self, module: Module, name: str) -> Any:
+    def read(self, module: Module, first: dict[str, Any], again: Callable[[], dict[str, Any]]
+             ) -> dict[str, Any]:
+        """Return the first run's values, or those of a run ``again`` under the open transforms."""
         entries, now = effective(module.scope), _compat.trace_state()
-        # What setup computed in a function that JAX traced, the body of a scan, stays in there.
-        if entries == self.entries and self.trace in (now, module.scope.flags[APPLICATION].trace):
-            return module.__dict__[name]
+        # A tracer computed in a function that JAX traced, the body of a scan, stays in there.
+        if entries == self.entries and (
+                self.trace in (now, application_of(module.scope).trace) or not any(
+                    isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(first))):
+            return first
         # Values computed here are tracers of the current trace. They are kept only where what
         # keeps them cannot outlive it: by the innermost block, or by a module of the same trace.
         keeper = state.stack[-1] if state.stack else self
         kept = keeper.kept if keeper.trace == now else {}
-        if kept.get(id(module), _NOTHING)[:2] != (module, entries):
-            kept[id(module)] = (module, entries, self.replay(module))
-        return kept[id(module)][2][name]
+        if kept.get(id(self), _NOTHING)[:2] != (self, entries):
+            with running(Run(self.run), module.scope):
+                new = again()
+            merged = {name: _merge(value, new[name]) for name, value in first.items()}
+            kept[id(self)] = (self, entries, merged)
+        return kept[id(self)][2]
 
-    def replay(self, module: Module) -> dict[str, Any]:
-        scope = module.scope.rewound()
-        with _running(_Run(self.seen)), _compat.drawn_again(scope, vars(module)[_START]):
-            clone = module.clone(parent=scope)
-            _compat.run_setup(clone)
-        missing = [name for name in self.names if name not in vars(clone)]
-        if missing:
-            raise UsageError(
-                f"setup of '/{'/'.join(module.path)}' set {missing[0]!r} when it first ran, and "
-                'not when it ran again inside a flax_sg block. Let setup depend on nothing but the '
-                "module's fields, variables and random streams.")
-        return {name: _merge(vars(module)[name], vars(clone)[name]) for name in self.names}
+
+def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
+    clone = module.clone(parent=module.scope.rewound())
+    _compat.run_setup(clone)
+    missing = [name for name in names if name not in vars(clone)]
+    if missing:
+        raise UsageError(
+            f"setup of '/{'/'.join(module.path)}' set {missing[0]!r} when it first ran, and "
+            'not when it ran again inside a flax_sg block. Let setup depend on nothing but the '
+            "module's fields, variables and random streams.")
+    return {name: vars(clone)[name] for name in names}
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """Take what depends on variables from a replay, and the rest from the module itself."""
+    """Take what depends on variables from a run again, and the rest from the module itself."""
+    if jax.tree.structure(old) != jax.tree.structure(new):  # it holds what is made anew each time
+        return new
     return jax.tree.map(lambda a, b: b if _depends(a) else a, old, new)
 
 
@@ -137,38 +111,89 @@ def _depends(value: Any, seen: frozenset[int] = frozenset()) -> bool:
     return len(leaves) == 1 and leaves[0] is value or any(map(depends, leaves))
 
 
+def note_parent(module: Module) -> None:
+    """Note of a new module whether a setup made it."""
+    if isinstance(module.parent, Module) and _compat.in_setup(module.parent):
+        object.__setattr__(module, _OF_SETUP, True)
+
+
+def live_of(module: Module) -> Module:
+    """Return the module that a mirror, or a mirror of a mirror, mirrors."""
+    while LIVE in vars(module):
+        module = vars(module)[LIVE]
+    return module
+
+
+def _places(module: Module) -> list[tuple[Module, tuple]]:
+    """Return where a run of a module's setup may be noted: a module, and a path of setups below it.
+
+    A mirror's parts are those of the module that it mirrors, which may not have made its own yet.
+    """
+    names: tuple = ()
+    found = []
+    while LIVE not in vars(module):
+        found.append((module, names))
+        if _OF_SETUP not in vars(module):
+            return found
+        cls = type(module)  # a lifted class has the names of its base
+        names = ((module.name, cls.__module__, cls.__qualname__), *names)
+        module = module.parent
+    part, found = live_of(module), []
+    while part is not None:
+        found.append((part, names))
+        if not names:
+            break
+        part, names = _compat.child(part, names[0][0]), names[1:]
+    return found
+
+
+def first_run(module: Module, what: str) -> Run | None:
+    """Return the first run of a module's setup, or of what has another name, by it or a mirror."""
+    return next((run for place, names in _places(module)
+                 if (run := vars(place).get(_RUNS, {}).get((what, names)))), None)
+
+
+def note_run(module: Module, what: str, run: Run) -> None:
+    """Note a first run."""
+    place, names = _places(module)[0]
+    if _RUNS not in vars(place):
+        object.__setattr__(place, _RUNS, {})
+    vars(place)[_RUNS][what, names] = run
+
+
 @_compat.tap(Module, '_try_setup')
 def _try_setup(original, self, shallow=False):
     if shallow or not _compat.setup_pending(self):
         return original(self, shallow)
-    watch(type(self))
     before, entries = set(vars(self)), effective(self.scope)
-    # A module and its mirrors draw the same random numbers, and between them draw them once.
-    live = vars(self).get(LIVE, self)
-    start = vars(live).get(_START)
-    drawing = _compat.drawn_again(self.scope, start) if start else contextlib.nullcontext()
-    start = start or _compat.random_state(self.scope)
-    with _running(_Run()) as run, drawing:
+    # A module and its mirrors see the same state and draw the same numbers: the first is set up.
+    run = Run(first_run(self, 'setup'))
+    with running(run, self.scope):
         original(self, shallow)
-    for module in (self, live):
-        object.__setattr__(module, _START, start)
+    if run.first is None:
+        note_run(self, 'setup', run)
     if run.read:
-        new = {k: v for k, v in vars(self).items() if k not in (*before, 'scope', _START)}
-        names = tuple(name for name, value in new.items() if _depends(value))
+        names = tuple(name for name, value in vars(self).items()
+                      if name not in (*before, 'scope', _RUNS) and _depends(value)
+                      and not _is_set(type(self), name))
         for name in names:
             _intercept(type(self), name)
         if names:
-            object.__setattr__(self, _TABLE, _Table(names, entries, run))
+            object.__setattr__(self, _TABLE, (Kept(entries, run), names))
 
 
 @_compat.tap(Scope, 'put_variable')
 def _put_variable(original, self, col, name, value):
-    for run in reversed(state.setups):
-        if run.replayed is not None:
-            run.written[_address(self, col, name)] = value
-            return
+    if written_in_a_run(self, col, (*_compat.scope_path(self), name), value):
+        return
     state.writes += 1
     original(self, col, name, write(self, col, name, value))
+
+
+def _is_set(cls: type[Module], name: str) -> bool:
+    """Say whether a class has a descriptor of its own that is asked for an attribute."""
+    member = inspect.getattr_static(cls, name, None)
+    return hasattr(type(member), '__set__') and not isinstance(member, _SetupAttribute)
 
 
 class _SetupAttribute:
@@ -184,12 +209,13 @@ class _SetupAttribute:
                 raise AttributeError(self.name)
             bind = getattr(self.default, '__get__', None)
             return self.default if bind is None else bind(module, owner)
-        table = values.get(_TABLE)
-        if table is None or self.name not in table.names:
+        kept, names = values.get(_TABLE, (None, ()))
+        if self.name not in names:
             return values[self.name]
         for run in state.setups:
             run.read = True
-        return table.read(module, self.name)
+        first = {name: values[name] for name in names}
+        return kept.read(module, first, lambda: _setup_again(module, names))[self.name]
 
     def __set__(self, module: Module, value: Any) -> None:
         vars(module)[self.name] = value

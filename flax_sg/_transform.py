@@ -133,7 +133,7 @@ class Transform:
     def __enter__(self) -> None:
         frame = caller()
         check_frame(frame, self)
-        enter(_linen.block_entry(self), self, frame)
+        enter(_linen.block_entry(self, frame), self, frame)
 
     def __exit__(self, *error: Any) -> None:
         close(opening_of(self, caller()), failed=error[0] is not None)

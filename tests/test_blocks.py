@@ -1,5 +1,6 @@
 """Blocks as such: nesting, paths, exceptions, threads, random streams, writes, and their errors."""
 
+import contextlib
 import functools
 import gc
 import threading
@@ -1006,3 +1007,152 @@ def test_unusual_leaves():
     floats = {'t': (jnp.ones(2),), 'box': box, 'x/y': jnp.ones(()), 'z': tree['z']}
     assert not any(leaf.any() for leaf in jax.tree.leaves(jax.grad(loss)(floats, True)))
     assert all(leaf.all() for leaf in jax.tree.leaves(jax.grad(loss)(floats, False)))
+
+
+# Which module opens a block: the one whose code does -------------------------------------------------
+
+
+class Mixin:
+    """No module."""
+
+    @property
+    def by_mixin(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+    def method_of_a_mixin(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+
+class Lazy:
+    """A descriptor of a user's own."""
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __get__(self, module, owner):
+        return self if module is None else self.fn(module)
+
+
+def unwrapped(fn):
+    return lambda *args: fn(*args)
+
+
+@contextlib.contextmanager
+def frozen(name):
+    with nn.stop_gradient(name):
+        yield
+
+
+class Opens(Mixin, nn.Module):
+    """Opens a block in members of which Flax does not note that they run."""
+
+    @property
+    def by_helper(self):
+        with frozen('w'):
+            return self.w
+
+    @property
+    def by_nested(self):
+        def nested():
+            with nn.stop_gradient('w'):
+                return self.w
+        return nested()
+
+    @property
+    @unwrapped
+    def by_decorated(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+    @Lazy
+    def by_descriptor(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+    def setup(self):
+        self.w = self.param('w', nn.initializers.ones, ())
+
+    @property
+    def by_property(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+    @functools.cached_property
+    def by_cached_property(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+    @nn.nowrap
+    def unwrapped(self):
+        with nn.stop_gradient('w'):
+            return self.w
+
+    def _read(self, name):
+        with nn.stop_gradient(name):
+            return self.w
+
+    partial = functools.partialmethod(_read, 'w')
+
+    @functools.singledispatchmethod
+    def dispatched(self, name):
+        raise TypeError
+
+    @dispatched.register
+    def _(self, name: str):
+        with nn.stop_gradient(name):
+            return self.w
+
+    def steps(self):
+        with nn.stop_gradient('w'):
+            yield self.w
+
+    @contextlib.contextmanager
+    def around(self):
+        with nn.stop_gradient('w'):
+            yield self
+
+    def in_a_stack(self):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(nn.stop_gradient('w'))
+            return self.w
+
+
+def read_around(m):
+    with m.around():
+        return m.w
+
+
+PLAIN = lambda cls: cls
+OPENS = {
+    'property': lambda m: m.by_property, 'cached property': lambda m: m.by_cached_property,
+    'nowrap': lambda m: m.unwrapped(), 'partialmethod': lambda m: m.partial(),
+    'singledispatchmethod': lambda m: m.dispatched('w'), 'generator': lambda m: sum(m.steps()),
+    'contextmanager': read_around, 'stack': lambda m: m.in_a_stack(),
+    'mixin': lambda m: m.by_mixin, 'method of a mixin': lambda m: m.method_of_a_mixin(),
+    'helper': lambda m: m.by_helper, 'nested': lambda m: m.by_nested,
+    'decorated': lambda m: m.by_decorated, 'descriptor': lambda m: m.by_descriptor}
+
+
+@pytest.mark.parametrize('of', [PLAIN, sg.stop_gradient(sg.nothing)], ids=['plain', 'lifted'])
+@pytest.mark.parametrize('namesake', [False, True])
+@pytest.mark.parametrize('read', OPENS.values(), ids=OPENS)
+def test_names_in_a_block_are_those_of_the_module_whose_code_opens_it(read, namesake, of):
+    class Root(nn.Module):
+        def setup(self):
+            if namesake:  # names are not those of the module that is running
+                self.w = self.param('w', nn.initializers.ones, ())
+            self.sub = of(Opens)()
+
+        def __call__(self):
+            return read(self.sub) + 2 * self.sub.w + (3 * self.w if namesake else 0)
+
+    params = {'sub': {'w': jnp.ones(())}} | ({'w': jnp.ones(())} if namesake else {})
+    run = jax.grad(lambda p: Root().apply({'params': p}))
+    if of is not PLAIN and read in (OPENS['generator'], OPENS['contextmanager']):
+        with pytest.raises(sg.UsageError, match='in the reverse order of entry|runs after the block'):
+            run(params)
+        return
+    grads = run(params)
+    assert grads['sub']['w'] == 2 and grads.get('w', 3) == 3

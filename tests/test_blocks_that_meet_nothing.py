@@ -171,3 +171,56 @@ def test_a_block_inside_a_module_that_reads_nothing_is_no_matter():
                 y = jnp.sin(x)
             return Scale(name='s')(y)
     Idle().apply({'params': {'s': {'w': one}}}, 1.0)
+
+
+class Outer(nn.Module):
+    def setup(self):
+        self.part = Scale()
+        self.v = self.param('v', nn.initializers.ones, ())
+
+    def __call__(self, x):
+        return self.part(x) + self.v
+
+
+OUTER = {'params': {'part': {'w': one}, 'v': one}}
+FROM_OUTSIDE = {
+    'attribute': lambda m: m.v, 'part': lambda m: m.part(1.0), 'remat': lambda m: nn.remat(
+        lambda part: part(1.0))(m.part), 'variables': lambda m: m.variables['params']['v']}
+
+
+@pytest.mark.parametrize('collections', ['params', 'none'])
+@pytest.mark.parametrize('read', FROM_OUTSIDE.values(), ids=FROM_OUTSIDE)
+@pytest.mark.parametrize('lift', [
+    lambda t: t(Outer().bind(OUTER)), lambda t: t(Outer)().bind(OUTER),
+    lambda t: t(Outer()).bind(OUTER)], ids=['mirror', 'class', 'instance'])
+def test_a_typo_around_a_lifted_module_that_is_read_from_outside(lift, read, collections):
+    read(lift(sg.stop_gradient('part')))
+    bad = sg.stop_gradient('prat') if collections == 'params' else sg.stop_gradient(
+        'part', collections='none')
+    with pytest.raises(sg.UnmatchedPathError, match='prat|none'):
+        read(lift(bad))
+
+
+class Creates(nn.Module):
+    def setup(self):
+        self.w = self.param('w', nn.initializers.ones, ())
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.w * self.variable('cache', 'n', lambda: one).value
+
+
+@pytest.mark.parametrize('attribute_first', [False, True])
+@pytest.mark.parametrize('mirror', [False, True])
+def test_a_lifted_module_that_is_read_before_it_makes_what_is_selected(mirror, attribute_first):
+    lift = sg.stop_gradient('n', collections='cache')
+
+    class Reads(nn.Module):
+        def setup(self):
+            self.c = (Creates if mirror else lift(Creates))()
+
+        def __call__(self):
+            c = lift(self.c) if mirror else self.c
+            return c.w + c(1.0) if attribute_first else c(1.0) + c.w
+
+    assert Reads().apply({'params': {'c': {'w': one}}}, mutable=['cache'])[0] == 2

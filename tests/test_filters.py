@@ -476,3 +476,11 @@ def test_a_filter_is_no_bool(use):
     """``not path('a')`` would be False, and stop nothing, silently."""
     with pytest.raises(sg.PredicateError, match=r"path\('a'\) was used as a bool.*~, & and \|"):
         use(sg.path('a'))
+
+
+@pytest.mark.parametrize('a, b, same', [
+    (0.0, -0.0, False), (float('nan'), float('nan'), True), (1.0, 1, False), (0.5, 0.5, True)])
+def test_numbers_in_closures_count_as_they_are_written(a, b, same):
+    closing = lambda number: lambda info, v: v / number
+    transforms = [sg.map_values('w', closing(number)) for number in (a, b)]
+    assert (transforms[0] == transforms[1]) is same

@@ -521,6 +521,11 @@ class Part(nn.Module):
     def mirror(self):
         return self.mask(self).read()
 
+    @property
+    def prop(self):
+        with self.mask:
+            return self.w
+
 
 class HasPart(nn.Module):
     part: nn.Module
@@ -532,13 +537,14 @@ class HasPart(nn.Module):
 @pytest.mark.parametrize('mutable', [False, ['params']])
 @pytest.mark.parametrize('how', ['class', 'mirror', 'mirror of a mirror'])
 @pytest.mark.parametrize('way', [
-    '__call__', 'method', 'body', 'around_a_body', 'around_a_scan', 'mirror', 'lifted'])
+    '__call__', 'method', 'body', 'around_a_body', 'around_a_scan', 'mirror', 'prop', 'lifted'])
 @pytest.mark.parametrize('outer, inner, want', NESTS, ids=['11', '12'])
 def test_a_block_in_a_part_of_a_lifted_module_is_inside_it(outer, inner, want, way, how, mutable):
     """Also where the part is used from outside, and no method of the lifted module runs."""
     lift, cls = outer('**/w'), inner()(Part) if way == 'lifted' else Part
     method = '__call__' if way == 'lifted' else way
     nothing = sg.map_values(sg.nothing, abs)
+    read = lambda part: part.prop if way == 'prop' else getattr(part, method)()
 
     class Root(nn.Module):
         def setup(self):
@@ -552,8 +558,8 @@ def test_a_block_in_a_part_of_a_lifted_module_is_inside_it(outer, inner, want, w
             if how == 'mirror of a mirror':
                 m = nothing(m)
             with sg.map_values('m/part/w', lambda info, v: v + 100):
-                around = getattr(m.part, method)()
-            return getattr(m.part, method)(), around
+                around = read(m.part)
+            return read(m.part), around
 
     variables = {'params': {'m': {'part': W['params']}}}
     out = Root().apply(variables, mutable=mutable)

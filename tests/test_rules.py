@@ -330,3 +330,27 @@ def test_a_call_in_a_block_of_a_module_keeps_no_tracer(no_leaks):
             with sg.stop_gradient('s'):
                 return plain(Scale(name='s')(x))
     jax.jit(Net().apply)({'params': {'s': {'w': one}}}, 1.0)
+
+
+@pytest.mark.parametrize('primal', [jnp.sign, lambda x: jnp.sign(x)], ids=['of JAX', 'own'])
+@pytest.mark.parametrize('wrap', [lambda f: f, jax.jit], ids=['eager', 'jit'])
+def test_rules_of_ones_own_for_a_function_of_jax(primal, wrap):
+    surrogate = jax.custom_vjp(primal)
+    surrogate.defvjp(lambda x: (primal(x), None), lambda _, ct: (run(PARAMS, ct),))
+
+    def loss(x):
+        with sg.map_values(True, lambda info, w: 7 * w, allow_unmatched=True):
+            return surrogate(x)
+    assert wrap(jax.grad(loss))(2.0) == 14
+
+
+def test_rules_in_a_partial_of_jax():
+    Partial = jax.tree_util.Partial
+    f = jax.custom_vjp(Partial(run))
+    f.defvjp(Partial(lambda p, x: (run(p, x), (p, x))),
+             Partial(lambda res, ct: jax.vjp(run, *res)[1](ct)))
+
+    def loss(p):
+        with sg.stop_gradient():
+            return f(p, one)
+    assert jax.grad(loss)(PARAMS)['params']['w'] == 0

@@ -1,4 +1,4 @@
-"""Views of rematerialised models: the memory of the program by hand, and each step computed again once.
+"""Views of rematerialised models: memory as by hand, and each step computed again once.
 
 By hand it is one `jax.vjp` and a pruned pullback for each loss, each of which computes the
 residuals again.

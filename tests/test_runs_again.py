@@ -1,0 +1,485 @@
+"""Code that runs again for a block: it sees what it saw, draws what it drew, and changes nothing.
+
+In a block the values that `setup` and cached properties compute are computed again, and a mirror
+runs setup itself. All forward values, random numbers and states are those of the plain program.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+import flax_sg as sg
+from flax_sg import nn
+
+ones, one = nn.initializers.ones, jnp.ones(())
+held = sg.stop_gradient(True)
+KEYS = {'noise': jax.random.key(1)}
+
+
+def draw(module):
+    return jax.random.normal(module.make_rng('noise'))
+
+
+def plain(module, read):
+    return read(module)
+
+
+def in_block(module, read):
+    with held:
+        return read(module)
+
+
+def mirror(module, read):
+    return read(held(module))
+
+
+def mirror_of_a_mirror(module, read):
+    return read(held(held(module)))
+
+
+def method(module, read):
+    return held(lambda m: read(m))(module)
+
+
+USES = [plain, in_block, mirror, mirror_of_a_mirror, method]
+ORDERS = [(plain, plain), *((use, plain) for use in USES[1:]), *((plain, use) for use in USES[1:]),
+          (mirror, in_block), (in_block, mirror), (mirror, mirror)]
+orders = pytest.mark.parametrize(
+    'order', ORDERS, ids=lambda order: ' then '.join(use.__name__ for use in order))
+
+
+class Own(nn.Module):
+    """Draws in setup."""
+
+    def setup(self):
+        self.w = self.param('w', ones, ())
+        self.value = self.w + draw(self)
+
+
+class Child(nn.Module):
+    """A child draws in its setup, when it is first used."""
+
+    def setup(self):
+        self.child = Own()
+
+    @property
+    def value(self):
+        return self.child.value
+
+
+class Field(nn.Module):
+    """So does a module that was handed in."""
+
+    child: nn.Module
+
+    @property
+    def value(self):
+        return self.child.value
+
+
+class Elsewhere(nn.Module):
+    """Draws from the streams of a module that is not below it."""
+
+    source: nn.Module
+
+    def setup(self):
+        self.value = self.param('w', ones, ()) + self.source.draw()
+
+
+class Source(nn.Module):
+    def draw(self):
+        return draw(self)
+
+
+class Cached(nn.Module):
+    """A cached property draws and sows."""
+
+    def setup(self):
+        self.w = self.param('w', ones, ())
+
+    @functools.cached_property
+    def value(self):
+        self.sow('intermediates', 'seen', self.w)
+        return self.w + draw(self)
+
+
+class Sows(nn.Module):
+    """Setup draws and sows."""
+
+    def setup(self):
+        self.w = self.param('w', ones, ())
+        self.sow('intermediates', 'seen', self.w)
+        self.value = self.w + draw(self)
+
+
+class Root(nn.Module):
+    kind: type
+    of: object
+    order: tuple
+
+    def setup(self):
+        if self.kind is Elsewhere:
+            self.source = Source()
+            self.m = self.of(Elsewhere)(self.source)
+        elif self.kind is Field:
+            self.m = self.of(Field)(Own())
+        else:
+            self.m = self.of(self.kind)()
+
+    def __call__(self):
+        values = [use(self.m, lambda m: m.value) for use in self.order]
+        return [*values, draw(self), draw(self.m)]
+
+
+# A mirror's cached properties are its own, as are those of a clone in Flax.
+KINDS = [Own, Child, Field, Elsewhere, Sows]
+CASES = [*itertools.product(KINDS, ORDERS),
+         *((Cached, order) for order in ORDERS if {*order} <= {plain, in_block, method})]
+
+
+@pytest.mark.parametrize('of', [lambda cls: cls, nn.jit], ids=['plain', 'jit'])
+@pytest.mark.parametrize('kind, order', CASES, ids=lambda case: getattr(case, '__name__', None) or
+                         ' then '.join(use.__name__ for use in case))
+def test_random_numbers_and_state_are_those_of_the_plain_program(kind, order, of):
+    variables = Root(kind, of, ORDERS[0]).init({'params': jax.random.key(0), **KEYS})
+    variables.pop('intermediates', None)
+
+    def run(order):
+        model = Root(kind, of, order)
+        return model.apply(variables, rngs=KEYS, mutable=['intermediates'])
+
+    (values, state), (wanted, wanted_state) = run(order), run(ORDERS[0])
+    assert values == wanted and values[0] == values[1]
+    assert state == wanted_state
+
+
+class State(nn.Module):
+    way: str
+
+    def setup(self):
+        self.w = self.param('w', ones, ())
+        self.s = self.variable('state', 's', lambda: one)
+        stored = {
+            'value': lambda: self.s.value,
+            'get_variable': lambda: self.get_variable('state', 's'),
+            'variables': lambda: self.variables['state']['s'],
+            'scope': lambda: self.scope.variables()['state']['s']}[self.way]()
+        self.value = stored * self.w
+
+    def bump(self):
+        self.s.value += 10
+
+    @functools.cached_property
+    def cached(self):
+        return self.s.value * self.w
+
+
+@orders
+@pytest.mark.parametrize('read', ['value', 'cached'])
+@pytest.mark.parametrize('way', ['value', 'get_variable', 'variables', 'scope'])
+def test_state_is_seen_as_it_was(way, read, order):
+    if read == 'cached' and not {*order} <= {plain, in_block, method}:
+        return  # a mirror's cached properties are its own
+    variables = {'params': {'w': one}, 'state': {'s': one}}
+    module = State(way).bind(variables, mutable=['state'])
+    first = order[0](module, lambda m: getattr(m, read))
+    module.bump()
+    assert first == order[1](module, lambda m: getattr(m, read)) == 1
+    assert module.s.value == 11
+
+
+class Unread(nn.Module):
+    """Has cached properties and no setup."""
+
+    @functools.cached_property
+    def by_get_variable(self):
+        return self.get_variable('params', 'w')
+
+    @functools.cached_property
+    def by_variables(self):
+        return self.variables['params']['w']
+
+
+@pytest.mark.parametrize('name', ['by_get_variable', 'by_variables'])
+@pytest.mark.parametrize('first', [False, True])
+def test_a_cached_property_of_a_module_that_has_no_setup(first, name):
+    def loss(params):
+        module = Unread().bind(params)
+        if first:
+            getattr(module, name)
+        return 10 * in_block(module, lambda m: getattr(m, name)) + getattr(module, name)
+    assert jax.grad(loss)({'params': {'w': one}})['params']['w'] == 1
+
+
+def test_the_first_instance_of_a_class_computes_its_cached_property_once():
+    class Fresh(nn.Module):
+        def setup(self):
+            self.w = self.param('w', ones, ())
+
+        @functools.cached_property
+        def value(self):
+            calls.append(None)
+            return self.w + draw(self)
+
+    calls = []
+    module = Fresh().bind({'params': {'w': one}}, rngs=KEYS)
+    assert module.value == module.value and len(calls) == 1
+
+
+class Pair(struct.PyTreeNode):
+    value: jax.Array
+    fn: object = struct.field(pytree_node=False)
+
+
+@pytest.mark.parametrize('make', [
+    lambda w: Pair(w, lambda x: 2 * x),
+    lambda w: jax.tree_util.Partial(lambda a, b: 2 * a, w)], ids=['dataclass', 'Partial'])
+def test_setup_makes_a_tree_whose_structure_is_new_in_each_run(make):
+    class Holds(nn.Module):
+        def setup(self):
+            self.made = make(self.param('w', ones, ()))
+
+        def __call__(self):
+            return self.made.fn(self.made.value) if isinstance(self.made, Pair) else self.made(1)
+
+    def loss(params):
+        module = Holds().bind(params)
+        return 10 * module() + 100 * in_block(module, lambda m: m()) + mirror(module, lambda m: m())
+    value, grads = jax.value_and_grad(loss)({'params': {'w': one}})
+    assert value == 222 and grads['params']['w'] == 20
+
+
+# What does not exist yet, and what is written, in a run again -----------------------------------------
+
+
+class HasVariable(nn.Module):
+    """As BatchNorm and SpectralNorm do."""
+
+    def setup(self):
+        w, there = self.param('w', ones, ()), self.has_variable('state', 's')
+        s = self.variable('state', 's', lambda: one)
+        if there:
+            s.value += 1
+        self.value = s.value * w
+
+
+class Draws(nn.Module):
+    def setup(self):
+        w = self.param('w', ones, ())
+        self.variable('state', 's', lambda: draw(self))
+        self.value = draw(self) * w
+
+
+class Default(nn.Module):
+    def setup(self):
+        w, before = self.param('w', ones, ()), self.get_variable('state', 's', 1.0)
+        self.variable('state', 's', lambda: 7 * one)
+        self.value = before * w
+
+
+class Whole(nn.Module):
+    def setup(self):
+        w, before = self.param('w', ones, ()), len(self.variables.get('state', {}))
+        self.variable('state', 's', lambda: one)
+        self.value = before * w
+
+
+class Tree(nn.Module):
+    """A variable whose value is a dict."""
+
+    def setup(self):
+        w, s = self.param('w', ones, ()), self.variable('state', 's', lambda: {'n': one})
+        s.value = {'n': s.value['n'] + 1}
+        self.value = s.value['n'] * w
+
+
+class Counts(nn.Module):
+    @nn.compact
+    def __call__(self):
+        s = self.variable('state', 's', lambda: one)
+        s.value += 1
+        return s.value
+
+
+class InJit(nn.Module):
+    lift: object = nn.jit
+
+    def setup(self):
+        self.counts = self.lift(Counts)()
+        self.value = self.counts() * self.param('w', ones, ())
+
+
+class InRemat(InJit):
+    lift: object = nn.remat
+
+
+class Once(nn.Module):
+    kind: type
+    order: tuple
+
+    def setup(self):
+        self.m = self.kind()
+
+    def __call__(self):
+        return [use(self.m, lambda m: m.value) for use in self.order]
+
+
+@pytest.mark.parametrize('order', [
+    (plain, in_block, plain), (in_block, plain, in_block), (plain, mirror, plain),
+    (mirror, plain, mirror), (mirror, in_block, plain)],
+    ids=lambda order: ' then '.join(use.__name__ for use in order))
+@pytest.mark.parametrize('stored', [False, True])
+@pytest.mark.parametrize('kind', [HasVariable, Draws, Default, Whole, Tree, InJit, InRemat])
+def test_setup_sees_what_there_was_and_what_it_wrote(kind, stored, order):
+    keys = {'params': jax.random.key(0), **KEYS}
+    variables = Once(kind, (plain,)).init(keys)
+    if not stored:
+        variables = {'params': variables['params']}
+    run = lambda order: Once(kind, order).apply(variables, rngs=KEYS, mutable=['state'])
+    (values, state), ((want, *_), wanted) = run(order), run((plain, plain))
+    assert values == [want] * 3 and state == wanted
+    (values, made), ((want, *_), wanted) = (
+        Once(kind, order).init_with_output(keys) for order in (order, (plain, plain)))
+    assert values == [want] * 3 and made == wanted
+
+
+class Numbered(nn.Module):
+    i: int = 0
+
+    def setup(self):
+        self.w = self.param(f'w{self.i}', nn.initializers.normal(), ())
+        self.n = self.variable('state', 'n', lambda: 0 * one)
+        self.n.value += 1
+        self.noise = draw(self)
+
+    def __call__(self):
+        return self.n.value, self.noise
+
+
+class Makes(nn.Module):
+    """Makes a new part, of the same name, in each call."""
+
+    lift: object
+
+    @nn.compact
+    def __call__(self, i):
+        return self.lift(Numbered(i))()
+
+
+class Calls(nn.Module):
+    lift: object
+
+    def setup(self):
+        self.makes = Makes(self.lift)
+
+    def __call__(self, i):
+        return self.makes(0), self.makes(i)
+
+
+def test_parts_made_anew_in_each_call_are_not_one_another():
+    keys = {'params': jax.random.key(0), **KEYS}
+    same, mirrored = Calls(lambda m: m), Calls(lambda m: held(m))
+    wanted, made = (model.init_with_output(keys, 1) for model in (same, mirrored))
+    assert wanted == made and made[1]['params']['makes']['Numbered_0'].keys() == {'w0', 'w1'}
+    run = lambda model: model.apply(made[1], 0, rngs=KEYS, mutable=['state'])
+    assert run(same) == run(mirrored) and run(same)[0][0] != run(same)[0][1]
+
+
+# Programs without blocks are as they are without the library ------------------------------------------
+
+
+class Mixin:
+    """No module."""
+
+    @functools.cached_property
+    def cached(self):
+        return 2 * self.number
+
+    @functools.cached_property
+    def read(self):
+        return self.get_variable('params', 'w')
+
+
+class NoModule(Mixin):
+    number = 5
+
+
+class Mixed(Mixin, nn.Module):
+    number: int = 3
+
+    def __call__(self):
+        return self.cached
+
+
+def test_cached_properties_are_what_they_were():
+    assert Mixed().apply({}) == 6 and NoModule().cached == 10
+    other = NoModule()
+    other.cached = 4
+    assert other.cached == 4
+    del other.cached
+    assert other.cached == 10
+    bound = Mixed().bind({})
+    assert bound.cached == 6
+    vars(bound)['cached'] = 9
+    assert bound.cached == 9
+    del vars(bound)['cached']
+    assert bound.cached == 6 and not hasattr(bound, 'other')
+
+
+def test_a_cached_property_of_a_mixin_in_a_block():
+    def loss(params):
+        module = Mixed().bind(params)
+        return 10 * in_block(module, lambda m: m.read) + module.read
+    assert jax.grad(loss)({'params': {'w': one}})['params']['w'] == 1
+
+
+def test_what_a_cached_property_holds_that_read_nothing_is_one_object():
+    class Logs(nn.Module):
+        @functools.cached_property
+        def log(self):
+            return []
+
+        @functools.cached_property
+        def part(self):
+            return nn.Dense(1)
+
+        @nn.compact
+        def __call__(self, x):
+            first = in_block(self, lambda m: m.log.append(1) or m.part(x))
+            self.log.append(2)
+            return first - self.part(x), self.log
+
+    (difference, log), variables = Logs().init_with_output(jax.random.key(0), jnp.ones((1, 1)))
+    assert difference == 0 and log == [1, 2] and variables['params'].keys() == {'Dense_0'}
+
+
+def test_setup_that_first_ran_in_a_trace_and_made_no_tracer_does_not_run_again():
+    class Host(nn.Module):
+        def setup(self):
+            self.w = self.param('w', ones, ())
+            self.noise = np.random.default_rng().normal(size=1)
+
+        def __call__(self):
+            return self.w * self.noise
+
+    class Maps(nn.Module):
+        def setup(self):
+            self.host = Host()
+
+        def __call__(self):
+            return jax.vmap(lambda x: self.host() * x)(jnp.ones(1))[0], self.host()
+
+    first, second = Maps().apply({'params': {'host': {'w': one}}})
+    assert first == second
+
+
+def test_a_module_that_was_bound_before_the_library_was_imported():
+    module = Own().bind({'params': {'w': one}}, rngs=KEYS)
+    scope = module.scope
+    scope.flags = scope.flags.pop('flax_sg_application')[0]
+    assert jax.grad(lambda w: in_block(module, lambda m: m.value) * w)(1.0) == module.value
