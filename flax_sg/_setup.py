@@ -133,7 +133,7 @@ def _places(module: Module) -> list[tuple[Module, tuple]]:
     found = []
     while LIVE not in vars(module):
         found.append((module, names))
-        if _OF_SETUP not in vars(module):
+        if _OF_SETUP not in vars(module) or not isinstance(module.parent, Module):
             return found
         cls = type(module)  # a lifted class has the names of its base
         names = ((module.name, cls.__module__, cls.__qualname__), *names)
