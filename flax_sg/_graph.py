@@ -15,7 +15,7 @@ from typing import Any
 from jax.extend.core import JaxprEqn, Literal
 
 from flax_sg import _compat
-from flax_sg._marks import NO_LANE, of_lane
+from flax_sg._marks import NO_LANE, inputs_of_lanes, of_lane
 
 __all__ = ['Call', 'Context', 'Edge', 'Graph', 'Step', 'sweep']
 
@@ -185,10 +185,11 @@ class Graph:
         params = eqn.params
         jaxpr, count, level = params['jaxpr'].jaxpr, params['count'], params['level']
         outs: list[Node] = []
+        inputs = inputs_of_lanes(ins, params['shared'], params['lanes'])
         for lane, name in enumerate(params['lanes']):
             entry = dataclasses.replace(inner, entry=name)
-            outs += self._inline(of_lane(jaxpr, level, lane), ins, entry)[:count]
-        return outs + self._inline(of_lane(jaxpr, level, NO_LANE), ins, inner)[count:]
+            outs += self._inline(of_lane(jaxpr, level, lane), inputs[lane], entry)[:count]
+        return outs + self._inline(of_lane(jaxpr, level, NO_LANE), inputs[0], inner)[count:]
 
 
 # A longer loop counts as one of any number of steps: what needs just so many, as two values that

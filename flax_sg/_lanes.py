@@ -25,7 +25,7 @@ from jax.interpreters import ad, batching
 
 from flax_sg import _compat
 from flax_sg._jaxprs import closed_over, evaluate, opened, runs
-from flax_sg._marks import BINDER, NO_LANE, during, of_lane, tracing
+from flax_sg._marks import BINDER, NO_LANE, during, inputs_of_lanes, of_lane, tracing
 from flax_sg._together import Maps
 
 __all__ = ['in_lanes']
@@ -73,16 +73,9 @@ def _parts(made: list, count: int, lanes: int) -> tuple[list[list], list]:
     return [made[i * count:(i + 1) * count] for i in range(lanes)], made[lanes * count:]
 
 
-def _of_lanes(operands: Any, shared: int, lanes: tuple) -> list[list]:
-    """Return the inputs of the function in each lane."""
-    own = (len(operands) - shared) // len(lanes)
-    return [[*operands[:shared], *operands[shared + i * own:shared + (i + 1) * own]]
-            for i in range(len(lanes))]
-
-
 def _run(*operands: Any, jaxpr: ClosedJaxpr, shared: int, count: int, lanes: tuple, level: int
          ) -> list:
-    made = evaluate(jaxpr, *_of_lanes(operands, shared, lanes)[0])
+    made = evaluate(jaxpr, *inputs_of_lanes(operands, shared, lanes)[0])
     return made[:count] * len(lanes) + made[count:]
 
 
@@ -94,7 +87,7 @@ def _abstract(*_: Any, jaxpr: ClosedJaxpr, shared: int, count: int, lanes: tuple
 
 def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, count: int,
          lanes: tuple, level: int) -> tuple[list, list]:
-    inputs, moving = (_of_lanes(values, shared, lanes) for values in (primals, tangents))
+    inputs, moving = (inputs_of_lanes(values, shared, lanes) for values in (primals, tangents))
     moved = [i for i, ts in enumerate(zip(*moving, strict=True))
              if any(type(t) is not ad.Zero for t in ts)]
     tangents = [[ad.instantiate_zeros(ts[i]) for i in moved] for ts in moving]
@@ -187,7 +180,7 @@ def _in_common(lanes: tuple, level: int, jaxpr: ClosedJaxpr | None, groups: list
 
 def _batched(axis: Any, operands: list, dims: list, *, jaxpr: ClosedJaxpr, shared: int,
              count: int, lanes: tuple, level: int) -> tuple[list, list]:
-    of_lanes = _of_lanes(dims, shared, lanes)
+    of_lanes = inputs_of_lanes(dims, shared, lanes)
     fronts = [None if all(d is None for d in of) else 0 for of in zip(*of_lanes, strict=True)]
     wanted = [*fronts[:shared], *fronts[shared:] * len(lanes)]
     operands = [x if front is None else batching.bdim_at_front(x, dim, axis.size)
@@ -209,5 +202,8 @@ def _checked(jaxpr: ClosedJaxpr, errors: list, *operands: Any, shared: int, **pa
     return _lanes_p.bind(*errors, *operands, jaxpr=jaxpr, shared=len(errors) + shared, **params)
 
 
-_compat.checked(
-    _lanes_p, lambda *operands, shared, lanes, **_: _of_lanes(operands, shared, lanes)[0], _checked)
+def _first_inputs(*operands: Any, shared: int, lanes: tuple, **_: Any) -> list:
+    return inputs_of_lanes(operands, shared, lanes)[0]
+
+
+_compat.checked(_lanes_p, _first_inputs, _checked)

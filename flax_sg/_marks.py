@@ -25,7 +25,7 @@ from jax.interpreters import ad
 from flax_sg._errors import UsageError
 from flax_sg._jaxprs import define
 
-__all__ = ['BINDER', 'NO_LANE', 'during', 'level', 'mark', 'of_lane', 'tracing']
+__all__ = ['BINDER', 'NO_LANE', 'during', 'inputs_of_lanes', 'level', 'mark', 'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
 BINDER = 'flax_sg_lanes'  # the primitive that has such a function
@@ -105,6 +105,13 @@ def _transpose(cotangent: jax.Array, *, lanes: Any, level: int | None) -> list:
 
 ad.primitive_jvps[_mark_p] = _jvp
 ad.deflinear(_tangent_p, _transpose)
+
+
+def inputs_of_lanes(operands: Any, shared: int, lanes: tuple) -> list[list]:
+    """Return the inputs of the function in each lane: what all have in common, and its own."""
+    own = (len(operands) - shared) // len(lanes)
+    return [[*operands[:shared], *operands[shared + i * own:shared + (i + 1) * own]]
+            for i in range(len(lanes))]
 
 
 def of_lane(jaxpr: Jaxpr, level: int, lane: int) -> Jaxpr:
