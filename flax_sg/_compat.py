@@ -243,8 +243,6 @@ def _is_of_jax(fn: Any) -> bool:
         return all(map(_is_of_jax, fn))
     if not callable(fn):
         return True
-    if isinstance(fn, functools.partial):
-        return _is_of_jax((fn.func, *fn.args, *fn.keywords.values()))
     fn = inspect.unwrap(fn)  # a jitted function
     if not isinstance(fn, types.FunctionType) or not fn.__module__.startswith('jax.'):
         return False

@@ -1156,3 +1156,19 @@ def test_names_in_a_block_are_those_of_the_module_whose_code_opens_it(read, name
         return
     grads = run(params)
     assert grads['sub']['w'] == 2 and grads.get('w', 3) == 3
+
+
+def test_names_in_a_function_that_is_handed_a_module_are_those_of_its_caller():
+    def read_stopped(module):
+        with nn.stop_gradient('sub/w'):
+            return module.w
+
+    class Root(nn.Module):
+        def setup(self):
+            self.sub = Opens()
+
+        def __call__(self):
+            return read_stopped(self.sub) + 2 * self.sub.w
+
+    grads = jax.grad(lambda p: Root().apply({'params': p}))({'sub': {'w': jnp.ones(())}})
+    assert grads['sub']['w'] == 2

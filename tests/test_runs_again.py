@@ -132,8 +132,11 @@ class Root(nn.Module):
             self.m = self.of(self.kind)()
 
     def __call__(self):
-        values = [use(self.m, lambda m: m.value) for use in self.order]
-        return [*values, draw(self), draw(self.m)]
+        values, draws = [], []
+        for use in self.order:  # what is drawn meanwhile goes on from where it was
+            values.append(use(self.m, lambda m: m.value))
+            draws += [draw(self), draw(self.m)]
+        return [*values, *draws]
 
 
 # A mirror's cached properties are its own, as are those of a clone in Flax.
@@ -254,7 +257,7 @@ def test_setup_makes_a_tree_whose_structure_is_new_in_each_run(make):
     assert value == 222 and grads['params']['w'] == 20
 
 
-# What does not exist yet, and what is written, in a run again -----------------------------------------
+# What does not exist yet, and what is written, in a run again -------------------------------------
 
 
 class HasVariable(nn.Module):
@@ -373,24 +376,27 @@ class Makes(nn.Module):
 
 class Calls(nn.Module):
     lift: object
+    around: object
 
     def setup(self):
         self.makes = Makes(self.lift)
 
     def __call__(self, i):
-        return self.makes(0), self.makes(i)
+        return self.makes(0), self.around(self.makes)(i)
 
 
-def test_parts_made_anew_in_each_call_are_not_one_another():
-    keys = {'params': jax.random.key(0), **KEYS}
-    same, mirrored = Calls(lambda m: m), Calls(lambda m: held(m))
+@pytest.mark.parametrize('mirror', ['part', 'whole'])
+def test_parts_made_anew_in_each_call_are_not_one_another(mirror):
+    keys, itself = {'params': jax.random.key(0), **KEYS}, lambda m: m
+    same = Calls(itself, itself)
+    mirrored = Calls(held, itself) if mirror == 'part' else Calls(itself, held)
     wanted, made = (model.init_with_output(keys, 1) for model in (same, mirrored))
     assert wanted == made and made[1]['params']['makes']['Numbered_0'].keys() == {'w0', 'w1'}
     run = lambda model: model.apply(made[1], 0, rngs=KEYS, mutable=['state'])
     assert run(same) == run(mirrored) and run(same)[0][0] != run(same)[0][1]
 
 
-# Programs without blocks are as they are without the library ------------------------------------------
+# Programs without blocks are as they are without the library --------------------------------------
 
 
 class Mixin:
@@ -429,6 +435,14 @@ def test_cached_properties_are_what_they_were():
     assert bound.cached == 9
     del vars(bound)['cached']
     assert bound.cached == 6 and not hasattr(bound, 'other')
+
+
+def test_a_cached_value_that_was_put_in_place_of_the_first():
+    module = Unread().bind({'params': {'w': one}})
+    assert module.by_variables == 1
+    vars(module)['by_variables'] = 9 * one
+    assert in_block(module, lambda m: m.by_variables + 0 * m.get_variable('params', 'w')) == 9
+    assert module.by_variables == 9
 
 
 def test_a_cached_property_of_a_mixin_in_a_block():
