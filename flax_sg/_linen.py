@@ -59,12 +59,20 @@ def _module_of(frame: FrameType | None) -> Module | None:
         if frame is None or frame.f_code is _compat.CALL:  # from here on Flax knows
             return None
         if frame.f_code.co_argcount:
-            module = frame.f_locals.get(frame.f_code.co_varnames[0])
+            module = _first_argument(frame)
             if (isinstance(module, Module) and module.scope is not None
                     and frame.f_code in _code_of(type(module))):
                 return module
         frame = frame.f_back
     return None
+
+
+def _first_argument(frame: FrameType) -> Any:
+    variables = frame.f_locals
+    found = variables.get(frame.f_code.co_varnames[0])
+    if isinstance(variables, dict):  # before Python 3.13 a copy, which the frame keeps
+        variables.clear()
+    return found
 
 
 _FRAMES = 20  # helpers, nested functions and context managers stand between; a loop's body does not
