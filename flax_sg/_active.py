@@ -69,16 +69,14 @@ class Application:
       life: its identity.
       linearizing: it began while the target of views was differentiated, in a rule of the user's.
       inner: a running module applies the model by itself, so that it is that module's own affair.
-      setups: the runs of `setup` in it, see `_setup`.
     """
 
-    __slots__ = ('inner', 'life', 'linearizing', 'setups', 'trace')
+    __slots__ = ('inner', 'life', 'linearizing', 'trace')
 
     def __init__(self, *, inner: bool = False) -> None:
         self.trace, self.life = _compat.trace_state(), _Life()
         self.linearizing = tracing.linearizing
         self.inner = inner
-        self.setups: dict[tuple, tuple] = {}
 
     def __eq__(self, other: object) -> bool:  # it is in the flags of scopes, a key of nn.jit
         return isinstance(other, Application) and self.inner == other.inner

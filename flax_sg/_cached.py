@@ -14,6 +14,7 @@ from typing import Any
 from flax_sg import _compat
 from flax_sg._active import state
 from flax_sg._compat import Module
+from flax_sg._linen import note_class
 from flax_sg._runs import Run, running
 from flax_sg._scope import effective
 from flax_sg._setup import Kept, first_run, note_parent, note_run
@@ -39,8 +40,7 @@ class _CachedProperty:
             return first
         for run in state.setups:
             run.read = True
-        again = lambda: {self.name: self.wrapped.func(module)}
-        return kept[0].read(module, {self.name: first}, again)[self.name]
+        return kept[0].read(module, self.name, lambda: {self.name: self.wrapped.func(module)})
 
     def _compute(self, module: Module) -> None:
         values = vars(module)
@@ -53,7 +53,7 @@ class _CachedProperty:
         if run.first is None:
             note_run(module, self.slot, run)
         if run.read:
-            values[self.slot] = Kept(entries, run), values[self.name]
+            values[self.slot] = Kept((self.name,), entries, run), values[self.name]
 
     def __set__(self, module: Module, value: Any) -> None:
         vars(module)[self.name] = value
@@ -79,6 +79,7 @@ def _watch(cls: type[Module]) -> None:
     if cls in _watched:
         return
     _watched.add(cls)
+    note_class(cls)
     for base in reversed(cls.__mro__):
         if issubclass(base, Module):
             names = {name for of in base.__mro__ if of is base or not issubclass(of, Module)

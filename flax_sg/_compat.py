@@ -32,13 +32,12 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
-    'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts', 'current_module',
-    'draws',
-    'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call', 'operation_of', 'packed_scopes',
-    'root_variables', 'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
-    'setup_pending', 'split', 'staging_trace', 'stored', 'tap', 'tap_linear_call',
-    'tap_map_variables', 'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying',
-    'wrapped', 'written_at',
+    'CALL', 'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts',
+    'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call',
+    'operation_of', 'packed_scopes', 'root_variables', 'run_setup', 'scan_counts', 'scope_names',
+    'scope_path', 'set_cache_key', 'setup_pending', 'split', 'staging_trace', 'stored', 'tap',
+    'tap_linear_call', 'tap_map_variables', 'tap_pack', 'tap_rules', 'tap_value', 'trace_state',
+    'traced', 'varying', 'wrapped', 'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -62,7 +61,7 @@ def staging_trace() -> Any:
     return trace._weakref
 
 
-CALL = Module._call_wrapped_method.__code__  # that runs each method of a module
+CALL = inspect.unwrap(Module._call_wrapped_method).__code__  # that runs each method of a module
 
 
 def current_module() -> Module | None:

@@ -153,7 +153,7 @@ class _Lifted:
         scope, out = self.packed[i], dict(variables)
         path = _compat.scope_path(scope)
         for run in state.setups:
-            out = run.handed_in(scope, path, out)
+            out = run.hand_in(scope, path, out)
         for collection, tree in list(out.items()):
             writable = self._writable(scope, collection)
             if writable and carried or self._follows(i, collection):

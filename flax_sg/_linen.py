@@ -30,7 +30,9 @@ from flax_sg._setup import LIVE
 if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
-__all__ = ['block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance']
+__all__ = [
+    'block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance', 'note_class',
+]
 
 # Of a lifted class: its base and transform, all lifted classes among it and its bases, the identity
 # of what it was made of, and its key once equal callables share it.
@@ -51,28 +53,23 @@ def block_entry(transform: Transform, frame: FrameType) -> Entry:
 
 
 def _module_of(frame: FrameType | None) -> Module | None:
-    """Return the bound module of which the innermost frame runs a member.
+    """Return the bound module of which the innermost frame runs a member, if Flax does not know it.
 
     Flax does not know of properties, generators that go on later and what is marked `nn.nowrap`.
     """
     for _ in range(_FRAMES):
         if frame is None or frame.f_code is _compat.CALL:  # from here on Flax knows
             return None
-        if frame.f_code.co_argcount:
-            module = _first_argument(frame)
+        if frame.f_code in _member_code:
+            if frame.f_back is not None and frame.f_back.f_code is _compat.CALL:
+                return None
+            # Before Python 3.13 a frame keeps a copy of its variables once it was asked for them.
+            module = frame.f_locals.get(frame.f_code.co_varnames[0])
             if (isinstance(module, Module) and module.scope is not None
                     and frame.f_code in _code_of(type(module))):
                 return module
         frame = frame.f_back
     return None
-
-
-def _first_argument(frame: FrameType) -> Any:
-    variables = frame.f_locals
-    found = variables.get(frame.f_code.co_varnames[0])
-    if isinstance(variables, dict):  # before Python 3.13 a copy, which the frame keeps
-        variables.clear()
-    return found
 
 
 _FRAMES = 20  # helpers, nested functions and context managers stand between; a loop's body does not
@@ -84,8 +81,15 @@ def _code_of(cls: type[Module]) -> frozenset[CodeType]:
         fields = {field.name for field in dataclasses.fields(cls)}
         members = [member for base in cls.__mro__ if base not in (object, Module)
                    for name, member in vars(base).items() if name not in fields]
-        _codes[cls] = frozenset(code for member in members for code in _codes_in(member))
+        _codes[cls] = frozenset(code for member in members for code in _codes_in(member)
+                                if code.co_argcount)
+        _member_code.update(_codes[cls])
     return _codes[cls]
+
+
+def note_class(cls: type[Module]) -> None:
+    """Note the members of a class of modules, of which there is one from now on."""
+    _code_of(cls)
 
 
 def _codes_in(member: Any, depth: int = 0) -> Iterator[CodeType]:
@@ -107,6 +111,7 @@ def _codes_in(member: Any, depth: int = 0) -> Iterator[CodeType]:
             yield from _codes_in(part, depth + 1)
 
 _codes: weakref.WeakKeyDictionary[type, frozenset[CodeType]] = weakref.WeakKeyDictionary()
+_member_code: weakref.WeakSet[CodeType] = weakref.WeakSet()  # of all these classes
 
 
 def lift_function(transform: Transform, fn: Callable) -> Callable:

@@ -59,7 +59,7 @@ class Run:
         self._note(scope, collection, path, _ABSENT if value is missing else value)
         return value
 
-    def handed_in(self, scope: Scope, path: Path, variables: dict[str, Any]) -> dict[str, Any]:
+    def hand_in(self, scope: Scope, path: Path, variables: dict[str, Any]) -> dict[str, Any]:
         """Note what a lifted transform hands to its body, and return what to hand to it."""
         place = (application_of(scope).life, path)
         there = None if self.first is None else self.first.handed.get(place)

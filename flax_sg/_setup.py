@@ -38,22 +38,26 @@ _NOTHING = (None, None)
 
 
 class Kept:
-    """Values that a run computed for a module, and those of the transforms used last."""
+    """How attributes of a module were computed in a run, and their values for the last transforms.
 
-    def __init__(self, entries: tuple[Entry, ...], run: Run):
-        self.entries, self.run = entries, run.first or run
+    Attributes:
+      names: of the attributes; the first run's values are the module's own.
+    """
+
+    def __init__(self, names: tuple[str, ...], entries: tuple[Entry, ...], run: Run):
+        self.names, self.entries, self.run = names, entries, run.first or run
         self.trace = _compat.trace_state()
         self.kept: dict[int, tuple] = {}
 
-    def read(self, module: Module, first: dict[str, Any], again: Callable[[], dict[str, Any]]
-             ) -> dict[str, Any]:
-        """Return the first run's values, or those of a run ``again`` under the open transforms."""
-        entries, now = effective(module.scope), _compat.trace_state()
+    def read(self, module: Module, name: str, again: Callable[[], dict[str, Any]]) -> Any:
+        """Return the first run's value, or that of a run ``again`` under the open transforms."""
+        entries, now, values = effective(module.scope), _compat.trace_state(), vars(module)
         # A tracer computed in a function that JAX traced, the body of a scan, stays in there.
         if entries == self.entries and (
                 self.trace in (now, application_of(module.scope).trace) or not any(
-                    isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(first))):
-            return first
+                    isinstance(leaf, jax.core.Tracer) for name in self.names
+                    for leaf in jax.tree.leaves(values[name]))):
+            return values[name]
         # Values computed here are tracers of the current trace. They are kept only where what
         # keeps them cannot outlive it: by the innermost block, or by a module of the same trace.
         keeper = state.stack[-1] if state.stack else self
@@ -61,9 +65,9 @@ class Kept:
         if kept.get(id(self), _NOTHING)[:2] != (self, entries):
             with running(Run(self.run), module.scope):
                 new = again()
-            merged = {name: _merge(value, new[name]) for name, value in first.items()}
+            merged = {name: _merge(values[name], new[name]) for name in self.names}
             kept[id(self)] = (self, entries, merged)
-        return kept[id(self)][2]
+        return kept[id(self)][2][name]
 
 
 def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def _try_setup(original, self, shallow=False):
         for name in names:
             _intercept(type(self), name)
         if names:
-            object.__setattr__(self, _TABLE, (Kept(entries, run), names))
+            object.__setattr__(self, _TABLE, Kept(names, entries, run))
 
 
 @_compat.tap(Scope, 'put_variable')
@@ -209,13 +213,12 @@ class _SetupAttribute:
                 raise AttributeError(self.name)
             bind = getattr(self.default, '__get__', None)
             return self.default if bind is None else bind(module, owner)
-        kept, names = values.get(_TABLE, (None, ()))
-        if self.name not in names:
+        kept = values.get(_TABLE)
+        if kept is None or self.name not in kept.names:
             return values[self.name]
         for run in state.setups:
             run.read = True
-        first = {name: values[name] for name in names}
-        return kept.read(module, first, lambda: _setup_again(module, names))[self.name]
+        return kept.read(module, self.name, lambda: _setup_again(module, kept.names))
 
     def __set__(self, module: Module, value: Any) -> None:
         vars(module)[self.name] = value

@@ -123,8 +123,8 @@ class Maps:
         return jax.jit(call)(operands)
 
 
-_RULES = {'checkpoint': Maps._checkpoint, 'remat2': Maps._checkpoint, 'scan': Maps._scan,
-          'cond': Maps._cond, 'pjit': Maps._call, 'jit': Maps._call}
+_RULES = {'checkpoint': Maps._checkpoint, 'scan': Maps._scan, 'cond': Maps._cond,
+          'pjit': Maps._call, 'jit': Maps._call}
 
 
 def _read(env: dict, var: Any) -> Any:
@@ -148,7 +148,7 @@ def _computes_again(jaxpr: Jaxpr) -> bool:
 
 
 def _holds_checkpoint(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name in ('checkpoint', 'remat2') or any(
+    return eqn.primitive.name == 'checkpoint' or any(
         map(_computes_again, jaxprs_in_params(eqn.params)))
 
 
