@@ -49,7 +49,7 @@ class Maps:
             values = [[_read(env, var) for var in eqn.invars] for env in envs]
             flags = _moving(eqn.invars, moved)
             rule = _RULES.get(eqn.primitive.name)
-            if rule is None or not any(flags) or not _holds_checkpoint(eqn):
+            if rule is None or not any(flags) or not _holds_checkpoint(eqn) or _is_placed(eqn):
                 alone = _alone(jaxpr, eqn)
                 outs = self._each(alone, [[env[var] for var in alone.invars] for env in envs])
             else:
@@ -123,8 +123,9 @@ class Maps:
         return jax.jit(call)(operands)
 
 
-_RULES = {'checkpoint': Maps._checkpoint, 'scan': Maps._scan, 'cond': Maps._cond,
-          'pjit': Maps._call, 'jit': Maps._call}
+# By the names of both versions of JAX.
+_RULES = {'checkpoint': Maps._checkpoint, 'remat2': Maps._checkpoint, 'scan': Maps._scan,
+          'cond': Maps._cond, 'pjit': Maps._call, 'jit': Maps._call}
 
 
 def _read(env: dict, var: Any) -> Any:
@@ -148,8 +149,14 @@ def _computes_again(jaxpr: Jaxpr) -> bool:
 
 
 def _holds_checkpoint(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name == 'checkpoint' or any(
+    return eqn.primitive.name in ('checkpoint', 'remat2') or any(
         map(_computes_again, jaxprs_in_params(eqn.params)))
+
+
+def _is_placed(eqn: JaxprEqn) -> bool:
+    """Say whether a jitted function says how its operands or results are sharded."""
+    shardings = (*eqn.params.get('in_shardings', ()), *eqn.params.get('out_shardings', ()))
+    return any(type(sharding).__name__ != 'UnspecifiedValue' for sharding in shardings)
 
 
 def _alone(jaxpr: Jaxpr, eqn: JaxprEqn) -> Jaxpr:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxprs_in_params
 
 import flax_sg as sg
 from flax_sg import nn
@@ -171,3 +172,37 @@ def test_higher_orders(form, order):
     hand = order(lambda p: total(run(stopped(p, name)) for name in NAMES))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4),
                  jax.jit(ours)(params), jax.jit(hand)(params))
+
+
+def placed(jaxpr):
+    """The jitted functions in a jaxpr that say how their operands are sharded."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += any(isinstance(sharding, jax.sharding.Sharding)
+                     for sharding in eqn.params.get('in_shardings', ()))
+        found += sum(map(placed, jaxprs_in_params(eqn.params)))
+    return found
+
+
+@pytest.mark.parametrize('is_placed', [False, True])
+def test_a_jitted_function_around_a_checkpoint_keeps_its_shardings(is_placed):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), 'x')
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    f = jax.checkpoint(lambda a, b: jnp.sin(jnp.sin(a) * b))
+    run = jax.jit(f, in_shardings=(rows, rows), out_shardings=rows) if is_placed else jax.jit(f)
+    params = {'a': jnp.arange(4.0), 'b': jnp.arange(4.0) + 1}
+    views = sg.gradient_views({'a': 'a', 'b': 'b'})
+
+    def loss(p):
+        out = views(lambda p: run(p['a'], p['b']))(p)
+        return (out['a'] ** 2).sum() + (3 * out['b']).sum()
+
+    def by_hand(p):
+        f = lambda a, b: jnp.sin(jnp.sin(a) * b)
+        stop = jax.lax.stop_gradient
+        return (f(p['a'], stop(p['b'])) ** 2).sum() + (3 * f(stop(p['a']), p['b'])).sum()
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5),
+                 jax.jit(jax.grad(loss))(params), jax.jit(jax.grad(by_hand))(params))
+    found = placed(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    assert found == 0 if not is_placed else found >= 3  # forward, and a pullback for each entry
