@@ -14,6 +14,7 @@ from flax_sg._errors import (
     UnknownRecordError,
     UnmatchedPathError,
     UnreadBlockWarning,
+    UnsupportedVersionError,
     UsageError,
 )
 from flax_sg._filters import Filter, everything, nothing, path, regex, where

@@ -4,7 +4,7 @@ from flax.errors import ModifyScopeVariableError
 
 __all__ = [
     'FrozenVariableError', 'LabelError', 'PredicateError', 'UnknownRecordError',
-    'UnmatchedPathError', 'UnreadBlockWarning', 'UsageError',
+    'UnmatchedPathError', 'UnreadBlockWarning', 'UnsupportedVersionError', 'UsageError',
 ]
 
 
@@ -64,3 +64,7 @@ class FrozenVariableError(ModifyScopeVariableError):
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self),)
+
+
+class UnsupportedVersionError(ValueError, RuntimeError):
+    """This flax or jax does not do what the library builds on: a mask would mask nothing."""

@@ -6,6 +6,7 @@ What one transform does to a value is in its `read`; where reads are met is the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from flax.core.scope import DenyList, in_filter
 
-from flax_sg import _linen
+from flax_sg import _linen, _self_check
 from flax_sg._active import close, enter, named, opening_of
 from flax_sg._callables import callable_key, value_key
 from flax_sg._errors import PredicateError, UsageError
@@ -23,9 +24,11 @@ from flax_sg._filters import Filter, Predicate, as_filter, written
 from flax_sg._info import VariableInfo, map_tree, walk
 from flax_sg._inside import caller, check_frame
 from flax_sg._lines import here
+from flax_sg._scope import open_at
 from flax_sg._unmatched import check_matched
 
-__all__ = ['StopGradient', 'Transform', 'make', 'map_arrays', 'map_traced', 'stop_gradient']
+__all__ = ['StopGradient', 'Transform', 'check_once', 'make', 'map_arrays', 'map_traced',
+           'stop_gradient']
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -98,12 +101,13 @@ class Transform:
 
     def __call__(self, target: Any) -> Any:
         """Transform a Module class or instance, a method, or a tree of parameters."""
+        if isinstance(target, Mapping):
+            return self._map(target)
+        check_once()
         if inspect.isclass(target) and issubclass(target, linen.Module):
             return _linen.lift_class(self, target)
         if isinstance(target, linen.Module):
             return _linen.lift_instance(self, target)
-        if isinstance(target, Mapping):
-            return self._map(target)
         if inspect.isfunction(target) or inspect.ismethod(target):
             return _linen.lift_function(self, target)
         way_out = ('For a single array use jax.lax.stop_gradient; for model code open a block with '
@@ -131,6 +135,7 @@ class Transform:
             return map_tree(read, tree)
 
     def __enter__(self) -> None:
+        check_once()
         frame = caller()
         check_frame(frame, self)
         enter(_linen.block_entry(self, frame), self, frame)
@@ -151,6 +156,12 @@ class Transform:
         if self.allow_unmatched:
             parts.append('allow_unmatched=True')
         return f'{self.name}({", ".join(parts)})'
+
+
+@functools.cache
+def check_once() -> None:
+    """Raise UnsupportedVersionError if blocks do not work with the Flax and JAX at hand."""
+    _self_check.check(lambda: open_at(stop_gradient('**/held'), None))
 
 
 def check_collections(collections: Any, name: str) -> Hashable:

@@ -24,7 +24,7 @@ from flax_sg._lanes import in_lanes
 from flax_sg._linen import fields_of
 from flax_sg._marks import level, mark
 from flax_sg._scope import open_at
-from flax_sg._transform import Transform, check_collections, map_traced
+from flax_sg._transform import Transform, check_collections, check_once, map_traced
 
 __all__ = ['GradientViews', 'gradient_views']
 
@@ -66,6 +66,7 @@ class GradientViews:
 
     def __call__(self, target: Any) -> Any:
         """Return the target with a dict of outputs, one for each entry, in place of its output."""
+        check_once()
         if inspect.isclass(target) and issubclass(target, Module):
             return self._of_class(target)
         if isinstance(target, Module):
