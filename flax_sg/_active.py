@@ -50,7 +50,8 @@ class _State(threading.local):
         self.bodies: tuple[Body, ...] = ()  # of nn.jit, which JAX is tracing
         self.writes = 0  # how many, ever
         self.storing: tuple | None = None  # a variable that is read in order to be stored
-        self.publishing = False  # Flax writes back what the body of a lifted transform returned
+        # While Flax stores what the body of a lifted transform returned: says what to store.
+        self.publishing: Callable | None = None
         self.contexts = Contexts()
 
 
@@ -358,7 +359,7 @@ def opened(entry: Entry) -> Iterator[None]:
 def reopened(stack: tuple[Entry, ...], *, inside: bool) -> Iterator[None]:
     """Run a rule in the blocks in which its function was called, and in no others."""
     try:
-        with under(around=stack, openings=[], inside=inside, setups=[], publishing=False):
+        with under(around=stack, openings=[], inside=inside, setups=[], publishing=None):
             _restack()
             try:
                 yield

@@ -14,7 +14,7 @@ from typing import Any
 from flax_sg import _compat
 from flax_sg._active import state
 from flax_sg._compat import Module
-from flax_sg._linen import note_class
+from flax_sg._members import note_class
 from flax_sg._runs import Run, running
 from flax_sg._scope import effective
 from flax_sg._setup import Kept, first_run, note_parent, note_run

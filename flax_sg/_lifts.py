@@ -5,15 +5,20 @@ collections that the body cannot write are transformed there. What it may write 
 the body would hand transformed values back; what a read of it gives goes in beside it, under a name
 that the body does not see, and is sliced by a scan as it is. So a predicate and a function see the
 stored variable, whatever the body may write.
+
+What the body could have written and has not stays what it was. Flax would store the body's result
+in its place: another value, of which a block does not know that it was read before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.core.scope import DenyList, in_filter
 
 from flax_sg import _compat
@@ -21,12 +26,14 @@ from flax_sg._active import Application, context, set_context, state, under
 from flax_sg._bodies import Body, Question
 from flax_sg._compat import Scope
 from flax_sg._info import Path, walk
+from flax_sg._mappings import children_of, rebuilt
 from flax_sg._scope import (
     APPLICATION,
     FLAG,
     Mark,
     Reads,
     application_of,
+    identical,
     mark_of,
     set_mark,
 )
@@ -48,10 +55,12 @@ def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_
         def body(scope_fn, repack_fn, groups, rngs, *args, **kwargs):
             lift = _Lifted(scope_tree, in_filters, out_filters, name)
             groups = lift.read(groups)
-            call = functools.partial(
-                fn, lift.bind(scope_fn), repack_fn, groups, rngs, *args, **kwargs)
+            call = functools.partial(fn, lift.bind(scope_fn), lift.repack(repack_fn, jitted),
+                                     groups, rngs, *args, **kwargs)
             out, written = jitted.run(call, lift.paths()) if jitted else call()
-            state.publishing = True
+            if jitted:
+                written, lift.same = written[0], written[1].names
+            state.publishing = lift.publish
             return out, _seen(written)
         run = original(body, in_filters, out_filters, rng_filters, name, enable_kwargs)
         with under(publishing=state.publishing):
@@ -79,6 +88,14 @@ def _effects() -> tuple:
         return (state.writes,)
     names = sum(map(len, module.scope.reservations.values()))
     return state.writes, _compat.draws(module.scope.root), names
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Same:
+    """Names of variables, in a result of a jitted function: JAX keeps them with the trace."""
+
+    names: frozenset
 
 
 def _seen(written: tuple) -> tuple:
@@ -118,6 +135,11 @@ class _Lifted:
         self.applied: list[frozenset[str]] = [frozenset() for _ in self.packed]
         # What is transformed at each read inside, as a step of a loop, or the body, writes it.
         self.left: list[frozenset[str]] = [frozenset() for _ in self.packed]
+        self.mapped = in_filters[0] if name == 'map_variables' else False  # what comes out differs
+        # What the body got, by the identity of the variables of its scope; and the names of what it
+        # has left as it was: the number of the scope, collection, and path from there.
+        self.got: dict[int, tuple[dict, dict]] = {}
+        self.same: frozenset | None = None
 
     def _given(self, differentiated: Any) -> frozenset[str]:
         """Return the collections that a derivative is taken of, and that open blocks look into."""
@@ -186,6 +208,8 @@ class _Lifted:
             inner = self.treedef.flatten_up_to(scope_fn(*args, **kwargs))
             for i, root in dict(zip(self.places, map(_root, inner), strict=True)).items():
                 self._mark(i, root)
+                variables = _compat.root_variables(root)
+                self.got[id(variables)] = variables, self._values(i, root)
             return self.treedef.unflatten(map(self._bind, self.scopes, inner))
         return bound
 
@@ -225,6 +249,51 @@ class _Lifted:
             set_mark(inner, mark_of(root).with_own(own))
         return inner
 
+    def _values(self, i: int, root: Scope) -> dict[tuple, Any]:
+        """Return what is stored in a scope of the body, of what it may write, by name."""
+        if not self.open[i]:
+            return {}
+        start = len(_compat.scope_path(root))
+        return {(i, collection, info.path[start:]): stored
+                for collection, tree in _compat.root_variables(root).items()
+                if root.is_mutable_collection(collection)
+                and not in_filter(self.mapped, collection)
+                for info, stored in walk(tree, collection, _compat.scope_path(root))}
+
+    def repack(self, repack_fn: Callable, jitted: _Jitted | None) -> Callable:
+        """Make ``repack_fn`` note which variables the body has left as they were."""
+        def repacked(scope_tree: Any) -> Any:
+            inner = self.treedef.flatten_up_to(scope_tree)
+            same = set()
+            for i, root in dict(zip(self.places, map(_root, inner), strict=True)).items():
+                _, got = self.got.get(id(_compat.root_variables(root)), (None, {}))
+                same |= {name for name, value in self._values(i, root).items()
+                         if name in got and identical(got[name], value)}
+            # A body may be traced several times, as are the branches of a cond.
+            self.same = frozenset(same if self.same is None else self.same & same)
+            written = repack_fn(scope_tree)
+            return (written, _Same(self.same)) if jitted else written
+        return repacked
+
+    def publish(self, scope: Scope, collection: str, name: str, value: Any) -> Any:
+        """Return what to store of what the body has returned."""
+        i = next((i for i, packed in enumerate(self.packed) if packed is scope), None)
+        if i is None or not self.same:
+            return value
+        try:
+            stored = _compat.stored(scope, collection, (*_compat.scope_path(scope), name))
+        except KeyError:
+            return value
+        return self._published((i, collection, (name,)), value, stored)
+
+    def _published(self, name: tuple, value: Any, stored: Any) -> Any:
+        if isinstance(value, Mapping):
+            below = stored if isinstance(stored, Mapping) else {}
+            return rebuilt(value, {
+                key: self._published((*name[:2], (*name[2], key)), child, below.get(key))
+                for key, child in children_of(value).items()})
+        return stored if name in self.same and _alike(value, stored) else value
+
     def paths(self) -> tuple[Path, ...]:
         """Return where the scopes are."""
         return tuple(map(_compat.scope_path, self.scopes))
@@ -250,6 +319,15 @@ def _at(tree: Any, path: Path, default: Any) -> Any:
             return default
         tree = tree[name]
     return tree
+
+
+def _alike(a: Any, b: Any) -> bool:
+    (a, kind_a), (b, kind_b) = jax.tree.flatten(a), jax.tree.flatten(b)
+    return kind_a == kind_b and all(map(_same_type, a, b))
+
+
+def _same_type(a: Any, b: Any) -> bool:
+    return jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b)
 
 
 class _Jitted:

@@ -13,17 +13,18 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType, FunctionType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from flax_sg import _compat
 from flax_sg._active import Entry, opened, state
-from flax_sg._callables import cell_contents, identity_key, lasting_key
+from flax_sg._callables import identity_key, lasting_key
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
 from flax_sg._inside import run_inside
+from flax_sg._members import module_of
 from flax_sg._scope import attach, attached_entry, entry_at, open_at
 from flax_sg._setup import LIVE
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
 __all__ = [
-    'block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance', 'note_class',
+    'block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance',
 ]
 
 # Of a lifted class: its base and transform, all lifted classes among it and its bases, the identity
@@ -47,71 +48,9 @@ _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, typ
 
 def block_entry(transform: Transform, frame: FrameType) -> Entry:
     """Return an opening of a transform at the module whose code that is, or outside all modules."""
-    module = _module_of(frame) or _compat.current_module()
+    module = module_of(frame) or _compat.current_module()
     scope = None if module is None else module.scope
     return entry_at(transform, scope, by=scope)
-
-
-def _module_of(frame: FrameType | None) -> Module | None:
-    """Return the bound module of which the innermost frame runs a member, if Flax does not know it.
-
-    Flax does not know of properties, generators that go on later and what is marked `nn.nowrap`.
-    """
-    for _ in range(_FRAMES):
-        if frame is None or frame.f_code is _compat.CALL:  # from here on Flax knows
-            return None
-        if frame.f_code in _member_code:
-            if frame.f_back is not None and frame.f_back.f_code is _compat.CALL:
-                return None
-            # Before Python 3.13 a frame keeps a copy of its variables once it was asked for them.
-            module = frame.f_locals.get(frame.f_code.co_varnames[0])
-            if (isinstance(module, Module) and module.scope is not None
-                    and frame.f_code in _code_of(type(module))):
-                return module
-        frame = frame.f_back
-    return None
-
-
-_FRAMES = 20  # helpers, nested functions and context managers stand between; a loop's body does not
-
-
-def _code_of(cls: type[Module]) -> frozenset[CodeType]:
-    """Return the code of a class's members."""
-    if cls not in _codes:
-        fields = {field.name for field in dataclasses.fields(cls)}
-        members = [member for base in cls.__mro__ if base not in (object, Module)
-                   for name, member in vars(base).items() if name not in fields]
-        _codes[cls] = frozenset(code for member in members for code in _codes_in(member)
-                                if code.co_argcount)
-        _member_code.update(_codes[cls])
-    return _codes[cls]
-
-
-def note_class(cls: type[Module]) -> None:
-    """Note the members of a class of modules, of which there is one from now on."""
-    _code_of(cls)
-
-
-def _codes_in(member: Any, depth: int = 0) -> Iterator[CodeType]:
-    if depth > 4:
-        return
-    if isinstance(member, FunctionType):
-        yield member.__code__
-        cells = map(cell_contents, member.__closure__ or ())  # what a decorator wraps
-        inner = [getattr(member, '__wrapped__', None), *cells]
-    elif isinstance(member, property):
-        inner = [member.fget]
-    elif isinstance(member, (staticmethod, classmethod)):
-        inner = [member.__func__]
-    else:  # another descriptor, as of Flax around one of Python
-        is_one = hasattr(type(member), '__get__')
-        inner = list(getattr(member, '__dict__', {}).values()) if is_one else []
-    for part in inner:
-        if isinstance(part, FunctionType) or hasattr(type(part), '__get__'):
-            yield from _codes_in(part, depth + 1)
-
-_codes: weakref.WeakKeyDictionary[type, frozenset[CodeType]] = weakref.WeakKeyDictionary()
-_member_code: weakref.WeakSet[CodeType] = weakref.WeakSet()  # of all these classes
 
 
 def lift_function(transform: Transform, fn: Callable) -> Callable:

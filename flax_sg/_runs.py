@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+
 from flax_sg import _compat
 from flax_sg._active import state
 from flax_sg._compat import Scope
@@ -29,6 +31,7 @@ class Run:
 
     Attributes:
       read: it has read a variable.
+      concrete: one that is an array, of which Python can make a number.
       seen: what was stored in mutable collections when it first read it.
       drawn: counters of random numbers, by identity, as they were when it first drew from them.
       rngs: the streams of its scope, which are others while a jitted class is called.
@@ -38,7 +41,7 @@ class Run:
 
     def __init__(self, first: Run | None = None):
         self.first = first
-        self.read = False
+        self.read = self.concrete = False
         self.seen: dict[tuple, Any] = {}
         self.drawn: dict[int, tuple[dict, dict]] = {}
         self.rngs: Any = None
@@ -51,6 +54,9 @@ class Run:
         ``missing`` is the value if there is nothing.
         """
         self.read = True
+        self.concrete = self.concrete or any(
+            isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+            for leaf in jax.tree.leaves(value))
         if not scope.is_mutable_collection(collection):
             return value
         if self.first is not None:

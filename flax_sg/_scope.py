@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ from flax_sg._errors import FrozenVariableError, UsageError
 from flax_sg._info import Path, VariableInfo, walk
 from flax_sg._mappings import children_of, rebuilt
 from flax_sg._marks import tracing
+from flax_sg._members import module_of
 
 __all__ = [
     'APPLICATION', 'FLAG', 'Mark', 'Reads', 'application_of', 'attach', 'attached_entry',
@@ -100,7 +102,8 @@ def set_mark(scope: Scope, mark: Mark) -> None:
 def _init(original, self, *args, **kwargs):
     original(self, *args, **kwargs)
     if self.parent is None and APPLICATION not in self.flags:
-        inner = state.inside or _compat.current_module() is not None
+        inner = state.inside or _compat.current_module() is not None or (
+            bool(state.stack) and module_of(sys._getframe()) is not None)
         self.flags = self.flags.copy({APPLICATION: Application(inner=inner)})
 
 
@@ -185,7 +188,7 @@ class Reads:
     def handed_in(self, path: Path, value: Any) -> tuple[Any, tuple[Entry, ...]]:
         """Return what a lifted transform made of a stored value, and what it left to do."""
         stored, copy = self.mark.copies.get((self.collection, path), (_MISSING, None))
-        if stored is not _MISSING and _identical(stored, value):  # boxes are made anew
+        if stored is not _MISSING and identical(stored, value):  # boxes are made anew
             return copy, self.inside
         if self.collection not in self.mark.applied and in_body():
             claim()  # a trace under nn.jit depends on the blocks around it
@@ -319,7 +322,9 @@ def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
       FrozenVariableError: an open transform forbids to change the variable.
       UsageError: the value may have been made of what a block reads in its place.
     """
-    if state.publishing or not state.stack and FLAG not in scope.flags:
+    if state.publishing is not None:
+        return state.publishing(scope, collection, name, value)
+    if not state.stack and FLAG not in scope.flags:
         return value
     if not scope.has_variable(collection, name):
         return value
@@ -336,15 +341,16 @@ def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
         pairs = zip(jax.tree.leaves(reads.given(at, stored)), jax.tree.leaves(stored), strict=False)
         originals.update((id(given), (given, old)) for given, old in pairs)
     restored = jax.tree.map(lambda leaf: originals.get(id(leaf), (leaf, leaf))[1], value)
-    if _identical(restored, tree):
+    if identical(restored, tree):
         return tree
     for at, stored in found:
         for entry in (*reads.mark.outer, *reads.inside):
             _check_write(entry, scope, entry.info(at, collection, stored), name)
-    return value if _identical(restored, value) else restored
+    return value if identical(restored, value) else restored
 
 
-def _identical(a: Any, b: Any) -> bool:
+def identical(a: Any, b: Any) -> bool:
+    """Say whether the arrays of two variables are the same objects; boxes are made anew."""
     (a, kind_a), (b, kind_b) = jax.tree.flatten(a), jax.tree.flatten(b)
     return kind_a == kind_b and all(map(operator.is_, a, b))
 
@@ -424,12 +430,27 @@ def _variables(original, self):
     return type(variables)(out) if changed else variables
 
 
+# From here on a model that is applied is the module's own affair: traces depend on that.
+
+@_compat.tap(Scope, 'temporary')
+@contextlib.contextmanager
+def _applied(original, self):
+    around = state.stack
+    try:
+        with original(self) as root, under(inside=True):
+            if around:
+                set_context()
+            yield root
+    finally:
+        if around:
+            set_context()
+
+
 @_compat.tap(Module, '_call_wrapped_method')
 def _call(original, self, *args):
     running = state.inside or _compat.current_module() is not None
     if not state.stack or running or self.scope is None:
         return original(self, *args)
-    # From here on a model that is applied is the module's own affair: traces depend on that.
     set_context(inside=True)
     try:
         return original(self, *args)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +34,8 @@ LIVE = '_flax_sg_live'  # of a mirror: the module that it mirrors
 _OF_SETUP = '_flax_sg_of_setup'  # of a module that was made in a setup
 _RUNS = '_flax_sg_runs'  # of a module: first runs, its own and of what stands for its parts
 _TABLE = '_flax_sg_setup'
-_STATIC = (Variable, Scope, str, bytes, bool, int, float, complex, type, np.dtype,
-           types.ModuleType, types.BuiltinFunctionType)
+_NUMBERS = (bool, int, float, complex)
+_STATIC = (Variable, Scope, str, bytes, np.dtype, types.ModuleType, *_NUMBERS)
 _NOTHING = (None, None)
 
 
@@ -72,7 +74,12 @@ class Kept:
 
 def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
     clone = module.clone(parent=module.scope.rewound())
-    _compat.run_setup(clone)
+    held = _objects(clone)
+    try:
+        _compat.run_setup(clone)
+        _check_objects(module, held)
+    finally:
+        _restore(held)
     missing = [name for name in names if name not in vars(clone)]
     if missing:
         raise UsageError(
@@ -82,37 +89,86 @@ def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: vars(clone)[name] for name in names}
 
 
+def _objects(module: Module) -> list[tuple[str, dict, dict]]:
+    """Return the attributes of objects in a module's fields, and what they are now."""
+    values = [(field.name, getattr(module, field.name, None))
+              for field in dataclasses.fields(module) if field.name not in ('parent', 'name')]
+    return [(name, vars(value), dict(vars(value))) for name, value in values
+            if not isinstance(value, (Module, type)) and not callable(value)
+            and isinstance(getattr(value, '__dict__', None), dict)]
+
+
+def _check_objects(module: Module, held: list[tuple[str, dict, dict]]) -> None:
+    """Raise UsageError if setup has put what a block reads into an object that others see too."""
+    for field, attributes, before in held:
+        for name, value in list(attributes.items()):
+            if value is not before.get(name, _NOTHING) and _depends(value, unknown=False):
+                _restore(held)
+                raise UsageError(
+                    f"setup of '/{'/'.join(module.path)}' set {name!r} of the object in field "
+                    f'{field!r} inside a flax_sg block: code that holds the object would see the '
+                    "block's values after it. Set attributes of the module itself.")
+
+
+def _restore(held: list[tuple[str, dict, dict]]) -> None:
+    for _, attributes, before in held:
+        attributes.clear()
+        attributes.update(before)
+
+
 def _merge(old: Any, new: Any) -> Any:
     """Take what depends on variables from a run again, and the rest from the module itself."""
     if jax.tree.structure(old) != jax.tree.structure(new):  # it holds what is made anew each time
         return new
-    return jax.tree.map(lambda a, b: b if _depends(a) else a, old, new)
+    return jax.tree.map(
+        lambda a, b: b if _depends(a) or isinstance(a, _NUMBERS) and a != b else a, old, new)
 
 
-def _depends(value: Any, seen: frozenset[int] = frozenset()) -> bool:
+def _depends(value: Any, seen: frozenset[int] = frozenset(), *, unknown: bool = True) -> bool:
     """Say whether a value set in a setup that read variables may depend on what it read.
 
-    It may where it holds an array, or something that cannot be looked into: in a container, in a
-    closure, or in a field of a module (``self.decoder = Tied(self.embed.embedding)``).
+    It may where it holds an array, or something that cannot be looked into (which is ``unknown``):
+    in a container, in a closure, in a class that was defined there, or in a field of a module
+    (``self.decoder = Tied(self.embed.embedding)``).
     """
     if id(value) in seen:
         return False
-    depends = functools.partial(_depends, seen=seen | {id(value)})
+    depends = functools.partial(_depends, seen=seen | {id(value)}, unknown=unknown)
     if isinstance(value, Module):
-        return any(depends(getattr(value, field.name)) for field in dataclasses.fields(value)
-                   if field.init and field.name not in ('parent', 'name'))
+        return _class_depends(type(value)) or any(
+            depends(getattr(value, field.name)) for field in dataclasses.fields(value)
+            if field.init and field.name not in ('parent', 'name'))
     if isinstance(value, _STATIC):
         return False
+    if isinstance(value, type):
+        return _class_depends(value)
     if isinstance(value, types.FunctionType):
         return any(map(depends, (*map(cell_contents, value.__closure__ or ()),
                                  *(value.__defaults__ or ()),
-                                 *(value.__kwdefaults__ or {}).values())))
-    if isinstance(value, types.MethodType):
+                                 *(value.__kwdefaults__ or {}).values(), *vars(value).values())))
+    if isinstance(value, (types.MethodType, types.BuiltinFunctionType)):
         return depends(value.__self__)
     if isinstance(value, functools.partial):
         return any(map(depends, (value.func, *value.args, *value.keywords.values())))
     leaves = jax.tree.leaves(value)
-    return len(leaves) == 1 and leaves[0] is value or any(map(depends, leaves))
+    if len(leaves) == 1 and leaves[0] is value:
+        return unknown or isinstance(value, (jax.Array, np.ndarray))
+    return any(map(depends, leaves))
+
+
+def _class_depends(cls: type) -> bool:
+    """Say whether a class holds an array, as one that was defined in a setup may."""
+    if cls not in _classes:
+        _classes[cls] = False  # if it is met again
+        members = [member for base in cls.__mro__ if '<locals>' in base.__qualname__
+                   for member in vars(base).values()]
+        parts = [part for member in members for part in (
+            member, *(getattr(member, name, None) for name in ('__func__', 'fget', '__wrapped__')))]
+        _classes[cls] = any(_depends(part, unknown=False) for part in parts)
+    return _classes[cls]
+
+
+_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 def note_parent(module: Module) -> None:
@@ -169,21 +225,48 @@ def note_run(module: Module, what: str, run: Run) -> None:
 def _try_setup(original, self, shallow=False):
     if shallow or not _compat.setup_pending(self):
         return original(self, shallow)
-    before, entries = set(vars(self)), effective(self.scope)
+    before, entries = _values(self), effective(self.scope)
     # A module and its mirrors see the same state and draw the same numbers: the first is set up.
-    run = Run(first_run(self, 'setup'))
+    run, held = Run(first_run(self, 'setup')), _objects(self) if entries else []
     with running(run, self.scope):
         original(self, shallow)
+    if run.read:
+        _check_objects(self, held)
     if run.first is None:
         note_run(self, 'setup', run)
     if run.read:
-        names = tuple(name for name, value in vars(self).items()
-                      if name not in (*before, 'scope', _RUNS) and _depends(value)
+        names = tuple(name for name, value in _changed(self, before).items()
+                      if (_depends(value) or run.concrete and _holds_number(value))
                       and not _is_set(type(self), name))
         for name in names:
             _intercept(type(self), name)
         if names:
             object.__setattr__(self, _TABLE, Kept(names, entries, run))
+
+
+def _values(module: Module) -> dict[str, tuple[Any, list]]:
+    """Return the attributes of a module before its setup, and what is in those that are filled."""
+    return {name: (value, _filled(value)) for name, value in vars(module).items()}
+
+
+def _filled(value: Any) -> list:
+    return jax.tree.leaves(value) if isinstance(value, (list, dict)) else []
+
+
+def _changed(module: Module, before: dict[str, tuple[Any, list]]) -> dict[str, Any]:
+    """Return the attributes that setup has set, or filled."""
+    found = {}
+    for name, value in vars(module).items():
+        old, leaves = before.get(name, (_NOTHING, []))
+        now = _filled(value)
+        same = value is old and len(now) == len(leaves) and all(map(operator.is_, now, leaves))
+        if not same and name not in ('scope', _RUNS):
+            found[name] = value
+    return found
+
+
+def _holds_number(value: Any) -> bool:
+    return any(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves(value))
 
 
 @_compat.tap(Scope, 'put_variable')

@@ -1,0 +1,113 @@
+"""The module whose code is running, where Flax does not know it.
+
+Flax knows of the methods that it wraps. It does not know of properties, of generators that go on
+later, of what is marked `nn.nowrap`, and that a function which was written in a method of one
+module is that module's when another one calls it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import weakref
+from collections.abc import Iterator
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from flax_sg import _compat
+from flax_sg._callables import cell_contents
+from flax_sg._compat import Module
+
+__all__ = ['module_of', 'note_class']
+
+# Code of a member of some class of modules, or of a function written in one; and the member's. By
+# identity, as equal code is elsewhere too, and a hash looks at all of it.
+_known: dict[int, tuple[weakref.ref[CodeType], weakref.ref[CodeType]]] = {}
+_members: weakref.WeakKeyDictionary[type, dict[int, CodeType]] = weakref.WeakKeyDictionary()
+
+
+def module_of(frame: FrameType | None) -> Module | None:
+    """Return the bound module whose code a frame runs; None where Flax knows it, or there is none.
+    """
+    wanted: CodeType | None = None  # the member in which the innermost function was written
+    others = False  # methods of other modules are running meanwhile
+    while frame is not None and (wanted is not None or frame.f_code is not _compat.CALL):
+        code, back = frame.f_code, frame.f_back
+        by_flax = back is not None and back.f_code is _compat.CALL
+        member = _member_of(code)
+        if wanted is None and by_flax or by_flax and member is wanted and not others:
+            return None
+        if member is not None and wanted in (None, member) and (member is code or by_flax):
+            # Before Python 3.13 a frame keeps a copy of its variables once it was asked for them.
+            module = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(module, Module) and module.scope is not None and (
+                    by_flax or id(code) in _members_of(type(module))):
+                return module
+        elif wanted is None and member is not code:
+            wanted = member
+        others = others or by_flax
+        frame = back
+    return None
+
+
+def _member_of(code: CodeType) -> CodeType | None:
+    """Return the member in which code was written, which may be all of it."""
+    found = _known.get(id(code))
+    return found[1]() if found is not None and found[0]() is code else None
+
+
+def _note(code: CodeType, member: CodeType) -> None:
+    gone = functools.partial(_forget, id(code))
+    _known[id(code)] = weakref.ref(code, gone), weakref.ref(member)
+
+
+def _forget(key: int, _: Any) -> None:
+    _known.pop(key, None)
+
+
+def note_class(cls: type[Module]) -> None:
+    """Note the members of a class of modules, of which there is one from now on."""
+    _members_of(cls)
+
+
+def _members_of(cls: type[Module]) -> dict[int, CodeType]:
+    if cls not in _members:
+        fields = {field.name for field in dataclasses.fields(cls)}
+        members = [member for base in cls.__mro__ if base not in (object, Module)
+                   for name, member in vars(base).items() if name not in fields]
+        found = [code for member in members for code in _codes_in(member) if code.co_argcount]
+        _members[cls] = {id(code): code for code in found}
+        for member in found:
+            for code in _written_in(member):
+                if _member_of(code) is None:
+                    _note(code, member)
+            _note(member, member)
+    return _members[cls]
+
+
+def _written_in(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of functions in a function, those of classes in it left out."""
+    for const in code.co_consts:
+        if isinstance(const, CodeType) and const.co_flags & inspect.CO_OPTIMIZED:
+            yield const
+            yield from _written_in(const)
+
+
+def _codes_in(member: Any, depth: int = 0) -> Iterator[CodeType]:
+    if depth > 4:
+        return
+    if isinstance(member, FunctionType):
+        yield member.__code__
+        cells = map(cell_contents, member.__closure__ or ())  # what a decorator wraps
+        inner = [getattr(member, '__wrapped__', None), *cells]
+    elif isinstance(member, property):
+        inner = [member.fget]
+    elif isinstance(member, (staticmethod, classmethod)):
+        inner = [member.__func__]
+    else:  # another descriptor, as of Flax around one of Python
+        is_one = hasattr(type(member), '__get__')
+        inner = list(getattr(member, '__dict__', {}).values()) if is_one else []
+    for part in inner:
+        if isinstance(part, FunctionType) or hasattr(type(part), '__get__'):
+            yield from _codes_in(part, depth + 1)
