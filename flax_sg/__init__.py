@@ -33,9 +33,9 @@ __version__ = '0.1.0'
 
 __all__ = [
     'Filter', 'Flow', 'FlowRecord', 'FrozenVariableError', 'LabelError', 'PredicateError',
-    'Transform', 'UnknownRecordError', 'UnmatchedPathError', 'UnreadBlockWarning', 'UsageError',
-    'VariableInfo', 'Verdict', 'assert_flow', 'constant', 'data_structures', 'everything',
-    'from_haiku', 'from_nnx', 'gradient_flow', 'gradient_views', 'labels', 'map_gradient',
-    'map_values', 'nn', 'nothing', 'path', 'regex', 'replace_values', 'scale_gradient',
-    'stop_gradient', 'where',
+    'Transform', 'UnknownRecordError', 'UnmatchedPathError', 'UnreadBlockWarning',
+    'UnsupportedVersionError', 'UsageError', 'VariableInfo', 'Verdict', 'assert_flow',
+    'constant', 'data_structures', 'everything', 'from_haiku', 'from_nnx', 'gradient_flow',
+    'gradient_views', 'labels', 'map_gradient', 'map_values', 'nn', 'nothing', 'path', 'regex',
+    'replace_values', 'scale_gradient', 'stop_gradient', 'where',
 ]

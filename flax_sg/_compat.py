@@ -29,6 +29,7 @@ from jax._src import core as _core
 from jax._src import linear_util as _linear_util
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import partial_eval as _partial_eval
+from jax._src.state import discharge as _discharge
 from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
     'operation_of', 'packed_scopes', 'root_variables', 'run_setup', 'scan_counts', 'scope_names',
     'scope_path', 'set_cache_key', 'setup_pending', 'split', 'staging_trace', 'stored', 'tap',
     'tap_linear_call', 'tap_map_variables', 'tap_pack', 'tap_rules', 'tap_value', 'trace_state',
-    'traced', 'varying', 'wrapped', 'written_at',
+    'traced', 'varying', 'without_refs', 'wrapped', 'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -294,6 +295,21 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 def is_ref(aval: Any) -> bool:
     """Say whether a value is a reference to a mutable array."""
     return hasattr(aval, 'inner_aval')
+
+
+def without_refs(jaxpr: Any) -> tuple[Any, list[int]]:
+    """Return a jaxpr without constants, in which references to mutable arrays are values.
+
+    Returns:
+      It, with the last values of those among its inputs after its results; and which these are. The
+      one that was given where there are no references.
+    """
+    refs = [i for i, var in enumerate(jaxpr.invars) if is_ref(var.aval)]
+    made = any(type(e).__name__ == 'InternalMutableArrayEffect' for e in jaxpr.effects)
+    if not refs and not made:
+        return jaxpr, refs
+    closed = _discharge.discharge_state(ClosedJaxpr(jaxpr, []), lower=False)
+    return getattr(closed, 'jaxpr', closed), refs
 
 
 def varying(aval: Any) -> frozenset[str]:

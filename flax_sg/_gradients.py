@@ -5,6 +5,7 @@ Values do not change. Where nothing is differentiated nothing is done.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -111,8 +112,9 @@ def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'par
     real = isinstance(factor, (int, float)) or getattr(factor, 'shape', None) == () and (
         jnp.issubdtype(factor.dtype, jnp.floating) or jnp.issubdtype(factor.dtype, jnp.integer))
     if real and not isinstance(factor, jax.Array):
-        factor = float(factor)
-    if not real or isinstance(factor, float) and math.isnan(factor):
+        with contextlib.suppress(OverflowError):
+            factor = float(factor)
+    if not real or isinstance(factor, int) or isinstance(factor, float) and math.isnan(factor):
         raise UsageError(
             f'scale_gradient: factor={factor!r}; expected a real number: a Python or numpy scalar, '
             'or an array of shape (). For another factor for each variable, nest blocks.'

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from flax_sg._errors import LabelError, PredicateError
 from flax_sg._filters import Filter, Predicate, as_filter
 from flax_sg._info import filled, map_tree, walk
@@ -48,17 +50,21 @@ def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | N
         raise LabelError('labels: got no predicates and no default. Pass at least one of them.')
     filters = {label: as_filter(p, name=f'labels[{label!r}]') for label, p in predicates.items()}
     check_tree(params, 'labels')
-    infos = [info for info, _ in walk(params)]
+    pairs = list(walk(params))
+    infos = [info for info, _ in pairs]
     if not allow_unmatched:
         for label, item in filters.items():
             check_matched(item.patterns(), infos, where=f'labels[{label!r}]', of='the tree')
     found = [[label for label, f in filters.items() if f.selects(info)] for info in infos]
-    both = [f'{i.name} ({" and ".join(f)})' for i, f in zip(infos, found, strict=True) if f[1:]]
+    empty = [not jax.tree.leaves(value) for _, value in pairs]  # as None, which is no parameter
+    both = [f'{info.name} ({" and ".join(names)})' for info, names, none
+            in zip(infos, found, empty, strict=True) if names[1:] and not none]
     if both:
         raise LabelError(
             f'labels: each parameter takes one label; {_list(both)}. Make the predicates disjoint, '
             "for example 'a' and path('b') & ~path('a').")
-    left = [info.name for info, names in zip(infos, found, strict=True) if not names]
+    left = [info.name for info, names, none in zip(infos, found, empty, strict=True)
+            if not names and not none]
     if left and default is None:
         raise LabelError(f'labels: no predicate selects {_list(left)}. Add one, or pass default=.')
     chosen = iter([(*names, default)[0] for names in found])

@@ -54,6 +54,9 @@ def in_lanes(fun: Callable[[], tuple[Any, Any]], lanes: tuple[str, ...]
         closed, shape = jax.make_jaxpr(fun, return_shape=True)()
     treedef, count = jax.tree.structure(shape), len(jax.tree.leaves(shape[0]))
     jaxpr, inputs = opened(closed)
+    jaxpr, refs = _compat.without_refs(jaxpr)
+    given = {i: inputs[i] for i in refs}
+    inputs = [x[...] if i in given else x for i, x in enumerate(inputs)]
     # What was only handed on stays what it is: nn.scan wants broadcast variables back unchanged.
     places = {var: i for i, var in enumerate(jaxpr.invars)}
     handed = [None] * count + [
@@ -64,6 +67,10 @@ def in_lanes(fun: Callable[[], tuple[Any, Any]], lanes: tuple[str, ...]
     outs, aside = _parts(made, count, len(lanes))
     rest = iter(aside)
     aside = [next(rest) if place is None else inputs[place] for place in handed[count:]]
+    for i, place in reversed(list(zip(given, handed[len(handed) - len(given):], strict=True))):
+        last = aside.pop()
+        if place is None:
+            given[i][...] = last
     trees = [treedef.unflatten([*out, *aside]) for out in outs]
     return [out for out, _ in trees], trees[0][1]
 

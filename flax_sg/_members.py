@@ -30,7 +30,8 @@ _members: weakref.WeakKeyDictionary[type, dict[int, CodeType]] = weakref.WeakKey
 def module_of(frame: FrameType | None) -> Module | None:
     """Return the bound module whose code a frame runs; None where Flax knows it, or there is none.
     """
-    wanted: CodeType | None = None  # the member in which the innermost function was written
+    written: FrameType | None = None  # of the innermost function that was written in a member
+    wanted: CodeType | None = None  # that member
     others = False  # methods of other modules are running meanwhile
     while frame is not None and (wanted is not None or frame.f_code is not _compat.CALL):
         code, back = frame.f_code, frame.f_back
@@ -39,16 +40,23 @@ def module_of(frame: FrameType | None) -> Module | None:
         if wanted is None and by_flax or by_flax and member is wanted and not others:
             return None
         if member is not None and wanted in (None, member) and (member is code or by_flax):
-            # Before Python 3.13 a frame keeps a copy of its variables once it was asked for them.
-            module = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(module, Module) and module.scope is not None and (
-                    by_flax or id(code) in _members_of(type(module))):
+            module = _first_argument(frame, code)
+            if module is not None and (by_flax or id(code) in _members_of(type(module))):
                 return module
         elif wanted is None and member is not code:
-            wanted = member
+            written, wanted = frame, member
         others = others or by_flax
         frame = back
-    return None
+    if written is None or wanted is None:
+        return None
+    module = _first_argument(written, wanted)  # in its closure: the member has returned
+    return module if module is not None and id(wanted) in _members_of(type(module)) else None
+
+
+def _first_argument(frame: FrameType, code: CodeType) -> Module | None:
+    # Before Python 3.13 a frame keeps a copy of its variables once it was asked for them.
+    module = frame.f_locals.get(code.co_varnames[0])
+    return module if isinstance(module, Module) and module.scope is not None else None
 
 
 def _member_of(code: CodeType) -> CodeType | None:

@@ -192,3 +192,90 @@ def test_one_jitted_function_applies_a_model_from_outside_and_from_a_module(orde
     for f in (loss, jax.jit(loss)):
         grads = jax.grad(f)({'w': 1.0, 'v': 1.0})
         assert float(grads['w']) == 0 and float(grads['v']) == 3 * count['b']
+
+
+# Code of a module that Flax does not know to run.
+
+def tied(module, x=1.0):
+    w = module.a.variables['params']['w']
+    return Scale(parent=None).apply({'params': {'w': w}}, x)
+
+
+def tied_by_rule(module, x=1.0):
+    run = lambda w, x: Scale(parent=None).apply({'params': {'w': w}}, x)
+    f = jax.custom_vjp(run)
+    f.defvjp(lambda w, x: (run(w, x), (w, x)), lambda res, ct: jax.vjp(run, *res)[1](ct))
+    return f(module.a.variables['params']['w'], x)
+
+
+class Tied(nn.Module):
+    def setup(self):
+        self.a = Scale()
+
+    def __call__(self, x=1.0):
+        return tied(self, x)
+
+    @nn.nowrap
+    def unwrapped(self, x=1.0):
+        return tied(self, x)
+
+    @property
+    def value(self):
+        return tied(self)
+
+    def values(self):
+        yield tied(self)
+
+
+BY = {
+    'a function as method': lambda p: Tied().apply({'params': p}, method=tied),
+    'a rule in such a function': lambda p: Tied().apply({'params': p}, method=tied_by_rule),
+    'nowrap as method': lambda p: Tied().apply({'params': p}, method=Tied.unwrapped),
+    'nn.apply': lambda p: nn.apply(tied, Tied())({'params': p}),
+    'jit in a function': lambda p: Tied().apply(
+        {'params': p}, method=lambda m: jax.jit(lambda x: tied(m, x))(1.0)),
+    'a bound nowrap method': lambda p: Tied().bind({'params': p}).unwrapped(),
+    'a bound property': lambda p: Tied().bind({'params': p}).value,
+    'a bound generator': lambda p: next(Tied().bind({'params': p}).values()),
+}
+
+
+@pytest.mark.parametrize('by', BY)
+def test_code_of_a_module_that_flax_does_not_know_to_run(by):
+    params = {'a': {'w': jnp.array(1.0)}}
+
+    def run(p, t):
+        with t:
+            return BY[by](p)
+    for t, value, grad in ((sg.scale_gradient(True, 3.0), 1, 3), (sg.stop_gradient('a'), 1, 0),
+                           (sg.map_values(True, lambda info, w: 5 * w), 5, 5),
+                           (sg.replace_values(True, {'a': {'w': 7.0}}), 7, 0)):
+        got = jax.value_and_grad(run)(params, t)
+        assert (got[0], got[1]['a']['w']) == (value, grad), t
+
+
+@pytest.mark.parametrize('order', ['from outside', 'in a function', 'from outside again'])
+def test_one_jitted_function_from_outside_and_in_a_function_that_is_applied(order):
+    apply = jax.jit(lambda w: Scale(parent=None).apply({'params': {'w': w}}, 1.0))
+    t = sg.scale_gradient(True, 3.0)
+
+    def outside(w):
+        with t:
+            return apply(w)
+
+    def inside(w):
+        with t:
+            return Tied().apply({'params': {'a': {'w': w}}},
+                                method=lambda m: apply(m.a.variables['params']['w']))
+    for run in (inside, outside, inside) if order == 'in a function' else (outside, inside, outside):
+        assert jax.grad(run)(1.0) == 3
+
+
+def test_a_model_applied_from_outside_after_a_failed_application_is_covered():
+    def fails(module):
+        raise KeyError('planted')
+    with sg.scale_gradient(True, 3.0):
+        with pytest.raises(KeyError, match='planted'):
+            Tied().apply({'params': {'a': {'w': 1.0}}}, method=fails)
+        grad = jax.grad(lambda w: Scale().apply({'params': {'w': w}}, 1.0))(1.0)
+    assert grad == 3

@@ -534,3 +534,14 @@ def test_the_guides_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, cap
     assert_same(*(f(names['second'], old, params, ['head']) for f in (enter, names['enter'])))
     last = by_freezing_last(trained, params)
     said(f'{size(last.init(params))} bytes and not {size(names["optimiser"].init(params))}')
+
+
+@pytest.mark.parametrize('empty', [None, {}, optax.MaskedNode()], ids=repr)
+def test_what_holds_no_array_needs_no_label(empty):
+    params = {'a': jnp.ones(2), 'b': empty, 'c': {'d': jnp.ones(1), 'e': empty}}
+    want = {'a': 'x', 'b': empty, 'c': {'d': 'y', 'e': empty}}
+    assert sg.labels({'x': 'a', 'y': 'c'}, params) == want
+    assert sg.labels({'x': 'a', 'y': '**/d'}, params) == want
+    optax.partition({'x': optax.sgd(1.0), 'y': optax.set_to_zero()}, want).init(params)
+    with pytest.raises(sg.LabelError, match='labels: no predicate selects c/d. Add one'):
+        sg.labels({'x': 'a'}, params)

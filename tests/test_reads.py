@@ -6,6 +6,7 @@ applies the form by itself, with plain Flax, once for each use, to the parameter
 `jax.lax.stop_gradient` went over.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -119,6 +120,70 @@ class SetupClosure(nn.Module):
     def __call__(self, x):
         return (self.closure(x) + self.default(x) + self.keyword_only(x) + self.method(x)
                 + self.argument(x) + self.keyword(x) + self.function(x) + self.recursive(x))
+
+
+class SetupBuiltins(nn.Module):
+    """What was read in setup is held by methods of Python's own objects, and by a function's."""
+
+    def setup(self):
+        w = self.param('w', near_one, (3,))
+
+        def attribute(x):
+            return x * attribute.w
+
+        attribute.w = jnp.sin(w)
+        self.look, self.item, self.attribute = {'w': w}.get, [jnp.exp(w)].__getitem__, attribute
+
+    def __call__(self, x):
+        return x * self.look('w') + self.item(0) + self.attribute(x)
+
+
+class SetupClasses(nn.Module):
+    """What was read in setup is in the closure of a class that was defined there."""
+
+    def setup(self):
+        w = self.param('w', near_one, (3,))
+
+        class Times(nn.Module):
+            def __call__(self, x):
+                return x * w
+
+        class Sine(nn.Module):
+            @property
+            def w(self):
+                return jnp.sin(w)
+
+        class Below(Times):
+            def __call__(self, x):
+                return super().__call__(x) + 1
+
+        class Holds:
+            cube = w ** 3
+
+        self.times, self.chain = Times(), nn.Sequential([Below(), lambda x: x])
+        self.several, self.holds = {'sine': Sine()}, Holds
+
+    def __call__(self, x):
+        return (self.times(x) + self.chain(x) * self.several['sine'].w + self.holds.cube)
+
+
+class SetupFills(nn.Module):
+    """Attributes that there were before setup: it sets them anew, or fills them."""
+
+    items: list = dataclasses.field(default_factory=list, init=False)
+
+    def __post_init__(self):
+        self.w, self.none, self.store = None, None, {}
+        super().__post_init__()
+
+    def setup(self):
+        self.w = self.param('w', near_one, (3,))
+        self.none = jnp.exp(self.w)
+        self.store['w'] = jnp.sin(self.w)
+        self.items = [self.w ** 2]
+
+    def __call__(self, x):
+        return x * self.w + self.none * self.store['w'] * x + self.items[0]
 
 
 class Times(nn.Module):
@@ -510,7 +575,7 @@ def named(*forms):
 # Forms that are nothing but reads, and forms with a control flow or a size worth compiling once.
 SMALL = named(
     Param(), Variable(), GetVariable(), Variables(), SubTree(), SetupParam(), SetupDerived(),
-    SetupClosure(), SetupPassesOn(), SetupDerivedBelow(), SetupShadowsDefault(), Embed(),
+    SetupClosure(), SetupBuiltins(), SetupClasses(), SetupFills(), SetupPassesOn(), SetupDerivedBelow(), SetupShadowsDefault(), Embed(),
     LocalAttribute(), Dense(), Containers(), Deep(), LoraHost(), LoraChild(), NoWrap(), Property(),
     CachedProperty(), Field(), ByArgument(), MapVariables(), Norms(), BatchNorm(), Boxed(),
     Dropout(), RandomSetup(), VjpInput(), Jvp(), Grad(), JitMethod())

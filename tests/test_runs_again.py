@@ -491,3 +491,80 @@ def test_a_module_that_was_bound_before_the_library_was_imported():
     scope = module.scope
     scope.flags = scope.flags.pop('flax_sg_application')[0]
     assert jax.grad(lambda w: in_block(module, lambda m: m.value) * w)(1.0) == module.value
+
+
+class Registry:
+    """An object that several modules may hold."""
+
+    found = None
+    count = 0
+
+
+class Registers(nn.Module):
+    registry: Registry
+
+    def setup(self):
+        self.w = self.param('w', ones, ())
+        self.registry.found = self.w
+        self.registry.count += 1
+
+    def __call__(self):
+        return self.w * self.registry.found
+
+
+@pytest.mark.parametrize('first', ['live', 'held'])
+def test_setup_that_puts_a_value_into_an_object_of_a_field(first):
+    registry = Registry()
+    module = Registers(registry).bind({'params': {'w': one}})
+    if first == 'live':
+        assert module() == 1
+    before = dict(vars(registry))
+    with pytest.raises(sg.UsageError) as error, sg.map_values('w', lambda info, w: 2 * w):
+        module()
+    assert str(error.value) == (
+        "setup of '/' set 'found' of the object in field 'registry' inside a flax_sg block: code "
+        "that holds the object would see the block's values after it. Set attributes of the module "
+        'itself.')
+    assert vars(registry) == before
+
+
+def test_other_effects_of_setup_on_an_object_of_a_field_happen_once():
+    class Counts(Registers):
+        def setup(self):
+            self.w = self.param('w', ones, ())
+            self.registry.count += 1
+
+        def __call__(self):
+            return self.w * self.registry.count
+
+    registry = Registry()
+
+    def run(p):
+        module = Counts(registry).bind({'params': p})
+        live = module()
+        with held:
+            stopped = module()
+        return live + 10 * stopped
+    assert jax.grad(run)({'w': one})['w'] == 1
+    assert registry.count == 1
+
+
+@pytest.mark.parametrize('first', ['live', 'replaced'])
+def test_numbers_that_setup_makes_of_a_variable(first):
+    class Numbers(nn.Module):
+        def setup(self):
+            v = self.variable('c', 'v', lambda: one)
+            self.numbers = {'float': float(v.value), 'int': int(v.value), 'name': 'v'}
+            self.positive, self.fixed = bool(v.value > 0), 3
+
+        def __call__(self):
+            return (*self.numbers.values(), self.positive, self.fixed)
+
+        def both(self):
+            if first == 'live':
+                assert self() == (1.0, 1, 'v', True, 3)
+            with nn.replace_values('v', {'v': -5 * one}, collections='c'):
+                replaced = self()
+            return replaced, self()
+    assert Numbers().apply({'c': {'v': one}}, method='both') == (
+        (-5.0, -5, 'v', False, 3), (1.0, 1, 'v', True, 3))

@@ -967,6 +967,7 @@ def test_a_scaled_step_costs_what_it_costs_by_hand():
     (lambda: sg.scale_gradient('a', 'x'), "scale_gradient: factor='x'; expected a real number"),
     (lambda: sg.scale_gradient('a', None), 'scale_gradient: factor=None; expected a real number'),
     (lambda: sg.scale_gradient('a', float('nan')), 'factor=nan'),
+    (lambda: sg.scale_gradient('a', 10 ** 400), 'factor=1000.*; expected a real number'),
     (lambda: sg.scale_gradient('a', np.ones(2)), r'factor=array\(\[1., 1.\]\); expected a real'),
     (lambda: sg.scale_gradient('a', 1j), 'expected a real number'),
     (lambda: sg.scale_gradient('a', jnp.complex64(1)), 'expected a real number'),

@@ -1,5 +1,8 @@
 """What may be written, what is written back, and what a block's functions see of it."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -514,3 +517,150 @@ def test_a_value_replaced_from_a_collection_follows_writes_in_a_lifted_body(lift
                 return jnp.append(lift(body)(self), self.get_variable('params', 'w'))
     variables = {'params': {'w': one}, 'ema': {'w': 2 * one}}
     assert Net().apply(variables, mutable=mutable)[0].tolist() == [2, 20, 20]
+
+
+# A layer is lifted once more and may write its parameters, but does not: what is stored, and what a
+# block has read it as, stays what it was for the reads that follow.
+
+class Once(nn.Module):
+    def setup(self):
+        self.k = self.param('k', nn.initializers.normal(1.0), (3,))
+
+    def __call__(self, x):
+        return x * self.k
+
+
+def _by_body(lift):
+    return lambda layer, x: layer(x) if layer.is_initializing() else lift(layer, x)
+
+
+RELIFTED = {
+    'remat': (nn.remat(Once), lambda layer, x: layer(x)),
+    'jit': (nn.jit(Once), lambda layer, x: layer(x)),
+    'jit remat': (nn.jit(nn.remat(Once)), lambda layer, x: layer(x)),
+    'vmap': (nn.vmap(Once, variable_axes={'params': None}, split_rngs={'params': False}),
+             lambda layer, x: layer(x[None])[0]),
+    'cond': (Once, _by_body(lambda layer, x: nn.cond(
+        True, lambda m, x: m(x), lambda m, x: 2 * m(x), layer, x))),
+    'scan': (Once, _by_body(lambda layer, x: nn.scan(
+        lambda m, x, _: (m(x), None), variable_broadcast='params', length=1)(layer, x, None)[0])),
+    'custom_vjp': (Once, lambda layer, x: nn.custom_vjp(
+        lambda m, x: m(x), lambda m, x: nn.vjp(lambda m, x: m(x), m, x),
+        lambda pull, ct: pull(ct))(layer, x)),
+}
+AROUND = {
+    'nothing': lambda cls: cls,
+    'scan': lambda cls: nn.scan(
+        cls, variable_axes={'params': 0}, split_rngs={'params': True}, length=2),
+    'vmap': lambda cls: nn.vmap(cls, variable_axes={'params': 0}, split_rngs={'params': True},
+                                in_axes=None, axis_size=2),
+    'remat': nn.remat, 'jit': nn.jit,
+}
+
+
+def relifted(kind, around):
+    layer, call = RELIFTED[kind]
+
+    class Part(nn.Module):
+        def setup(self):
+            self.a = layer()
+
+        def __call__(self, x, _):
+            x = call(self.a, x)
+            x = 2 * x * self.a.get_variable('params', 'k')
+            return call(self.a, x), None
+
+    class Root(nn.Module):
+        def setup(self):
+            self.b = AROUND[around](Part)()
+
+        def __call__(self, x):
+            return jnp.sin(self.b(x, None)[0]).sum()
+
+    return Root()
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize('mutable', [['params'], True], ids=str)
+@pytest.mark.parametrize('around', AROUND)
+@pytest.mark.parametrize('kind', RELIFTED)
+def test_what_a_body_may_write_and_does_not_is_read_once(kind, around, mutable):
+    model, x = relifted(kind, around), jnp.linspace(0.5, 1, 3)
+    params = model.init(jax.random.key(0), x)['params']
+    value = lambda w: w * w.ndim + w.mean()  # another one of a stack than of its layers
+    unit = lambda g: g / jnp.sqrt((g ** 2).sum())
+
+    def run(p, *blocks):
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block)
+            out, written = model.apply({'params': p}, x, mutable=mutable)
+        return out, written
+
+    got, written = run(params, sg.map_values('**/k', lambda info, w: value(w)))
+    want = model.apply({'params': jax.tree.map(value, params)}, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, dict(written)['params'], params)
+
+    block = sg.map_gradient('**/k', lambda info, g: unit(g))
+    got = jax.grad(lambda p: run(p, block)[0])(params)
+    want = jax.tree.map(unit, jax.grad(lambda p: model.apply({'params': p}, x))(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize('order', [(True, False), (False, True), (True, True, False, False, True)],
+                         ids=str)
+@pytest.mark.parametrize('lift', ['jit', 'remat'])
+def test_what_a_body_has_written_is_stored_whatever_its_trace_wrote_before(lift, order):
+    static = {'jit': functools.partial(nn.jit, static_argnames=('write',)),
+              'remat': functools.partial(nn.remat, static_argnums=(2,))}[lift]
+
+    class Counter(nn.Module):
+        @static
+        @nn.compact
+        def __call__(self, x, write):
+            w = self.param('w', nn.initializers.ones, ())
+            n = self.variable('stats', 'n', lambda: jnp.zeros(()))
+            if write and not self.is_initializing():
+                n.value += 1
+            return w * x
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, order):
+            counter = Counter()
+            for write in order:
+                x = counter(x, write=write) if lift == 'jit' else counter(x, write)
+            return x * counter.get_variable('stats', 'n')
+
+    model = Net()
+    variables = model.init(jax.random.key(0), 1.0, order)
+    for masks in ((), (sg.scale_gradient('**/w', 3.0),), (sg.stop_gradient(
+            '**/n', collections='stats'),)):
+        for some in (order, order[::-1], order):
+            def loss(v, masks=masks, some=some):
+                with contextlib.ExitStack() as stack:
+                    for mask in masks:
+                        stack.enter_context(mask)
+                    return model.apply(v, 2.0, some, mutable=True)
+            (out, written), pull = jax.vjp(loss, variables)
+            assert out == 2 * sum(some)
+            assert written['stats']['Counter_0']['n'] == sum(some)
+
+
+def test_what_map_variables_writes_back_is_stored():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            double = nn.map_variables(
+                lambda m, x: m(x), 'params', lambda v: jax.tree.map(lambda w: 2 * w, v),
+                lambda v: jax.tree.map(lambda w: w / 4, v), mutable=True, init=True)
+            return double(nn.Dense(1, use_bias=False), x)
+
+    x = jnp.ones((1, 1))
+    variables = {'params': {'Dense_0': {'kernel': jnp.full((1, 1), 8.0)}}}
+    want = Net().apply(variables, x, mutable=['params'])
+    with sg.stop_gradient('**/kernel'):
+        got = Net().apply(variables, x, mutable=['params'])
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert want[1]['params']['Dense_0']['kernel'] != 8

@@ -621,3 +621,72 @@ def test_callbacks_run_once_and_in_order():
             run(derive(lambda p: mixed(ours({'a': 'a', 'b': 'b'})(fn)(p))))(AB)
             jax.effects_barrier()
             assert seen == [float(AB['a']), float(AB['b'])]
+
+
+# References to mutable arrays ---------------------------------------------------------------------
+
+def made_inside(p):
+    ref = jax.new_ref(jnp.float32(0))
+    ref[...] = p['a'] * p['b']
+    return ref[...]
+
+
+def made_of_a_parameter(p):
+    ref = jax.new_ref(1.0 * p['a'])
+    ref[...] = jnp.sin(ref[...]) * p['b']
+    return ref[...]
+
+
+def made_in_a_scan(p):
+    def step(c, x):
+        ref = jax.new_ref(c)
+        ref[...] += x * p['b']
+        return ref[...] * p['a'], ref[...]
+    c, ys = jax.lax.scan(step, jnp.float32(1), jnp.ones(3))
+    return c + ys.sum()
+
+
+def of_a_scan(p):
+    def step(c, x):
+        return (c + x * p['b']) * p['a'], c + x * p['b']
+    c, ys = jax.lax.scan(step, jnp.float32(1), jnp.ones(3))
+    return c + ys.sum()
+
+
+# Not all derivatives of functions with references work in JAX, so these are without, by hand.
+REFERENCES = [(made_inside, lambda p: p['a'] * p['b']),
+              (made_of_a_parameter, lambda p: jnp.sin(p['a']) * p['b']),
+              (made_in_a_scan, of_a_scan)]
+
+
+@pytest.mark.parametrize('how', ['grad', 'jitted', 'forward', 'second', 'jitted target', 'scan'])
+@pytest.mark.parametrize('target, pure', REFERENCES, ids=lambda fn: fn.__name__)
+def test_a_reference_that_is_made_in_a_target(target, pure, how):
+    p = {'a': jnp.float32(0.7), 'b': jnp.float32(-1.3)}
+    entries = {'one': 'a', 'two': 'b', 'both': 'ab'}
+
+    def loss(outputs):
+        return lambda p: jax.lax.scan(lambda c, _: (c + total(outputs(p)), None), 0.0, jnp.ones(2))[
+            0] if how == 'scan' else total(outputs(p))
+    transform = {'forward': jax.jacfwd, 'second': lambda f: jax.grad(
+        lambda p: total(jax.grad(f)(p)))}.get(how, jax.grad)
+    run = jax.jit if how == 'jitted' else lambda f: f
+    got = run(transform(loss(ours(entries)(jax.jit(target) if how == 'jitted target' else target))))
+    assert_same(got(p), transform(loss(by_hand(entries)(pure)))(p), 'gradient', rtol=1e-5)
+
+
+@pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['eager', 'jit'])
+def test_references_from_outside_a_target_are_read_and_written_once(run):
+    def program(p):
+        scale, count, seen = (jax.new_ref(jnp.float32(x)) for x in (5, 0, 0))
+
+        def target(p):
+            count[...] += 1
+            seen[...] = jax.lax.stop_gradient(p['a'])
+            return p['a'] * p['b'] * scale[...]
+        out = ours({'one': 'a', 'two': 'b'})(target)(p)
+        return out['one'] + 10 * out['two'], (scale[...], count[...], seen[...])
+
+    p = {'a': jnp.float32(2), 'b': jnp.float32(3)}
+    (out, refs), grads = run(jax.value_and_grad(program, has_aux=True))(p)
+    assert (out, *refs, grads['a'], grads['b']) == (330, 5, 1, 2, 15, 100)
