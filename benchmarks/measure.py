@@ -34,6 +34,7 @@ class Cost:
     flops: float
     loops: int
     temp_bytes: int
+    products: int
 
 
 def compiled_step(fn: Callable, *args: Any, quick: bool = False) -> Any:
@@ -53,12 +54,18 @@ def cost_of(compiled: Any) -> Cost:
     return Cost(
         flops=analysis['flops'],
         loops=count_loops(compiled.as_text()),
-        temp_bytes=compiled.memory_analysis().temp_size_in_bytes)
+        temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        products=count_products(compiled.as_text()))
 
 
 def count_loops(text: str) -> int:
     """Count the loops in the text of a compiled program."""
     return len(re.findall(r'\swhile\(', text))
+
+
+def count_products(text: str) -> int:
+    """Count the matrix products in the text of a compiled program."""
+    return len(re.findall(r'\sdot\(|custom_call_target="[^"]*(?:matmul|gemm)', text))
 
 
 def same_program(a: Any, b: Any) -> bool:

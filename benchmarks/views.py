@@ -1,10 +1,11 @@
 """What gradient_views cost: one scan that feeds K losses, each of which trains its own part.
 
 Beside it the same step three ways: by hand, one vjp of the scan and K pullbacks; K masked calls,
-which run the scan K times; and K gradients, each compiled and run by itself. Flops, loops and
-temporary bytes are those of the compiled programs, and exact; XLA counts the body of a loop once.
+which run the scan K times; and K gradients, each compiled and run by itself. With --remat each step
+of the scan is rematerialised. Flops, matrix products, loops and temporary bytes are those of the
+compiled programs, and exact; the body of a loop is counted once.
 
-    python benchmarks/views.py [--quick] [--save FILE]
+    python benchmarks/views.py [--remat] [--quick] [--save FILE]
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ Array = jax.Array
 
 
 class Shape(NamedTuple):
-    """How large the problem is: entries, scan length, batch and features."""
+    """The problem: entries, scan length, batch, features; and whether steps are rematerialised."""
 
     entries: int = 3
     length: int = 64
     batch: int = 32
     width: int = 64
+    remat: bool = False
 
 
 class Cell(nn.Module):
@@ -56,7 +58,8 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, c: Array, xs: Array) -> tuple[Array, Array]:
-        scan = nn.scan(Cell, variable_broadcast='params', split_rngs={'params': False})
+        cell = nn.remat(Cell, prevent_cse=False) if self.shape.remat else Cell
+        scan = nn.scan(cell, variable_broadcast='params', split_rngs={'params': False})
         return scan(self.shape.entries, self.shape.width, name='scan')(c, xs)
 
 
@@ -139,7 +142,7 @@ def seconds(*steps: Callable) -> Callable[[tuple], float]:
 
 
 def rows_of(shape: Shape, repeats: int) -> dict[str, list]:
-    """Return for each way: flops, loops and temporary bytes, and time over that of the views."""
+    """Return for each way: flops, products, loops, temporary bytes, and time over the views'."""
     args = data_of(shape)
     steps = {way: [step_of(way, shape)] for way in WAYS}
     steps['gradients alone'] = [
@@ -149,8 +152,8 @@ def rows_of(shape: Shape, repeats: int) -> dict[str, list]:
     rows = {}
     for way, found in steps.items():
         costs = [cost_of(step) for step in found]
-        rows[way] = [sum(c.flops for c in costs), sum(c.loops for c in costs),
-                     max(c.temp_bytes for c in costs),
+        rows[way] = [sum(c.flops for c in costs), sum(c.products for c in costs),
+                     sum(c.loops for c in costs), max(c.temp_bytes for c in costs),
                      ratio_of(times[way][1:], times['views'][1:])]
     return rows
 
@@ -160,13 +163,14 @@ def show(shapes: list[Shape], over: str, repeats: int) -> list[dict[str, list]]:
     for shape in shapes:
         rows = rows_of(shape, repeats)
         found.append(rows)
-        for way, (flops, loops, bytes_, ratio) in rows.items():
+        for way, (flops, products, loops, bytes_, ratio) in rows.items():
             base = rows['views']
-            lines.append([getattr(shape, over), way, f'{flops / base[0]:.2f}', loops,
-                          f'{bytes_ / base[2]:.2f}', ratio])
+            lines.append([getattr(shape, over), way, f'{flops / base[0]:.2f}', products, loops,
+                          f'{bytes_ / base[3]:.2f}', ratio])
             print(f'{over} {getattr(shape, over)}: {way}', flush=True)
     print('\n' + table(f'Over {over}: {shapes[0]._replace(**{over: "..."})}',
-                       [over, 'way', 'flops', 'loops', 'temporary bytes', 'time'], lines))
+                       [over, 'way', 'flops', 'products', 'loops', 'temporary bytes', 'time'],
+                       lines))
     return found
 
 
@@ -178,11 +182,11 @@ def save(path: str, series: dict[str, tuple[list[int], list[dict[str, list]]]]) 
     figure, axes = plt.subplots(2, len(series), figsize=(5 * len(series), 7), squeeze=False)
     for column, (over, (xs, found)) in enumerate(series.items()):
         for row, (label, value) in enumerate([
-                ('time over views', lambda r: r[3].median),
+                ('time over views', lambda r: r[4].median),
                 ('temporary bytes over views', None)]):
             axis = axes[row][column]
             for way in found[0]:
-                ys = [value(r[way]) if value else r[way][2] / r['views'][2] for r in found]
+                ys = [value(r[way]) if value else r[way][3] / r['views'][3] for r in found]
                 axis.plot(xs, ys, marker='o', label=way)
             axis.set(xlabel={'entries': 'entries (losses)', 'length': 'steps of the scan'}[over],
                      ylabel=label, ylim=(0, None), xscale='log', xticks=xs, xticklabels=xs)
@@ -197,10 +201,11 @@ def save(path: str, series: dict[str, tuple[list[int], list[dict[str, list]]]]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--quick', action='store_true', help='smaller, fewer repetitions')
+    parser.add_argument('--remat', action='store_true', help='rematerialise each step')
     parser.add_argument('--save', metavar='FILE', help='save a picture of the ratios')
     args = parser.parse_args()
     print(f'jax {jax.__version__}, {jax.devices()[0].device_kind}\n')
-    base = Shape(batch=8, width=16) if args.quick else Shape()
+    base = (Shape(batch=8, width=16) if args.quick else Shape())._replace(remat=args.remat)
     entries, lengths = [1, 2, 3, 4, 8], [16, 64, 256] if args.quick else [16, 64, 256, 1024]
     repeats = 5 if args.quick else 11
     series = {

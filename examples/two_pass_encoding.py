@@ -10,12 +10,15 @@ The data are scikit-learn's digits. A retina turns pixels into an observation; t
 code of a few units in two passes, a quick guess and a refinement; a reader draws the digit from
 the code message, and its cotangents reach the retina through the element, which they leave alone.
 
-    python two_pass_encoding.py [--steps N] [--seed N] [--output FILE] [--quick] [--shared]
+    python two_pass_encoding.py [--steps N] [--seed N] [--output FILE] [--quick]
+                                [--shared [--remat]]
 
 Only one loss trains through the sampler there, so that its block can hold the only run. With
 --shared all losses look at the same run, and the code's trains through it as well, see
 `SharedElement`: with a block for each loss the sampler would run for each, and
-`nn.gradient_views` runs it once. The loops of the compiled steps are printed.
+`nn.gradient_views` runs it once. Loops, memory and time of the compiled steps are printed. With
+--remat they are printed for a sampler too that is rematerialised: its steps keep what they start
+from, and are computed again for the gradients. A step is then computed again once for all losses.
 
 It prints the losses while it trains, a table of which loss moves which parameters, and the accuracy
 of a linear probe on the codes of held-out digits, before and after training. Labels are used by the
@@ -100,6 +103,7 @@ class EncodingElement(nn.Module):
     observation_features: int
     units: int
     iterations: int
+    remat: bool = False
 
     def setup(self) -> None:
         self.gln = GatedLinearNetwork(self.units)
@@ -113,6 +117,9 @@ class EncodingElement(nn.Module):
     def noise(self, observation: jax.Array, rng: jax.Array) -> jax.Array:
         return jax.random.normal(rng, (self.iterations, len(observation), self.units))
 
+    def refine(self, parameters: ScanParameters, start: Code, noise: jax.Array) -> Code:
+        return iterated_sampler(parameters, start, noise, remat=self.remat)
+
     def infer(self, observation: jax.Array, rng: jax.Array) -> Inference:
         # First pass. Whoever uses the message sends cotangents through it to the observation; they
         # train nothing here.
@@ -125,7 +132,7 @@ class EncodingElement(nn.Module):
         # Second pass, with the only run of the sampler. Cotangents reach gln through the
         # explanation, which does not adapt.
         with nn.stop_gradient(~TRAINS['gln']):
-            code = iterated_sampler(self.gln(given), start, self.noise(given, rng))
+            code = self.refine(self.gln(given), start, self.noise(given, rng))
             gln_loss = gln_objective(self.explanation(code.message), given, code)
 
         code = jax.lax.stop_gradient(code)
@@ -164,7 +171,7 @@ class SharedElement(EncodingElement):
 
     def second_pass(self, given: jax.Array, noise: jax.Array) -> SecondPass:
         guess = self.quick_code(given)
-        code = iterated_sampler(self.gln(given), guess, noise)
+        code = self.refine(self.gln(given), guess, noise)
         return SecondPass(guess, code, self.explanation(guess.message),
                           self.explanation(code.message))
 
@@ -206,7 +213,7 @@ class SharedElementByBlocks(SharedElement):
         return seen
 
 
-LOOPS = {  # elements whose compiled steps --shared compares
+COMPARED = {  # elements whose compiled steps --shared compares
     EncodingElement: 'one loss trains through the sampler, in the block of its only run',
     SharedElement: 'two losses do, all look at the same run: gradient_views',
     SharedElementByBlocks: 'the same with a block and a run for each loss',
@@ -220,10 +227,12 @@ class World(nn.Module):
     units: int = 8
     iterations: int = 80
     element: type[EncodingElement] = EncodingElement
+    remat: bool = False
 
     def setup(self) -> None:
         self.retina = Retina(self.observation_features)
-        self.encoding = self.element(self.observation_features, self.units, self.iterations)
+        self.encoding = self.element(
+            self.observation_features, self.units, self.iterations, self.remat)
         self.reader = Perceptron(64)
 
     def __call__(self, pixels: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
@@ -303,7 +312,8 @@ class Retina(nn.Module):
 # --- The computation without weights --------------------------------------------------------------
 
 
-def iterated_sampler(parameters: ScanParameters, start: Code, noise: jax.Array) -> Code:
+def iterated_sampler(parameters: ScanParameters, start: Code, noise: jax.Array, *,
+                     remat: bool = False) -> Code:
     """Refine a code step by step; `noise` has a row for each step. This is the expensive part."""
     rate, temperature = 0.1, 0.001
 
@@ -314,6 +324,8 @@ def iterated_sampler(parameters: ScanParameters, start: Code, noise: jax.Array) 
         support = parameters.evidence + jnp.square(jnp.tanh(code.value))
         return Code(value, code.logit + rate * (support - code.logit)), None
 
+    if remat:
+        step = jax.checkpoint(step, prevent_cse=False)
     return jax.lax.scan(step, start, noise)[0]
 
 
@@ -405,12 +417,26 @@ def gradients(world: World, params: Params, pixels: jax.Array, rng: jax.Array) -
     return jax.jacrev(lambda params: world.apply({'params': params}, pixels, rng))(params)
 
 
-def count_loops(world: World, params: Params, pixels: jax.Array, rng: jax.Array) -> int:
-    """Count the loops, forward and backward, of the compiled gradient of the sum of all losses."""
+class Cost(NamedTuple):
+    """What the compiled gradient of the sum of all losses costs."""
+
+    loops: int
+    temporary_bytes: int
+    seconds: float
+
+
+def cost_of(world: World, params: Params, pixels: jax.Array, rng: jax.Array) -> Cost:
+    """Count loops, forward and backward, and memory; time a step, the least of some."""
     def total(params: Params) -> jax.Array:
         return sum(world.apply({'params': params}, pixels, rng).values())
 
-    return jax.jit(jax.grad(total)).lower(params).compile().as_text().count(' while(')
+    step = jax.jit(jax.grad(total)).lower(params).compile()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        jax.block_until_ready(step(params))
+        times.append(time.perf_counter() - start)
+    return Cost(step.as_text().count(' while('), step.memory_analysis().temp_size_in_bytes, min(times))
 
 
 def gradient_norms(grads: dict[str, Params]) -> dict[str, dict[str, float]]:
@@ -482,7 +508,7 @@ class Result(NamedTuple):
     course: dict[str, np.ndarray]
     norms: dict[str, dict[str, float]]
     accuracy: dict[str, dict[str, float]]
-    loops: dict[type[EncodingElement], int]
+    costs: dict[tuple[type[EncodingElement], bool], Cost]  # and whether it is rematerialised
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
@@ -492,15 +518,18 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.add_argument('--output', default='two_pass_encoding.png', help='the picture')
     parser.add_argument('--quick', action='store_true', help='a tiny run, to see that it works')
     parser.add_argument('--shared', action='store_true', help='all losses look at the same scan')
+    parser.add_argument('--remat', action='store_true', help='and it is rematerialised')
     args = parser.parse_args(argv)
     steps = (30 if args.quick else 3000) if args.steps is None else args.steps
     if steps < 1:
         parser.error(f'--steps {steps}: expected at least 1')
+    if args.remat and not args.shared:
+        parser.error('--remat: expected --shared beside it')
 
     digits, held_out, mean = load_data()
     world = World(iterations=8) if args.quick else World()
     if args.shared:
-        world = world.clone(element=SharedElement)
+        world = world.clone(element=SharedElement, remat=args.remat)
     params = init(world, jax.random.key(args.seed))
     accuracy = {'untrained': probe_codes(world, params, digits, held_out)}
 
@@ -512,12 +541,15 @@ def main(argv: Sequence[str] | None = None) -> Result:
     print('\nWhich loss moves what: norms of gradients, 0 is exactly zero')
     print_table(norms, 5)
 
-    loops = {}
+    costs = {}
     if args.shared:
-        print('\nLoops of the compiled step, one of which draws the noise')
-        for element, what in LOOPS.items():
-            loops[element] = count_loops(world.clone(element=element), params, *example)
-            print(f'{loops[element]:4}  {what}')
+        print('\nThe compiled step: loops, one of which draws the noise; temporary memory; time')
+        for remat in (False, True)[:1 + args.remat]:
+            for element, what in COMPARED.items():
+                cost = cost_of(world.clone(element=element, remat=remat), params, *example)
+                costs[element, remat] = cost
+                print(f'{cost.loops:4}  {cost.temporary_bytes / 1e6:6.2f} MB  '
+                      f'{cost.seconds * 1e3:7.2f} ms  {what}{", rematerialised" * remat}')
 
     print(f'\nAccuracy of a linear probe on the {world.units} numbers of a code, held-out digits')
     print_table(accuracy, 3)
@@ -530,7 +562,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     _, _, drawings = infer_codes(world, params, shown, jax.random.key(1))
     save_picture(args.output, course, shown + mean, drawings + mean)
     print(f'\nLoss curves and drawings: {args.output}')
-    return Result(course, norms, accuracy, loops)
+    return Result(course, norms, accuracy, costs)
 
 
 if __name__ == '__main__':

@@ -223,7 +223,7 @@ def found(modules, setting):
             return values, values
         return jax.device_get(jax.jit(jax.jacrev(losses, has_aux=True))(params))
 
-    return {element.__name__: run(element) for element in modules[0].LOOPS}
+    return {element.__name__: run(element) for element in modules[0].COMPARED}
 
 
 @pytest.fixture(scope='module')
@@ -299,22 +299,48 @@ def test_runs_of_the_sampler(example, setting, element, runs):
 @pytest.mark.long
 def test_shared_run_from_end_to_end(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, 'probe', lambda *_: 0.5)  # the other tests look at codes
-    result = example.main(['--quick', '--shared', '--output', str(tmp_path / 'picture.png')])
+    result = example.main(
+        ['--quick', '--shared', '--remat', '--output', str(tmp_path / 'picture.png')])
     assert moved(result.norms) == MOVES
     assert (tmp_path / 'picture.png').exists()
-    own, views, blocks = result.loops.values()
+    assert set(result.costs) == {
+        (element, remat) for element in example.COMPARED for remat in (False, True)}
+    own, views, blocks = (result.costs[element, False].loops for element in example.COMPARED)
     assert views == own + 1  # another loss trains through the sampler: one more pass back
     assert blocks > views
+    again = result.costs[example.SharedElement, True]
+    assert again.loops == own  # both go back in one loop, in which a step is computed again
+    assert again.temporary_bytes < result.costs[example.SharedElement, False].temporary_bytes
     out = capsys.readouterr().out
-    for element, what in example.LOOPS.items():
-        assert f'{result.loops[element]:4}  {what}\n' in out
+    for (element, remat), cost in result.costs.items():
+        what = example.COMPARED[element] + ', rematerialised' * remat
+        assert f'{cost.loops:4}  {cost.temporary_bytes / 1e6:6.2f} MB  ' in out
+        assert f' ms  {what}\n' in out
+        assert 0 < cost.seconds < 10
+
+
+def test_remat_needs_shared(example, capsys):
+    with pytest.raises(SystemExit):
+        example.main(['--remat'])
+    assert '--remat: expected --shared beside it' in capsys.readouterr().err
+
+
+def test_a_rematerialised_sampler_gives_the_same_gradients(modules, setting):
+    world, params, *rest = setting
+    def grads(world):
+        total = lambda p: sum(world.apply({'params': p}, *rest).values())
+        return jax.device_get(jax.jit(jax.grad(total))(params))
+    for element in modules[0].COMPARED:
+        plain, again = (grads(world.clone(element=element, remat=remat)) for remat in (False, True))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+                     plain, again)
 
 
 def test_each_loss_reaches_its_own_parameters(modules, setting):
     world, params, *rest = setting
     spec = {'gln': 'encoding/gln', 'code': 'encoding/code_*', 'explanation': 'encoding/explanation',
             'reader': ['reader', 'retina']}
-    for element in modules[0].LOOPS:
+    for element in modules[0].COMPARED:
         losses = lambda params, *rest, world=world.clone(element=element): world.apply(
             {'params': params}, *rest)
         flow = sg.assert_flow(losses, spec)(params, *rest)
