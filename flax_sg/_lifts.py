@@ -135,7 +135,10 @@ class _Lifted:
         self.applied: list[frozenset[str]] = [frozenset() for _ in self.packed]
         # What is transformed at each read inside, as a step of a loop, or the body, writes it.
         self.left: list[frozenset[str]] = [frozenset() for _ in self.packed]
-        self.mapped = in_filters[0] if name == 'map_variables' else False  # what comes out differs
+        # What comes out of these differs though the body leaves it as it was: it is mapped, or goes
+        # out with another axis than it came in.
+        self.mapped = in_filters[0] if name == 'map_variables' else False
+        self.in_filters = in_filters
         # What the body got, by the identity of the variables of its scope; and the names of what it
         # has left as it was: the number of the scope, collection, and path from there.
         self.got: dict[int, tuple[dict, dict]] = {}
@@ -208,8 +211,9 @@ class _Lifted:
             inner = self.treedef.flatten_up_to(scope_fn(*args, **kwargs))
             for i, root in dict(zip(self.places, map(_root, inner), strict=True)).items():
                 self._mark(i, root)
-                variables = _compat.root_variables(root)
-                self.got[id(variables)] = variables, self._values(i, root)
+                if self.open[i]:
+                    variables = _compat.root_variables(root)
+                    self.got[id(variables)] = variables, self._values(i, root)
             return self.treedef.unflatten(map(self._bind, self.scopes, inner))
         return bound
 
@@ -251,14 +255,17 @@ class _Lifted:
 
     def _values(self, i: int, root: Scope) -> dict[tuple, Any]:
         """Return what is stored in a scope of the body, of what it may write, by name."""
-        if not self.open[i]:
-            return {}
         start = len(_compat.scope_path(root))
         return {(i, collection, info.path[start:]): stored
                 for collection, tree in _compat.root_variables(root).items()
                 if root.is_mutable_collection(collection)
-                and not in_filter(self.mapped, collection)
+                and self._comes_out(collection)
                 for info, stored in walk(tree, collection, _compat.scope_path(root))}
+
+    def _comes_out(self, collection: str) -> bool:
+        filters = [next((f for f in of if in_filter(f, collection)), None)
+                   for of in (self.in_filters, self.out_filters)]
+        return filters[0] == filters[1] and not in_filter(self.mapped, collection)
 
     def repack(self, repack_fn: Callable, jitted: _Jitted | None) -> Callable:
         """Make ``repack_fn`` note which variables the body has left as they were."""
@@ -266,7 +273,9 @@ class _Lifted:
             inner = self.treedef.flatten_up_to(scope_tree)
             same = set()
             for i, root in dict(zip(self.places, map(_root, inner), strict=True)).items():
-                _, got = self.got.get(id(_compat.root_variables(root)), (None, {}))
+                if not self.open[i]:
+                    continue
+                _, got = self.got.pop(id(_compat.root_variables(root)), (None, {}))
                 same |= {name for name, value in self._values(i, root).items()
                          if name in got and identical(got[name], value)}
             # A body may be traced several times, as are the branches of a cond.
@@ -327,7 +336,8 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _same_type(a: Any, b: Any) -> bool:
-    return jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b)
+    return a is b or (isinstance(b, jax.Array) and jnp.shape(a) == b.shape
+                      and getattr(a, 'dtype', None) == b.dtype)
 
 
 class _Jitted:

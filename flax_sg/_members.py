@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
-from flax_sg import _compat
+from flax_sg import _compat, _inside
 from flax_sg._callables import cell_contents
 from flax_sg._compat import Module
 
@@ -24,39 +24,48 @@ __all__ = ['module_of', 'note_class']
 # Code of a member of some class of modules, or of a function written in one; and the member's. By
 # identity, as equal code is elsewhere too, and a hash looks at all of it.
 _known: dict[int, tuple[weakref.ref[CodeType], weakref.ref[CodeType]]] = {}
+_OWN = (_compat.CALL.co_filename, _compat.__file__, _inside.__file__)  # wrappers of all methods
 _members: weakref.WeakKeyDictionary[type, dict[int, CodeType]] = weakref.WeakKeyDictionary()
 
 
 def module_of(frame: FrameType | None) -> Module | None:
     """Return the bound module whose code a frame runs; None where Flax knows it, or there is none.
     """
-    written: FrameType | None = None  # of the innermost function that was written in a member
-    wanted: CodeType | None = None  # that member
-    others = False  # methods of other modules are running meanwhile
-    while frame is not None and (wanted is not None or frame.f_code is not _compat.CALL):
+    wanted: CodeType | None = None  # the member in which the innermost function was written
+    first = True  # no method that Flax runs was passed yet: it knows that one's module
+    while frame is not None:
         code, back = frame.f_code, frame.f_back
         by_flax = back is not None and back.f_code is _compat.CALL
         member = _member_of(code)
-        if wanted is None and by_flax or by_flax and member is wanted and not others:
+        if wanted is None and (by_flax or code is _compat.CALL) or (
+                by_flax and first and member is wanted):
             return None
-        if member is not None and wanted in (None, member) and (member is code or by_flax):
-            module = _first_argument(frame, code)
-            if module is not None and (by_flax or id(code) in _members_of(type(module))):
+        if wanted is None and member is not None and member is not code:
+            wanted = member
+            if _name(member) in code.co_freevars and (module := _argument(frame, member)):
                 return module
-        elif wanted is None and member is not code:
-            written, wanted = frame, member
-        others = others or by_flax
+        elif member is code or by_flax and wanted is not None:
+            module = _argument(frame, wanted or code)
+            if module is not None:
+                return module
+        first = first and not by_flax
         frame = back
-    if written is None or wanted is None:
-        return None
-    module = _first_argument(written, wanted)  # in its closure: the member has returned
-    return module if module is not None and id(wanted) in _members_of(type(module)) else None
+    return None
 
 
-def _first_argument(frame: FrameType, code: CodeType) -> Module | None:
+def _argument(frame: FrameType, member: CodeType) -> Module | None:
+    """Return the bound module that a member's code, or a function written in it, is run for."""
     # Before Python 3.13 a frame keeps a copy of its variables once it was asked for them.
-    module = frame.f_locals.get(code.co_varnames[0])
-    return module if isinstance(module, Module) and module.scope is not None else None
+    values, code = frame.f_locals, frame.f_code
+    given = [values.get(name) for name in (_name(member), *code.co_varnames[:code.co_argcount])]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount], ())
+    return next((x for x in given if isinstance(x, Module) and x.scope is not None
+                 and id(member) in _members_of(type(x))), None)
+
+
+def _name(member: CodeType) -> str | None:
+    return member.co_varnames[0] if member.co_argcount else None
 
 
 def _member_of(code: CodeType) -> CodeType | None:
@@ -84,20 +93,21 @@ def _members_of(cls: type[Module]) -> dict[int, CodeType]:
         fields = {field.name for field in dataclasses.fields(cls)}
         members = [member for base in cls.__mro__ if base not in (object, Module)
                    for name, member in vars(base).items() if name not in fields]
-        found = [code for member in members for code in _codes_in(member) if code.co_argcount]
+        found = [code for member in members for code in _codes_in(member)
+                 if code.co_filename not in _OWN]
         _members[cls] = {id(code): code for code in found}
         for member in found:
             for code in _written_in(member):
-                if _member_of(code) is None:
-                    _note(code, member)
+                _note(code, member)
             _note(member, member)
     return _members[cls]
 
 
 def _written_in(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of functions in a function, those of classes in it left out."""
+    """Yield the code of functions in a function, but for members of modules that are defined there.
+    """
     for const in code.co_consts:
-        if isinstance(const, CodeType) and const.co_flags & inspect.CO_OPTIMIZED:
+        if isinstance(const, CodeType) and _member_of(const) is not const:
             yield const
             yield from _written_in(const)
 
@@ -115,7 +125,7 @@ def _codes_in(member: Any, depth: int = 0) -> Iterator[CodeType]:
         inner = [member.__func__]
     else:  # another descriptor, as of Flax around one of Python
         is_one = hasattr(type(member), '__get__')
-        inner = list(getattr(member, '__dict__', {}).values()) if is_one else []
+        inner = [*getattr(member, '__dict__', {}).values(), type(member).__get__] if is_one else []
     for part in inner:
         if isinstance(part, FunctionType) or hasattr(type(part), '__get__'):
             yield from _codes_in(part, depth + 1)

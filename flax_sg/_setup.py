@@ -8,13 +8,14 @@ stay as they are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import operator
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from flax_sg._active import Entry, state
 from flax_sg._callables import cell_contents
 from flax_sg._compat import Module, Scope, Variable
 from flax_sg._errors import UsageError
+from flax_sg._reach import arrays_in, is_plain
 from flax_sg._runs import Run, running, written_in_a_run
 from flax_sg._scope import application_of, effective, write
 
@@ -37,6 +39,7 @@ _TABLE = '_flax_sg_setup'
 _NUMBERS = (bool, int, float, complex)
 _STATIC = (Variable, Scope, str, bytes, np.dtype, types.ModuleType, *_NUMBERS)
 _NOTHING = (None, None)
+_FLAX = frozenset(vars(Module()))  # attributes that Flax gives each module
 
 
 class Kept:
@@ -74,46 +77,36 @@ class Kept:
 
 def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
     clone = module.clone(parent=module.scope.rewound())
-    held = _objects(clone)
-    try:
+    where = f"setup of '/{'/'.join(module.path)}'"
+    with _told_of_objects(clone, where, state.setups[-1]):
         _compat.run_setup(clone)
-        _check_objects(module, held)
-    finally:
-        _restore(held)
     missing = [name for name in names if name not in vars(clone)]
     if missing:
         raise UsageError(
-            f"setup of '/{'/'.join(module.path)}' set {missing[0]!r} when it first ran, and "
-            'not when it ran again inside a flax_sg block. Let setup depend on nothing but the '
-            "module's fields, variables and random streams.")
+            f'{where} set {missing[0]!r} when it first ran, and not when it ran again inside a '
+            "flax_sg block. Let setup depend on nothing but the module's fields, variables and "
+            'random streams.')
     return {name: vars(clone)[name] for name in names}
 
 
-def _objects(module: Module) -> list[tuple[str, dict, dict]]:
-    """Return the attributes of objects in a module's fields, and what they are now."""
-    values = [(field.name, getattr(module, field.name, None))
-              for field in dataclasses.fields(module) if field.name not in ('parent', 'name')]
-    return [(name, vars(value), dict(vars(value))) for name, value in values
-            if not isinstance(value, (Module, type)) and not callable(value)
-            and isinstance(getattr(value, '__dict__', None), dict)]
+@contextlib.contextmanager
+def _told_of_objects(module: Module, where: str, run: Run) -> Iterator[None]:
+    """Raise UsageError if a setup in a block puts what it reads into an object that others see."""
+    values = {field.name: getattr(module, field.name, None) for field in dataclasses.fields(module)
+              if field.init and field.name not in ('parent', 'name')}
+    objects = {name: value for name, value in values.items() if not is_plain(value)}
+    before = {name: list(_values_in(value)) for name, value in objects.items()}
+    yield
+    for name, value in objects.items():
+        if run.read and not {*map(id, _values_in(value))} <= {*map(id, before[name])}:
+            raise UsageError(
+                f'{where} put what it reads inside a flax_sg block into the object in field '
+                f"{name!r}: code that holds the object would see the block's values after it. Set "
+                'attributes of the module itself.')
 
 
-def _check_objects(module: Module, held: list[tuple[str, dict, dict]]) -> None:
-    """Raise UsageError if setup has put what a block reads into an object that others see too."""
-    for field, attributes, before in held:
-        for name, value in list(attributes.items()):
-            if value is not before.get(name, _NOTHING) and _depends(value, unknown=False):
-                _restore(held)
-                raise UsageError(
-                    f"setup of '/{'/'.join(module.path)}' set {name!r} of the object in field "
-                    f'{field!r} inside a flax_sg block: code that holds the object would see the '
-                    "block's values after it. Set attributes of the module itself.")
-
-
-def _restore(held: list[tuple[str, dict, dict]]) -> None:
-    for _, attributes, before in held:
-        attributes.clear()
-        attributes.update(before)
+def _values_in(value: Any) -> Iterator[Any]:
+    return (array for array in arrays_in(value) if isinstance(array, jax.Array))
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -124,16 +117,16 @@ def _merge(old: Any, new: Any) -> Any:
         lambda a, b: b if _depends(a) or isinstance(a, _NUMBERS) and a != b else a, old, new)
 
 
-def _depends(value: Any, seen: frozenset[int] = frozenset(), *, unknown: bool = True) -> bool:
+def _depends(value: Any, seen: frozenset[int] = frozenset()) -> bool:
     """Say whether a value set in a setup that read variables may depend on what it read.
 
-    It may where it holds an array, or something that cannot be looked into (which is ``unknown``):
-    in a container, in a closure, in a class that was defined there, or in a field of a module
+    It may where it holds an array, or something that cannot be looked into: in a container, in a
+    closure, in a class that was defined there, or in a field of a module
     (``self.decoder = Tied(self.embed.embedding)``).
     """
     if id(value) in seen:
         return False
-    depends = functools.partial(_depends, seen=seen | {id(value)}, unknown=unknown)
+    depends = functools.partial(_depends, seen=seen | {id(value)})
     if isinstance(value, Module):
         return _class_depends(type(value)) or any(
             depends(getattr(value, field.name)) for field in dataclasses.fields(value)
@@ -151,20 +144,12 @@ def _depends(value: Any, seen: frozenset[int] = frozenset(), *, unknown: bool = 
     if isinstance(value, functools.partial):
         return any(map(depends, (value.func, *value.args, *value.keywords.values())))
     leaves = jax.tree.leaves(value)
-    if len(leaves) == 1 and leaves[0] is value:
-        return unknown or isinstance(value, (jax.Array, np.ndarray))
-    return any(map(depends, leaves))
+    return len(leaves) == 1 and leaves[0] is value or any(map(depends, leaves))
 
 
 def _class_depends(cls: type) -> bool:
-    """Say whether a class holds an array, as one that was defined in a setup may."""
     if cls not in _classes:
-        _classes[cls] = False  # if it is met again
-        members = [member for base in cls.__mro__ if '<locals>' in base.__qualname__
-                   for member in vars(base).values()]
-        parts = [part for member in members for part in (
-            member, *(getattr(member, name, None) for name in ('__func__', 'fget', '__wrapped__')))]
-        _classes[cls] = any(_depends(part, unknown=False) for part in parts)
+        _classes[cls] = any(True for _ in arrays_in(cls))
     return _classes[cls]
 
 
@@ -227,11 +212,11 @@ def _try_setup(original, self, shallow=False):
         return original(self, shallow)
     before, entries = _values(self), effective(self.scope)
     # A module and its mirrors see the same state and draw the same numbers: the first is set up.
-    run, held = Run(first_run(self, 'setup')), _objects(self) if entries else []
-    with running(run, self.scope):
+    run = Run(first_run(self, 'setup'))
+    where = f"setup of '/{'/'.join(self.path)}'"
+    with running(run, self.scope), _told_of_objects(
+            self, where, run) if entries else contextlib.nullcontext():
         original(self, shallow)
-    if run.read:
-        _check_objects(self, held)
     if run.first is None:
         note_run(self, 'setup', run)
     if run.read:
@@ -245,22 +230,19 @@ def _try_setup(original, self, shallow=False):
 
 
 def _values(module: Module) -> dict[str, tuple[Any, list]]:
-    """Return the attributes of a module before its setup, and what is in those that are filled."""
-    return {name: (value, _filled(value)) for name, value in vars(module).items()}
-
-
-def _filled(value: Any) -> list:
-    return jax.tree.leaves(value) if isinstance(value, (list, dict)) else []
+    """Return the attributes that setup may set or fill, and the arrays in them."""
+    fields = {field.name for field in dataclasses.fields(module) if field.init}
+    return {name: (value, [] if is_plain(value) else list(arrays_in(value)))
+            for name, value in vars(module).items() if name not in fields and name not in _FLAX}
 
 
 def _changed(module: Module, before: dict[str, tuple[Any, list]]) -> dict[str, Any]:
     """Return the attributes that setup has set, or filled."""
     found = {}
-    for name, value in vars(module).items():
-        old, leaves = before.get(name, (_NOTHING, []))
-        now = _filled(value)
-        same = value is old and len(now) == len(leaves) and all(map(operator.is_, now, leaves))
-        if not same and name not in ('scope', _RUNS):
+    for name, (value, now) in _values(module).items():
+        old, arrays = before.get(name, (_NOTHING, []))
+        same = value is old and len(now) == len(arrays) and all(map(operator.is_, now, arrays))
+        if not same and name != _RUNS:
             found[name] = value
     return found
 

@@ -6,6 +6,7 @@ applies the form by itself, with plain Flax, once for each use, to the parameter
 `jax.lax.stop_gradient` went over.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -157,14 +158,38 @@ class SetupClasses(nn.Module):
             def __call__(self, x):
                 return super().__call__(x) + 1
 
+        class Kept(nn.Module):
+            @functools.cached_property
+            def twice(self):
+                return w * 2
+
+            part = functools.partialmethod(lambda self, w: w, w=jnp.exp(w))
+
         class Holds:
             cube = w ** 3
 
+        class One:
+            def __call__(self, x):
+                return Other.times(x)
+
+        class Other:
+            one = One
+
+            @staticmethod
+            def times(x):
+                return x * w
+
+        box = Held(jnp.tanh(w))
         self.times, self.chain = Times(), nn.Sequential([Below(), lambda x: x])
         self.several, self.holds = {'sine': Sine()}, Holds
+        self.other, self.one, self.kept = Other, One, Kept()
+        self.boxed = type('Boxed', (nn.Module,), {
+            '__call__': lambda self, x: box.times(x), '__module__': __name__})()
 
     def __call__(self, x):
-        return (self.times(x) + self.chain(x) * self.several['sine'].w + self.holds.cube)
+        return (self.times(x) + self.chain(x) * self.several['sine'].w + self.holds.cube
+                + self.one()(x) * self.kept.twice + self.kept.part() + self.other.times(x)
+                + self.boxed(x))
 
 
 class SetupFills(nn.Module):
@@ -174,6 +199,8 @@ class SetupFills(nn.Module):
 
     def __post_init__(self):
         self.w, self.none, self.store = None, None, {}
+        object.__setattr__(self, 'queue', collections.deque())
+        object.__setattr__(self, 'box', Held(None))
         super().__post_init__()
 
     def setup(self):
@@ -181,9 +208,12 @@ class SetupFills(nn.Module):
         self.none = jnp.exp(self.w)
         self.store['w'] = jnp.sin(self.w)
         self.items = [self.w ** 2]
+        self.queue.append(jnp.tanh(self.w))
+        self.box.w = self.w ** 3
 
     def __call__(self, x):
-        return x * self.w + self.none * self.store['w'] * x + self.items[0]
+        return (x * self.w + self.none * self.store['w'] * x + self.items[0] + self.queue[0] * x
+                + self.box.times(x))
 
 
 class Times(nn.Module):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import core
 from flax.core import meta
 
 import flax_sg as sg
@@ -664,3 +665,73 @@ def test_what_map_variables_writes_back_is_stored():
         got = Net().apply(variables, x, mutable=['params'])
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert want[1]['params']['Dense_0']['kernel'] != 8
+
+
+@pytest.mark.parametrize('lift', ['scan', 'vmap'])
+def test_a_variable_that_goes_out_with_another_axis_than_it_came_in(lift):
+    class Sum(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            v = self.variable('s', 'v', lambda: jnp.zeros(2)).value
+            w = self.variable('t', 'w', lambda: jnp.zeros(2)).value
+            return x + (v + w).sum(), None
+
+    axes = {'s': core.lift.In(0), ('s',): core.lift.Out(1), 't': 0}
+    lifted = nn.scan(Sum, variable_axes=axes, length=2) if lift == 'scan' else nn.vmap(
+        Sum, variable_axes=axes, in_axes=None, axis_size=2)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return lifted(name='l')(x, None)[0].sum()
+
+    square = jnp.arange(4.0).reshape(2, 2)
+    variables = {'s': {'l': {'v': square}}, 't': {'l': {'w': square}}}
+    want = Net().apply(variables, 1.0, mutable=['s', 't'])
+    with sg.stop_gradient(sg.nothing):
+        got = Net().apply(variables, 1.0, mutable=['s', 't'])
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(want[1]['s']['l']['v'], square.T)
+
+
+@pytest.mark.parametrize('value', [
+    'dense', np.int64(3), np.arange(3), 1.0, jnp.arange(3), True], ids=repr)
+@pytest.mark.parametrize('lift', [nn.remat, nn.jit, lambda cls: nn.map_variables(
+    cls, 'params', lambda v: v)], ids=['remat', 'jit', 'map_variables'])
+def test_what_comes_out_of_a_body_is_of_the_type_that_it_would_be(lift, value):
+    if isinstance(value, str) and lift in (nn.remat, nn.jit):
+        pytest.skip('strings do not go into traced functions')
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.variable('meta', 'kind', lambda: value)
+            return nn.Dense(1)(x)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return lift(Layer)(name='l')(x)
+
+    x = jnp.ones((1, 1))
+    params = nn.Dense(1).init(jax.random.key(0), x)['params']
+    variables = {'params': {'l': {'Dense_0': params}}, 'meta': {'l': {'kind': value}}}
+    _, want = Net().apply(variables, x, mutable=['meta'])
+    with sg.stop_gradient(sg.nothing):
+        _, got = Net().apply(variables, x, mutable=['meta'])
+    got, want = got['meta']['l']['kind'], want['meta']['l']['kind']
+    assert type(got) is type(want) and np.asarray(got).dtype == np.asarray(want).dtype
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize('mutable', [False, ['params']], ids=str)
+@pytest.mark.parametrize('block', [False, True])
+@pytest.mark.parametrize('lift', [nn.remat, nn.jit, lambda cls: nn.remat(nn.jit(cls))])
+def test_no_tracer_leaks_from_a_lifted_body(lift, block, mutable):
+    layer = lift(Scale)
+
+    def loss(p):
+        with sg.scale_gradient('w', 2.0) if block else contextlib.nullcontext():
+            return output(layer(), {'params': p}, 1.0, mutable=mutable)
+    with jax.checking_leaks():
+        assert jax.jit(jax.grad(loss))({'w': jnp.float32(1)})['w'] == 1 + block

@@ -157,3 +157,164 @@ def test_however_deep_in_calls_the_block_is(kind, named):
     params = {'s': {'w': jnp.array(1.0)}, **({'w': jnp.array(1.0)} if named else {})}
     grads = jax.grad(lambda p: Top(kind, named).apply({'params': p}))(params)
     assert grads['s']['w'] == 0
+
+
+# Which module it is, where several could be meant ---------------------------------------------------
+
+class Node(nn.Module):
+    """One class, at two places: the parent's function is called by the child."""
+
+    child: nn.Module | None = None
+
+    def setup(self):
+        self.w = self.param('w', ones, ())
+
+        def of_setup(x):
+            with nn.stop_gradient('w'):
+                return self.w * x
+        self.of_setup = of_setup
+
+    def __call__(self, x, f=None):
+        if f is not None:
+            return f(x)
+
+        def block(x):
+            with nn.stop_gradient('w'):
+                return self.w * x + 3 * self.child.w
+        return self.child(x, block)
+
+    def the_childs(self, x):
+        return self.child.of_setup(x) + 3 * self.w
+
+
+@pytest.mark.parametrize('method, want', [('__call__', (0, 3)), ('the_childs', (3, 0))])
+def test_among_instances_of_one_class_it_is_that_of_the_closure(method, want):
+    params = {'w': jnp.array(1.0), 'child': {'w': jnp.array(1.0)}}
+    grads = jax.grad(lambda p: Node(child=Node()).apply({'params': p}, 2.0, method=method))(params)
+    assert (grads['w'], grads['child']['w']) == want
+
+
+def held(fn):
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+        with nn.stop_gradient('w'):
+            return fn(*args, **kwargs)
+    return wrapper
+
+
+class HeldAttribute:
+    """A descriptor of the user's own."""
+
+    def __get__(self, module, owner):
+        if module is None:
+            return self
+        with nn.stop_gradient('w'):
+            return 1.0 * module.w
+
+
+class Part(nn.Module):
+    def setup(self):
+        self.w = self.param('w', ones, ())
+
+    @property
+    @held
+    def decorated_property(self):
+        return self.w
+
+    @nn.nowrap
+    @held
+    def decorated(self):
+        return self.w
+
+    @nn.nowrap
+    def several(*args):
+        with nn.stop_gradient('w'):
+            return 1.0 * args[0].w
+
+    descriptor = HeldAttribute()
+
+    @nn.nowrap
+    def by_a_class(self):
+        class Reads:
+            def instance(this):
+                with nn.stop_gradient('w'):
+                    return 1.0 * self.w
+
+            @staticmethod
+            def static():
+                with nn.stop_gradient('w'):
+                    return 0.0 * self.w
+        return Reads().instance() + Reads.static()
+
+
+READS = {
+    'property': lambda p: p.decorated_property, 'decorated': lambda p: p.decorated(),
+    'arguments': lambda p: p.several(), 'descriptor': lambda p: p.descriptor,
+    'class': lambda p: p.by_a_class()}
+
+
+class Whole(nn.Module):
+    read: str
+
+    def setup(self):
+        self.p, self.w = Part(), self.param('w', ones, ())
+
+    def __call__(self, x):
+        return READS[self.read](self.p) * x + 3 * self.w
+
+
+@pytest.mark.parametrize('read', READS)
+def test_members_of_a_part_in_whatever_form(read):
+    params = {'w': jnp.array(1.0), 'p': {'w': jnp.array(1.0)}}
+    grads = jax.grad(lambda p: Whole(read).apply({'params': p}, 2.0))(params)
+    assert (grads['p']['w'], grads['w']) == (0, 3)
+
+
+class InAClass(nn.Module):
+    """A part calls a class that a method defines, or a function of setup."""
+
+    kind: str
+
+    def setup(self):
+        self.s, self.w = Caller(), self.param('w', ones, ())
+
+        def of_setup(x, w=self.w):  # no `self` in its closure
+            with nn.stop_gradient('w'):
+                return self_of_setup[0].w * x
+        self_of_setup = [self]
+        self.of_setup = of_setup
+
+    def __call__(self, x):
+        class Static:
+            @staticmethod
+            def f(x):
+                with nn.stop_gradient('w'):
+                    return self.w * x
+
+        f = {'static': Static.f, 'setup': self.of_setup}[self.kind]
+        return self.s.wrapped(f, x) + 3 * self.s.w
+
+
+@pytest.mark.parametrize('kind', ['static', 'setup'])
+def test_a_class_or_a_setup_wrote_it(kind):
+    params = {'w': jnp.array(1.0), 's': {'w': jnp.array(1.0)}}
+    grads = jax.grad(lambda p: InAClass(kind).apply({'params': p}, 2.0))(params)
+    assert (grads['w'], grads['s']['w']) == (0, 3)
+
+
+def test_a_module_class_that_a_method_defines_has_names_of_its_own():
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            class Inner(nn.Module):
+                @nn.compact
+                def __call__(self, x):
+                    def f(x):
+                        with nn.stop_gradient('w'):
+                            return self.param('w', ones, ()) * x
+                    return f(x)
+            return Inner(name='inner')(x) * self.param('w', ones, ())
+
+    grads = jax.grad(lambda p: Outer().apply({'params': p}, 2.0))(
+        {'w': jnp.array(1.0), 'inner': {'w': jnp.array(1.0)}})
+    assert (grads['w'], grads['inner']['w']) == (2, 0)
