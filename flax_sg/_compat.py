@@ -27,15 +27,17 @@ from flax.linen import transforms as _transforms
 from jax._src import checkify as _checkify
 from jax._src import core as _core
 from jax._src import linear_util as _linear_util
+from jax._src.interpreters import ad as _ad
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.state import discharge as _discharge
-from jax.extend.core import ClosedJaxpr, DebugInfo, Primitive
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, Primitive
+from jax.interpreters import ad
 
 __all__ = [
     'CALL', 'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts',
     'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call',
-    'operation_of', 'packed_scopes', 'root_variables', 'run_setup', 'scan_counts', 'scope_names',
+    'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables', 'run_setup', 'scan_counts', 'scope_names',
     'scope_path', 'set_cache_key', 'setup_pending', 'split', 'staging_trace', 'stored', 'tap',
     'tap_linear_call', 'tap_map_variables', 'tap_pack', 'tap_rules', 'tap_value', 'trace_state',
     'traced', 'varying', 'without_refs', 'wrapped', 'written_at',
@@ -271,8 +273,10 @@ def traced(fn: Callable, *args: Any) -> ClosedJaxpr:
 _TRACED = DebugInfo('flax_sg', 'flax_sg', None, None)
 
 
-def split(jaxpr: Any, unknown: list[bool]) -> tuple[ClosedJaxpr, ClosedJaxpr]:
+def split(jaxpr: Any, unknown: list[bool], late: Any = True) -> tuple[ClosedJaxpr, ClosedJaxpr]:
     """Split a jaxpr without constants by what depends on some of its inputs.
+
+    ``late`` says which results come out of the second part in any case.
 
     Returns:
       What does not: a function of the other inputs; and what does: one of some results of the
@@ -280,8 +284,27 @@ def split(jaxpr: Any, unknown: list[bool]) -> tuple[ClosedJaxpr, ClosedJaxpr]:
     """
     closed = ClosedJaxpr(getattr(jaxpr, 'jaxpr', jaxpr), [])
     known, rest, *_ = _partial_eval.partial_eval_jaxpr_nounits(  # public since 0.12
-        closed, unknown, True)
+        closed, unknown, late)
     return known, rest
+
+
+def pruned(jaxpr: Jaxpr, outputs: list[bool], inputs: list[bool]) -> tuple[Jaxpr, list[bool]]:
+    """Leave out what some results do not need, and inputs but for some; return which are left."""
+    return _partial_eval.dce_jaxpr(jaxpr, outputs, inputs)
+
+
+def pulled_back(jaxpr: ClosedJaxpr, inputs: tuple, cotangents: list) -> list:
+    """Return the cotangents of those inputs of a jaxpr that are `ad.UndefinedPrimal`.
+
+    It is linear in these, and None stands for the others.
+    """
+    wanted = [type(ct) is not ad.Zero for ct in cotangents]
+    part, used = pruned(jaxpr.jaxpr, wanted, [False] * len(inputs))  # a scan wants all its own
+    found = iter(_ad.backward_pass(
+        part, False, jaxpr.consts, [x for x, u in zip(inputs, used, strict=True) if u],
+        [ct for ct, w in zip(cotangents, wanted, strict=True) if w]))
+    each = [next(found) if u else None for u in used]
+    return [ct if ad.is_undefined_primal(x) else None for x, ct in zip(inputs, each, strict=True)]
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

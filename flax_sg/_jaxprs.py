@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import batching, mlir
 
 from flax_sg._compat import traced, varying
 
-__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves', 'opened', 'runs',
-           'varied']
+__all__ = ['at_front', 'closed_over', 'define', 'evaluate', 'first', 'moves', 'moves_out',
+           'moving_among', 'opened', 'runs', 'varied']
 
 
 def first(x: Any, *_: Any, **__: Any) -> Any:
@@ -30,6 +30,19 @@ def moves(aval: Any) -> bool:
 def evaluate(jaxpr: ClosedJaxpr, *args: Any) -> list:
     """Run a jaxpr."""
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+
+
+def moving_among(names: list, moved: set) -> list[bool]:
+    """Say which names of values are among those that move."""
+    return [not isinstance(var, Literal) and var in moved for var in names]
+
+
+def moves_out(jaxpr: Jaxpr, moving: list[bool]) -> list[bool]:
+    """Say which results of a jaxpr depend on inputs that move."""
+    moved = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
+    for eqn in jaxpr.eqns:
+        moved.update(eqn.outvars * any(moving_among(eqn.invars, moved)))
+    return moving_among(jaxpr.outvars, moved)
 
 
 def varied(x: jax.Array, like: Any) -> jax.Array:

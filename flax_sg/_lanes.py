@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal, Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching
 
 from flax_sg import _compat
-from flax_sg._jaxprs import closed_over, evaluate, opened, runs
+from flax_sg._jaxprs import closed_over, evaluate, moves_out, opened, runs
 from flax_sg._marks import BINDER, NO_LANE, during, inputs_of_lanes, of_lane, tracing
 from flax_sg._together import Maps
 
@@ -99,9 +99,10 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, co
              if any(type(t) is not ad.Zero for t in ts)]
     tangents = [[ad.instantiate_zeros(ts[i]) for i in moved] for ts in moving]
     with during(linearizing=True, told_apart=tracing.told_apart | {level}):
-        forward, consts, push, push_aside, kept = _linearized(jaxpr, count, inputs[0], moved)
-    made = _lanes_p.bind(*consts, *primals, jaxpr=forward, shared=len(consts) + shared,
-                         count=count + kept, lanes=lanes, level=level)
+        linear = _linearized(jaxpr, count, inputs[0], moved)
+    kept = linear.kept
+    made = _lanes_p.bind(*linear.consts, *primals, jaxpr=linear.forward, count=count + kept,
+                         shared=len(linear.consts) + shared, lanes=lanes, level=level)
     outs, aside = _parts(made, count + kept, len(lanes))
     residuals, outs = [out[count:] for out in outs], [out[:count] for out in outs]
     rest = len(jaxpr.out_avals) - count
@@ -112,54 +113,69 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, co
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def pushed(residuals: list, residuals_aside: list, tangents: list) -> list:
         maps = Maps(level, functools.partial(_in_common, lanes, level))
-        found = maps.apply(push.jaxpr, [
+        found = maps.apply(linear.push, [
             [*own, *ts] for own, ts in zip(maps.share(None, residuals), tangents, strict=True)],
             [False] * len(residuals[0]) + [True] * len(moved))
-        found.append(jax.core.eval_jaxpr(of_lane(push_aside.jaxpr, level, NO_LANE), (),
+        found.append(jax.core.eval_jaxpr(of_lane(linear.push_aside, level, NO_LANE), (),
                                          *residuals_aside, *tangents[0]))
         return [t for ts in found for t in ts]
 
     made = [*(x for out in outs for x in out), *aside]
-    moving = iter(pushed(residuals, residuals_aside, tangents))
-    return made, [next(moving) if _inexact(x) else ad.Zero(jax.typeof(x).to_tangent_aval())
-                  for x in made]
+    found = iter(pushed(residuals, residuals_aside, tangents))
+    moves = linear.moves[:count] * len(lanes) + linear.moves[count:]
+    return made, [next(found) if m else ad.Zero(jax.typeof(x).to_tangent_aval())
+                  for x, m in zip(made, moves, strict=True)]
 
 
-def _linearized(jaxpr: ClosedJaxpr, count: int, primals: tuple, moved: list[int]
-                ) -> tuple[ClosedJaxpr, list, ClosedJaxpr, ClosedJaxpr, int]:
-    """Linearise a function in some of its inputs.
+class _Linear(NamedTuple):
+    """A function, linearised in some of its inputs.
 
-    Returns:
-      The function, with residuals after the output, and others after what else it made; the first
-      which are the given ones after what rules of `jax.custom_jvp` in it close over; two linear
-      maps, from the residuals and tangents of the moved inputs to the tangents of the inexact
-      arrays in each of the two; and the number of residuals of the first.
+    Attributes:
+      forward: it, with residuals after the output, and others after what else it made.
+      consts: its first inputs, what rules of `jax.custom_jvp` in it close over.
+      kept: the number of residuals of the output.
+      push, push_aside: linear maps of residuals and tangents, to the tangents of the output and of
+        what else it made.
+      moves: for each result of the function, whether it has a tangent.
     """
-    pushes: list[ClosedJaxpr] = []
-    kept = 0
 
-    def forward(*primals: Any) -> list:
-        def of_moved(*moving: Any) -> tuple[tuple[list, list], list]:
-            inputs = list(primals)
+    forward: ClosedJaxpr
+    consts: list
+    kept: int
+    push: Jaxpr
+    push_aside: Jaxpr
+    moves: list[bool]
+
+
+def _linearized(jaxpr: ClosedJaxpr, count: int, primals: list, moved: list[int]) -> _Linear:
+    """Linearise a function at some inputs, in those that are moved."""
+    def joint(*inputs: Any) -> list:
+        def of_moved(*moving: Any) -> list:
+            values = list(inputs[:len(primals)])
             for i, x in zip(moved, moving, strict=True):
-                inputs[i] = x
-            made = evaluate(jaxpr, *inputs)
-            parts = made[:count], made[count:]
-            return tuple(list(filter(_inexact, part)) for part in parts), made
+                values[i] = x
+            return evaluate(jaxpr, *values)
+        made, tangents = jax.jvp(of_moved, [inputs[i] for i in moved], list(inputs[len(primals):]))
+        return [*made, *(t for x, t in zip(made, tangents, strict=True) if _inexact(x))]
 
-        nonlocal kept
-        points = [primals[i] for i in moved]
-        _, linear, made = jax.linearize(of_moved, *points, has_aux=True)
-        residuals = []
-        for i in range(2):
-            push, found = closed_over(lambda *ts, i=i: linear(*ts)[i], *points)
-            pushes.append(push)
-            residuals.append(found)
-        kept = len(residuals[0])
-        return [*made[:count], *residuals[0], *made[count:], *residuals[1]]
+    closed, consts = closed_over(joint, *primals, *(primals[i] for i in moved))
+    total, inexact = len(jaxpr.out_avals), list(map(_inexact, jaxpr.out_avals))
+    unknown = [False] * (len(consts) + len(primals)) + [True] * len(moved)
+    tangents = iter(moves_out(closed.jaxpr, unknown)[total:])
+    moves = [next(tangents) if x else False for x in inexact]
+    known, push = _compat.split(closed, unknown, [False] * total + [True] * sum(inexact))
+    made, residuals = known.jaxpr.outvars[:total], known.jaxpr.outvars[total:]
 
-    closed, consts = closed_over(forward, *primals)
-    return closed, consts, *pushes, kept
+    def part(of: Callable[[int], bool]) -> tuple[Jaxpr, list]:
+        wanted = [moves[i] and of(i) for i, x in enumerate(inexact) if x]
+        push_of, used = _compat.pruned(
+            push.jaxpr, wanted, [False] * len(residuals) + [True] * len(moved))
+        return push_of, [x for x, u in zip(residuals, used, strict=False) if u]
+    push_of_output, kept = part(lambda i: i < count)
+    push_aside, kept_aside = part(lambda i: i >= count)
+    outvars = [*made[:count], *kept, *made[count:], *kept_aside]
+    return _Linear(ClosedJaxpr(known.jaxpr.replace(outvars=outvars), []), consts, len(kept),
+                   push_of_output, push_aside, moves)
 
 
 def _inexact(x: Any) -> bool:

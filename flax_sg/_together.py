@@ -15,8 +15,9 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 from flax_sg import _compat
-from flax_sg._jaxprs import closed_over, opened
+from flax_sg._jaxprs import closed_over, moves_out, moving_among, opened
 from flax_sg._marks import of_lane
+from flax_sg._push import push
 
 __all__ = ['Maps']
 
@@ -42,16 +43,17 @@ class Maps:
           moving: which of these the map is linear in; the others are equal in all lanes.
         """
         if not _computes_again(jaxpr):
-            return self._each(jaxpr, operands)
+            return self._each(jaxpr, operands, moving)
         envs = [dict(zip(jaxpr.invars, values, strict=True)) for values in operands]
         moved = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
         for eqn in jaxpr.eqns:
             values = [[_read(env, var) for var in eqn.invars] for env in envs]
-            flags = _moving(eqn.invars, moved)
+            flags = moving_among(eqn.invars, moved)
             rule = _RULES.get(eqn.primitive.name)
             if rule is None or not any(flags) or not _holds_checkpoint(eqn) or _is_placed(eqn):
                 alone = _alone(jaxpr, eqn)
-                outs = self._each(alone, [[env[var] for var in alone.invars] for env in envs])
+                outs = self._each(alone, [[env[var] for var in alone.invars] for env in envs],
+                                  moving_among(alone.invars, moved))
             else:
                 outs = rule(self, eqn, values, flags)
             for env, out in zip(envs, outs, strict=True):
@@ -59,8 +61,17 @@ class Maps:
             moved.update(eqn.outvars * any(flags))
         return [[_read(env, var) for var in jaxpr.outvars] for env in envs]
 
-    def _each(self, jaxpr: Jaxpr, operands: list[list]) -> list[list]:
-        return [jax.core.eval_jaxpr(of_lane(jaxpr, self.level, lane), (), *values)
+    def _each(self, jaxpr: Jaxpr, operands: list[list], moving: list[bool]) -> list[list]:
+        if len(jaxpr.eqns) < 2 or not any(moving):
+            return [jax.core.eval_jaxpr(of_lane(jaxpr, self.level, lane), (), *values)
+                    for lane, values in enumerate(operands)]
+        if moving != sorted(moving):
+            order = sorted(range(len(moving)), key=lambda i: moving[i])
+            jaxpr = jaxpr.replace(invars=[jaxpr.invars[i] for i in order],
+                                  debug_info=jaxpr.debug_info.with_unknown_names())
+            operands = [[values[i] for i in order] for values in operands]
+        count = moving.count(False)
+        return [push(of_lane(jaxpr, self.level, lane), values[:count], values[count:])
                 for lane, values in enumerate(operands)]
 
     def _checkpoint(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
@@ -92,7 +103,7 @@ class Maps:
         consts, carry = _compat.scan_counts(params)
         moving = list(moving)
         while True:  # what a step makes of what moves, moves in the next one
-            made = _moves_out(body, [*[False] * len(closed_consts), *moving])[:carry]
+            made = moves_out(body, [*[False] * len(closed_consts), *moving])[:carry]
             before = moving[consts:consts + carry]
             moving[consts:consts + carry] = [a or b for a, b in zip(before, made, strict=True)]
             if moving[consts:consts + carry] == before:
@@ -130,18 +141,6 @@ _RULES = {'checkpoint': Maps._checkpoint, 'remat2': Maps._checkpoint, 'scan': Ma
 
 def _read(env: dict, var: Any) -> Any:
     return var.val if isinstance(var, Literal) else env[var]
-
-
-def _moving(names: list, moved: set) -> list[bool]:
-    return [not isinstance(var, Literal) and var in moved for var in names]
-
-
-def _moves_out(jaxpr: Jaxpr, moving: list[bool]) -> list[bool]:
-    """Say which results of a jaxpr depend on inputs that move."""
-    moved = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
-    for eqn in jaxpr.eqns:
-        moved.update(eqn.outvars * any(_moving(eqn.invars, moved)))
-    return _moving(jaxpr.outvars, moved)
 
 
 def _computes_again(jaxpr: Jaxpr) -> bool:
