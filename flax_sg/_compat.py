@@ -37,8 +37,9 @@ from jax.interpreters import ad
 __all__ = [
     'CALL', 'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts',
     'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call',
-    'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables', 'run_setup', 'scan_counts', 'scope_names',
-    'scope_path', 'set_cache_key', 'setup_pending', 'split', 'staging_trace', 'stored', 'tap',
+    'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables', 'run_setup',
+    'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending', 'split',
+    'staging_trace', 'stored', 'tap',
     'tap_linear_call', 'tap_map_variables', 'tap_pack', 'tap_rules', 'tap_value', 'trace_state',
     'traced', 'varying', 'without_refs', 'wrapped', 'written_at',
 ]
@@ -276,7 +277,7 @@ _TRACED = DebugInfo('flax_sg', 'flax_sg', None, None)
 def split(jaxpr: Any, unknown: list[bool], late: Any = True) -> tuple[ClosedJaxpr, ClosedJaxpr]:
     """Split a jaxpr without constants by what depends on some of its inputs.
 
-    ``late`` says which results come out of the second part in any case.
+    ``late`` says which results come out of the second part in any case; they are the last ones.
 
     Returns:
       What does not: a function of the other inputs; and what does: one of some results of the
@@ -285,6 +286,16 @@ def split(jaxpr: Any, unknown: list[bool], late: Any = True) -> tuple[ClosedJaxp
     closed = ClosedJaxpr(getattr(jaxpr, 'jaxpr', jaxpr), [])
     known, rest, *_ = _partial_eval.partial_eval_jaxpr_nounits(  # public since 0.12
         closed, unknown, late)
+    if rest.consts:  # these are results of the first part, too
+        consts, inputs = rest.jaxpr.constvars, rest.jaxpr.invars
+        done = 0 if late is True else late.count(False)
+        outvars, info = known.jaxpr.outvars, known.jaxpr.debug_info.with_unknown_names()
+        known = ClosedJaxpr(known.jaxpr.replace(
+            constvars=[*known.jaxpr.constvars, *consts], debug_info=info,
+            outvars=[*outvars[:done], *consts, *outvars[done:]]), [*known.consts, *rest.consts])
+        info = rest.jaxpr.debug_info.with_unknown_names()
+        rest = ClosedJaxpr(rest.jaxpr.replace(
+            constvars=[], invars=[*consts, *inputs], debug_info=info), [])
     return known, rest
 
 

@@ -132,7 +132,7 @@ class _Linear(NamedTuple):
 
     Attributes:
       forward: it, with residuals after the output, and others after what else it made.
-      consts: its first inputs, what rules of `jax.custom_jvp` in it close over.
+      consts: its first inputs: constants, and what rules of `jax.custom_jvp` in it close over.
       kept: the number of residuals of the output.
       push, push_aside: linear maps of residuals and tangents, to the tangents of the output and of
         what else it made.
@@ -164,7 +164,8 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: list, moved: list[int])
     tangents = iter(moves_out(closed.jaxpr, unknown)[total:])
     moves = [next(tangents) if x else False for x in inexact]
     known, push = _compat.split(closed, unknown, [False] * total + [True] * sum(inexact))
-    made, residuals = known.jaxpr.outvars[:total], known.jaxpr.outvars[total:]
+    forward, more = opened(known)
+    made, residuals = forward.outvars[:total], forward.outvars[total:]
 
     def part(of: Callable[[int], bool]) -> tuple[Jaxpr, list]:
         wanted = [moves[i] and of(i) for i, x in enumerate(inexact) if x]
@@ -174,7 +175,7 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: list, moved: list[int])
     push_of_output, kept = part(lambda i: i < count)
     push_aside, kept_aside = part(lambda i: i >= count)
     outvars = [*made[:count], *kept, *made[count:], *kept_aside]
-    return _Linear(ClosedJaxpr(known.jaxpr.replace(outvars=outvars), []), consts, len(kept),
+    return _Linear(ClosedJaxpr(forward.replace(outvars=outvars), []), [*more, *consts], len(kept),
                    push_of_output, push_aside, moves)
 
 
