@@ -68,7 +68,7 @@ Edge = tuple[int, int]
 _CALLS = {
     'jit': 'jaxpr', 'pjit': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
     'checkpoint': 'jaxpr', 'remat': 'jaxpr', 'remat2': 'jaxpr', 'shard_map': 'jaxpr',
-    'custom_vmap_call': 'call', 'eval_jaxpr': 'call_jaxpr',
+    'custom_vmap_call': 'call', 'eval_jaxpr': 'call_jaxpr', 'flax_sg_push': 'jaxpr',
 }
 _CUSTOM = {'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr'}
 

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from oracle import assert_same
 from random_programs import (
-    OPS, Generator, IllConditioned, check, draw, evaluate, flatten, report, same_failure, shrink,
-    unflatten,
+    OPS, Generator, IllConditioned, check, check_views, draw, draw_views, evaluate, flatten, report,
+    same_failure, shrink, unflatten,
 )
 
 import flax_sg as sg
@@ -41,6 +41,19 @@ def check_seed(seed, **how):
 @given(seeds)
 def test_random_programs(part, seed):
     check_seed(6 * seed + part)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [90617])  # a stack whose layers were lifted once more
+def test_random_programs_that_were_wrong(seed):
+    check_seed(seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [210284, 230043])  # constants of a linear map
+def test_random_views_that_were_wrong(seed):
+    program, how = draw_views(seed)
+    check_views(program, **how)
 
 
 @pytest.mark.long
