@@ -325,6 +325,7 @@ def test_remat_needs_shared(example, capsys):
     assert '--remat: expected --shared beside it' in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_rematerialised_sampler_gives_the_same_gradients(modules, setting):
     world, params, *rest = setting
     def grads(world):

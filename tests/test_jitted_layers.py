@@ -205,7 +205,7 @@ def counted():
     return Net(), traces
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('predicate', [
     True, sg.nothing, 'Layer_*', '**/kernel', 'nowhere', lambda v: False,
     sg.path('Layer_*') & ~sg.path('**/bias')],

@@ -84,6 +84,7 @@ def test_the_machine_and_the_library_agree_on_what_a_filter_selects(seed):
     assert flatten(chosen) == {p: mask.filter.selects(p, p) for p in paths}
 
 
+@pytest.mark.long
 def test_programs_stop_gradients_often_and_hold_every_form():
     """A generator that drifts into trivial programs would leave the tests above green."""
     programs = [draw(seed)[0] for seed in range(150)]

@@ -202,7 +202,7 @@ def check(kind, use, which, run=traced):
             assert_same(run(order(f))(PARAMS, X), run(order(plain))(PARAMS, X), kind, rtol=1e-3)
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(11)
 @pytest.mark.parametrize('kind, use', [
     *((kind, use) for kind in ('scale', 'clip', 'bend', 'replace') for use in USES),
     *((kind, use) for kind in ('reverse', 'zero', 'constant') for use in ('block', 'tree'))])
@@ -210,7 +210,7 @@ def test_each_use(kind, use):
     check(kind, use, 'some')
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('which', ['all', 'callable'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_each_kind_of_predicate(kind, which):

@@ -189,7 +189,7 @@ def shared_key(request):
         assert len(_contexts._owned)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize('seed, jit', [(0, True), (1, True), (1, False)])
 @pytest.mark.parametrize('blocks', ['inside', 'around'])
 def test_random_nests_of_blocks_around_cached_functions(seed, blocks, jit, shared_key):

@@ -581,7 +581,7 @@ def relifted(kind, around):
     return Root()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize('mutable', [['params'], True], ids=str)
 @pytest.mark.parametrize('around', AROUND)
 @pytest.mark.parametrize('kind', RELIFTED)
@@ -724,6 +724,7 @@ def test_what_comes_out_of_a_body_is_of_the_type_that_it_would_be(lift, value):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize('mutable', [False, ['params']], ids=str)
 @pytest.mark.parametrize('block', [False, True])
 @pytest.mark.parametrize('lift', [nn.remat, nn.jit, lambda cls: nn.remat(nn.jit(cls))])

@@ -115,7 +115,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_each_order_of_derivative(name, order):

@@ -123,7 +123,7 @@ def figures(step, params):
 IN_FLIGHT = {'nested': 12 * 1024, 'remat_scan': 3 * 4 * 4 * WIDTH * WIDTH}
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize('prevent_cse', [False, True])
 @pytest.mark.parametrize('policy', POLICIES)
 @pytest.mark.parametrize('form', FORMS)
