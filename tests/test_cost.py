@@ -66,7 +66,7 @@ def count_scans(value):
                for eqn in getattr(value, 'eqns', ()))
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize('model, name', PAIRS)
 def test_compiled_step_costs_what_it_costs_by_hand(model, name):
     params, _, pairs = cases_of(model)
@@ -136,7 +136,7 @@ def params_of(depth):
     return jax.eval_shape(model.init, jax.random.key(0), TOKENS)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize('predicate', [
     True, 'encoder/layer_*', '**/attention', path('encoder/layer_0') | path('encoder/layer_1'),
     lambda v: v.name.endswith('bias'),

@@ -119,7 +119,7 @@ def surrogate(point, x, y):
                for tau, cost in zip(log_probs(point, x, y), costs(point, x, y), strict=True))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('outcome', OUTCOMES)
 @pytest.mark.parametrize('name', ['dice', 'surrogate'])
 def test_each_outcome_is_that_of_a_stopped_tau(name, outcome):

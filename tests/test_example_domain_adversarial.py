@@ -71,7 +71,7 @@ def largest(tree):
     return max(float(abs(x).max()) for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('traced', [False, True])
 @pytest.mark.parametrize('lam', LAMBDAS)
 def test_gradients_are_those_of_a_reversal_layer(problem, lam, traced):

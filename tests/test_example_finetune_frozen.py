@@ -100,6 +100,7 @@ def test_the_last_stage_trains_all_and_writes_statistics(mode):
     assert all(leaf.any() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.long
 def test_the_held_stage_moves_the_head_alone_as_adamw_of_the_head_does():
     variables, digits = problem(3)
     found = run(ft.HEAD, variables, digits).variables

@@ -93,6 +93,7 @@ def test_one_pass_runs_the_generator_once_and_costs_what_it_costs_by_hand(costs)
     assert one.times == 1 and all(cost.seconds > 0 for cost in (one, two, programs, by_hand))
 
 
+@pytest.mark.long
 def test_a_step_descends_both_losses_at_once(problem):
     state, params, batch = problem
     new, losses = example.step_of(example.one_pass)(state, batch)

@@ -169,6 +169,7 @@ def test_gradients_agree_with_differences_within_their_errors(run):
     assert np.linalg.norm(many) > 1.5 * np.linalg.norm(few)
 
 
+@pytest.mark.long
 def test_training_lowers_f_on_held_out_rows_and_noise(run):
     found, printed, picture = run
     for name, course in found['courses'].items():

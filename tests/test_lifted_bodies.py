@@ -415,7 +415,7 @@ class Unrolled(nn.Module):
         return c, None
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('collections', ['params', 'state', ('params', 'state')])
 @pytest.mark.parametrize('how, mutable', [
     ('scan', ['state']), ('unrolled', ['state']), ('unrolled', False), ('unrolled', ['params']),

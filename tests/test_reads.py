@@ -854,7 +854,7 @@ PAIRS = [(form, host) for i, form in enumerate(SMALL)
          for host in (*ALWAYS, *(IN_TURN[(2 * i + k) % len(IN_TURN)] for k in range(2)))]
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize('form, host', [pair for pair in PAIRS if pair not in CANNOT])
 def test_reads_inside_are_stopped_and_reads_outside_are_live(form, host):
     check(SMALL[form], HOSTS[host], 'MLM')
@@ -862,7 +862,7 @@ def test_reads_inside_are_stopped_and_reads_outside_are_live(form, host):
         check(SMALL[form], HOSTS[host], 'LM')
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('form, host', [
     *((form, host) for i, form in enumerate(LARGE) for host in ('SetupHost', 'apply')[i % 2:]),
     *((form, 'MirrorHost') for form in ('LayerScan', 'ScanSplit'))])

@@ -581,7 +581,7 @@ def relifted(kind, around):
     return Root()
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize('mutable', [['params'], True], ids=str)
 @pytest.mark.parametrize('around', AROUND)
 @pytest.mark.parametrize('kind', RELIFTED)

@@ -698,6 +698,7 @@ def test_collections():
         assert (grads['params']['w'], grads['consts']['scale']) == (3, want)
 
 
+@pytest.mark.long
 @settings(deterministic, max_examples=10)
 @given(seeds)
 def test_random_programs(seed):

@@ -123,7 +123,7 @@ def figures(step, params):
 IN_FLIGHT = {'nested': 12 * 1024, 'remat_scan': 3 * 4 * 4 * WIDTH * WIDTH}
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(13)
 @pytest.mark.parametrize('prevent_cse', [False, True])
 @pytest.mark.parametrize('policy', POLICIES)
 @pytest.mark.parametrize('form', FORMS)
@@ -153,7 +153,7 @@ def test_each_step_is_computed_again_once(form, products, loops, again):
         assert figures(by_hand, params)[1] == products + 2 * again
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('order', [
     lambda f: jax.grad(lambda p: sum(jnp.sin(g).sum() for g in jax.tree.leaves(jax.grad(f)(p)))),
