@@ -198,7 +198,7 @@ class SetupFills(nn.Module):
     items: list = dataclasses.field(default_factory=list, init=False)
 
     def __post_init__(self):
-        self.w, self.none, self.store = None, None, {}
+        self.w, self.none, self.store = None, None, {'w': jnp.ones(3)}
         object.__setattr__(self, 'queue', collections.deque())
         object.__setattr__(self, 'box', Held(None))
         super().__post_init__()
@@ -886,3 +886,21 @@ def test_what_is_not_selected_stays_live(form, host):
     ends = ('w', 'kernel', 'scale')
     check(SMALL[form], HOSTS[host], 'MLM', lambda v: v.path[-1].endswith(ends),
           lambda names: names[-1].endswith(ends))
+
+
+@pytest.mark.parametrize('first', ['live', 'held'])
+@pytest.mark.parametrize('form', [name for name in SMALL if name.startswith('Setup')])
+def test_what_setup_makes_is_live_then_held_then_live(form, first):
+    model, x = SMALL[form], jnp.linspace(0.5, 1, 3).reshape(1, 3)
+    params = model.init(jax.random.key(0), x)['params']
+
+    def run(p):
+        module = model.bind({'params': p})
+        live = module(x).sum() if first == 'live' else 0
+        with sg.stop_gradient(True):
+            held = module(x).sum()
+        return live + 10 * held + 100 * module(x).sum()
+    once = jax.grad(lambda p: model.apply({'params': p}, x).sum())(params)
+    times = 101 if first == 'live' else 100
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, times * b, rtol=1e-4, atol=1e-4),
+                 jax.grad(run)(params), once)
