@@ -22,11 +22,17 @@ import numpy as np
 from flax_sg._callables import cell_contents
 from flax_sg._compat import Module, Scope, Variable
 
-__all__ = ['arrays_in', 'is_plain']
+__all__ = ['arrays_in', 'given', 'is_plain']
 
 _MOST = 10_000  # objects that are looked at
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), np.dtype, enum.Enum, Scope, Variable,
           types.ModuleType, types.CodeType, types.FrameType, weakref.ref)
+
+
+def given(module: Module) -> dict[str, Any]:
+    """Return what a module was made with, but for its place."""
+    return {field.name: getattr(module, field.name, None) for field in dataclasses.fields(module)
+            if field.init and field.name not in ('parent', 'name')}
 
 
 def is_plain(value: Any) -> bool:
@@ -52,9 +58,7 @@ def arrays_in(value: Any) -> Iterator[Any]:
 
 def _parts(value: Any) -> list:
     if isinstance(value, Module):
-        names = [field.name for field in dataclasses.fields(value) if field.init]
-        return [type(value), *(getattr(value, name, None) for name in names
-                               if name not in ('parent', 'name'))]
+        return [type(value), *given(value).values()]
     if isinstance(value, types.FunctionType):
         return [*map(cell_contents, value.__closure__ or ()), *(value.__defaults__ or ()),
                 *(value.__kwdefaults__ or {}).values(), *vars(value).values()]

@@ -26,7 +26,7 @@ from flax_sg._active import Entry, state
 from flax_sg._callables import cell_contents
 from flax_sg._compat import Module, Scope, Variable
 from flax_sg._errors import UsageError
-from flax_sg._reach import arrays_in, is_plain
+from flax_sg._reach import arrays_in, given, is_plain
 from flax_sg._runs import Run, running, written_in_a_run
 from flax_sg._scope import application_of, effective, write
 
@@ -39,7 +39,15 @@ _TABLE = '_flax_sg_setup'
 _NUMBERS = (bool, int, float, complex)
 _STATIC = (Variable, Scope, str, bytes, np.dtype, types.ModuleType, *_NUMBERS)
 _NOTHING = (None, None)
-_FLAX = frozenset(vars(Module()))  # attributes that Flax gives each module
+
+
+class _Bare(Module):
+    """Has the attributes that Flax gives each module, and no others."""
+
+
+_bare = _Bare().bind({})
+_compat.run_setup(_bare)
+_FLAX = frozenset(vars(_bare)) | {'parent'}
 
 
 class Kept:
@@ -77,32 +85,33 @@ class Kept:
 
 def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
     clone = module.clone(parent=module.scope.rewound())
-    where = f"setup of '/{'/'.join(module.path)}'"
-    with _told_of_objects(clone, where, state.setups[-1]):
+    with _told_of_objects(clone, state.setups[-1]):
         _compat.run_setup(clone)
     missing = [name for name in names if name not in vars(clone)]
     if missing:
         raise UsageError(
-            f'{where} set {missing[0]!r} when it first ran, and not when it ran again inside a '
-            "flax_sg block. Let setup depend on nothing but the module's fields, variables and "
-            'random streams.')
+            f'{_setup_of(module)} set {missing[0]!r} when it first ran, and not when it ran again '
+            "inside a flax_sg block. Let setup depend on nothing but the module's fields, variables "
+            'and random streams.')
     return {name: vars(clone)[name] for name in names}
 
 
 @contextlib.contextmanager
-def _told_of_objects(module: Module, where: str, run: Run) -> Iterator[None]:
+def _told_of_objects(module: Module, run: Run) -> Iterator[None]:
     """Raise UsageError if a setup in a block puts what it reads into an object that others see."""
-    values = {field.name: getattr(module, field.name, None) for field in dataclasses.fields(module)
-              if field.init and field.name not in ('parent', 'name')}
-    objects = {name: value for name, value in values.items() if not is_plain(value)}
+    objects = {name: value for name, value in given(module).items() if not is_plain(value)}
     before = {name: list(_values_in(value)) for name, value in objects.items()}
     yield
     for name, value in objects.items():
         if run.read and not {*map(id, _values_in(value))} <= {*map(id, before[name])}:
             raise UsageError(
-                f'{where} put what it reads inside a flax_sg block into the object in field '
-                f"{name!r}: code that holds the object would see the block's values after it. Set "
-                'attributes of the module itself.')
+                f'{_setup_of(module)} put what it reads inside a flax_sg block into the object in '
+                f"field {name!r}: code that holds the object would see the block's values after it. "
+                'Set attributes of the module itself.')
+
+
+def _setup_of(module: Module) -> str:
+    return f"setup of '/{'/'.join(module.path)}'"
 
 
 def _values_in(value: Any) -> Iterator[Any]:
@@ -128,9 +137,7 @@ def _depends(value: Any, seen: frozenset[int] = frozenset()) -> bool:
         return False
     depends = functools.partial(_depends, seen=seen | {id(value)})
     if isinstance(value, Module):
-        return _class_depends(type(value)) or any(
-            depends(getattr(value, field.name)) for field in dataclasses.fields(value)
-            if field.init and field.name not in ('parent', 'name'))
+        return _class_depends(type(value)) or any(map(depends, given(value).values()))
     if isinstance(value, _STATIC):
         return False
     if isinstance(value, type):
@@ -213,9 +220,8 @@ def _try_setup(original, self, shallow=False):
     before, entries = _values(self), effective(self.scope)
     # A module and its mirrors see the same state and draw the same numbers: the first is set up.
     run = Run(first_run(self, 'setup'))
-    where = f"setup of '/{'/'.join(self.path)}'"
-    with running(run, self.scope), _told_of_objects(
-            self, where, run) if entries else contextlib.nullcontext():
+    in_block = _told_of_objects(self, run) if entries else contextlib.nullcontext()
+    with running(run, self.scope), in_block:
         original(self, shallow)
     if run.first is None:
         note_run(self, 'setup', run)
@@ -231,9 +237,9 @@ def _try_setup(original, self, shallow=False):
 
 def _values(module: Module) -> dict[str, tuple[Any, list]]:
     """Return the attributes that setup may set or fill, and the arrays in them."""
-    fields = {field.name for field in dataclasses.fields(module) if field.init}
+    others = _FLAX | {field.name for field in dataclasses.fields(module) if field.init}
     return {name: (value, [] if is_plain(value) else list(arrays_in(value)))
-            for name, value in vars(module).items() if name not in fields and name not in _FLAX}
+            for name, value in vars(module).items() if name not in others}
 
 
 def _changed(module: Module, before: dict[str, tuple[Any, list]]) -> dict[str, Any]:

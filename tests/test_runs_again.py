@@ -6,6 +6,7 @@ runs setup itself. All forward values, random numbers and states are those of th
 
 import collections
 import functools
+import inspect
 import types
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 from flax import struct
 
 import flax_sg as sg
-from flax_sg import nn
+from flax_sg import _setup, nn
 
 ones, one = nn.initializers.ones, jnp.ones(())
 held = sg.stop_gradient(True)
@@ -627,3 +628,35 @@ def test_numbers_that_setup_makes_of_a_variable(first):
             return replaced, self()
     assert Numbers().apply({'c': {'v': one}}, method='both') == (
         (-5.0, -5, 'v', False, 3), (1.0, 1, 'v', True, 3))
+
+
+def test_attributes_that_flax_gives_a_module_are_none_of_setups():
+    """Flax's own hold the parts that setup makes, and so what the parts were made with."""
+    runs = []
+
+    class Part(nn.Module):
+        w: jax.Array
+
+        def __call__(self):
+            return self.w * 1
+
+    class Whole(nn.Module):
+        def setup(self):
+            runs.append(self)
+            self.w = self.param('w', ones, ())
+            self.parts = [Part(self.w), Part(2 * self.w)]
+
+        def __call__(self):
+            return self.w + self.parts[0]() + self.parts[1]()
+
+    def run(p):
+        module = Whole().bind({'params': p})
+        live = module()
+        with held:
+            return live + 10 * module() + 10 * module()
+    assert jax.grad(run)({'w': one})['w'] == 4
+    assert len(runs) == 2  # and once in the block
+    names = {'_state', '_id', '_parent_ref', 'name', 'parent', 'scope'}
+    assert names <= _setup._FLAX
+    assert not any(isinstance(inspect.getattr_static(Whole, name, None), _setup._SetupAttribute)
+                   for name in names)
