@@ -91,8 +91,8 @@ def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
     if missing:
         raise UsageError(
             f'{_setup_of(module)} set {missing[0]!r} when it first ran, and not when it ran again '
-            "inside a flax_sg block. Let setup depend on nothing but the module's fields, variables "
-            'and random streams.')
+            "inside a flax_sg block. Let setup depend on nothing but the module's fields, "
+            'variables and random streams.')
     return {name: vars(clone)[name] for name in names}
 
 
@@ -106,8 +106,8 @@ def _told_of_objects(module: Module, run: Run) -> Iterator[None]:
         if run.read and not {*map(id, _values_in(value))} <= {*map(id, before[name])}:
             raise UsageError(
                 f'{_setup_of(module)} put what it reads inside a flax_sg block into the object in '
-                f"field {name!r}: code that holds the object would see the block's values after it. "
-                'Set attributes of the module itself.')
+                f"field {name!r}: code that holds the object would see the block's values after "
+                'it. Set attributes of the module itself.')
 
 
 def _setup_of(module: Module) -> str:
