@@ -22,21 +22,24 @@ from flax_sg._compat import Module
 __all__ = ['module_of', 'note_class']
 
 # Code of a member of some class of modules, or of a function written in one; and the member's. By
-# identity, as equal code is elsewhere too, and a hash looks at all of it.
+# identity, as equal code is elsewhere too, and a hash looks at all of it. The code of a decorator is
+# that of all functions that it wraps: it is a member's only where it opens the block itself.
 _known: dict[int, tuple[weakref.ref[CodeType], weakref.ref[CodeType]]] = {}
+_decorators: weakref.WeakValueDictionary[int, CodeType] = weakref.WeakValueDictionary()
 _OWN = (_compat.CALL.co_filename, _compat.__file__, _inside.__file__)  # wrappers of all methods
 _members: weakref.WeakKeyDictionary[type, dict[int, CodeType]] = weakref.WeakKeyDictionary()
 
 
 def module_of(frame: FrameType | None) -> Module | None:
-    """Return the bound module whose code a frame runs; None where Flax knows it, or there is none.
-    """
+    """Return the bound module whose code a frame runs, or None where Flax knows or it is none's."""
     wanted: CodeType | None = None  # the member in which the innermost function was written
     first = True  # no method that Flax runs was passed yet: it knows that one's module
+    opener = frame
     while frame is not None:
         code, back = frame.f_code, frame.f_back
         by_flax = back is not None and back.f_code is _compat.CALL
-        member = _member_of(code)
+        shared = frame is not opener and _decorators.get(id(code)) is code
+        member = None if shared else _member_of(code)
         if wanted is None and (by_flax or code is _compat.CALL) or (
                 by_flax and first and member is wanted):
             return None
@@ -117,6 +120,8 @@ def _codes_in(member: Any, depth: int = 0) -> Iterator[CodeType]:
         return
     if isinstance(member, FunctionType):
         yield member.__code__
+        if hasattr(member, '__wrapped__'):
+            _decorators[id(member.__code__)] = member.__code__
         cells = map(cell_contents, member.__closure__ or ())  # what a decorator wraps
         inner = [getattr(member, '__wrapped__', None), *cells]
     elif isinstance(member, property):

@@ -318,3 +318,48 @@ def test_a_module_class_that_a_method_defines_has_names_of_its_own():
     grads = jax.grad(lambda p: Outer().apply({'params': p}, 2.0))(
         {'w': jnp.array(1.0), 'inner': {'w': jnp.array(1.0)}})
     assert (grads['w'], grads['inner']['w']) == (2, 0)
+
+
+def checked(fn):
+    """A decorator that methods and helpers share, as of a library that checks types."""
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+        return fn(*args, **kwargs)
+    return wrapper
+
+
+@checked
+def helper(part, x):
+    with nn.stop_gradient('w'):
+        return part.w * x
+
+
+class Checked(nn.Module):
+    def setup(self):
+        self.w = self.param('w', ones, ())
+
+    @nn.nowrap
+    @checked
+    def of_its_own(self):
+        with nn.stop_gradient('w'):
+            return 1.0 * self.w
+
+
+class Helped(nn.Module):
+    """Calls a helper: the block stands in nobody's code, and is that of the running module."""
+
+    own: bool
+
+    def setup(self):
+        self.p, self.w = Checked(), self.param('w', ones, ())
+
+    def __call__(self, x):
+        held = self.p.of_its_own() if self.own else helper(self.p, x) + 0 * self.w
+        return held + 3 * self.w
+
+
+@pytest.mark.parametrize('own, want', [(False, (2, 3)), (True, (0, 3))])
+def test_a_decorator_that_a_helper_shares_with_a_part(own, want):
+    params = {'w': jnp.array(1.0), 'p': {'w': jnp.array(1.0)}}
+    grads = jax.grad(lambda p: Helped(own).apply({'params': p}, 2.0))(params)
+    assert (grads['p']['w'], grads['w']) == want
