@@ -22,9 +22,9 @@ from flax_sg._compat import Module
 __all__ = ['module_of', 'note_class']
 
 # Code of a member of some class of modules, or of a function written in one; and the member's. By
-# identity, as equal code is elsewhere too, and a hash looks at all of it. The code of a decorator is
-# that of all functions that it wraps: it is a member's only where it opens the block itself.
+# identity, as equal code is elsewhere too, and a hash looks at all of it.
 _known: dict[int, tuple[weakref.ref[CodeType], weakref.ref[CodeType]]] = {}
+# The code of a decorator runs for all that it wraps: it is a member's where it opens the block.
 _decorators: weakref.WeakValueDictionary[int, CodeType] = weakref.WeakValueDictionary()
 _OWN = (_compat.CALL.co_filename, _compat.__file__, _inside.__file__)  # wrappers of all methods
 _members: weakref.WeakKeyDictionary[type, dict[int, CodeType]] = weakref.WeakKeyDictionary()

@@ -15,9 +15,9 @@ from typing import Any
 import flax
 import jax
 from flax import linen
-from jax.extend.core import Literal
 
 from flax_sg._errors import UnsupportedVersionError
+from flax_sg._jaxprs import moves_out
 
 __all__ = ['check']
 
@@ -78,13 +78,8 @@ def _checked(block: Callable[[], AbstractContextManager]) -> str | None:
         made = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
     except Exception as error:
         return f'it raised {type(error).__name__}: {error}'
-    reached = set(made.invars)
-    for eqn in made.eqns:
-        if any(var in reached for var in eqn.invars if not isinstance(var, Literal)):
-            reached.update(eqn.outvars)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for name, var in zip(names, made.outvars, strict=True):
-        moves = not isinstance(var, Literal) and var in reached
+    for name, moves in zip(names, moves_out(made, [True] * len(made.invars)), strict=True):
         if moves == ('held' in name):
             state = 'held, and has a gradient' if moves else 'not held, and has no gradient'
             return f'its variable {name} is {state}'
