@@ -26,7 +26,7 @@ from jax.interpreters import ad, batching
 from flax_sg import _compat
 from flax_sg._jaxprs import closed_over, evaluate, moves_out, opened, runs
 from flax_sg._marks import BINDER, NO_LANE, during, inputs_of_lanes, of_lane, tracing
-from flax_sg._together import Maps
+from flax_sg._together import Maps, once
 
 __all__ = ['in_lanes']
 
@@ -112,6 +112,7 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, co
     # checkpoint it stacks what goes in, of which all but the first lane's is not used.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def pushed(residuals: list, residuals_aside: list, tangents: list) -> list:
+        tangents = of_lanes(tangents)
         maps = Maps(level, functools.partial(_in_common, lanes, level))
         found = maps.apply(linear.push, [
             [*own, *ts] for own, ts in zip(maps.share(None, residuals), tangents, strict=True)],
@@ -120,6 +121,7 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, co
                                          *residuals_aside, *tangents[0]))
         return [t for ts in found for t in ts]
 
+    tangents, of_lanes = once(tangents)
     made = [*(x for out in outs for x in out), *aside]
     found = iter(pushed(residuals, residuals_aside, tangents))
     moves = linear.moves[:count] * len(lanes) + linear.moves[count:]

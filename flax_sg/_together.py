@@ -19,7 +19,7 @@ from flax_sg._jaxprs import closed_over, moves_out, moving_among, opened
 from flax_sg._marks import of_lane
 from flax_sg._push import push
 
-__all__ = ['Maps']
+__all__ = ['Maps', 'once']
 
 
 class Maps:
@@ -76,10 +76,10 @@ class Maps:
 
     def _checkpoint(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
         known, push = _compat.split(eqn.params['jaxpr'], moving)
-        parts = [_parted(values, moving) for values in operands]
+        flat, of_lanes = once(operands)
 
         def body(*flat: Any) -> list:
-            parts = unflatten(flat)
+            parts = [_parted(values, moving) for values in of_lanes(flat)]
             kept = self.share(known, [inputs for inputs, _ in parts]) if known.jaxpr.eqns else [
                 jax.core.eval_jaxpr(known.jaxpr, known.consts, *inputs) for inputs, _ in parts]
             outs = self.apply(push.jaxpr, [
@@ -87,14 +87,11 @@ class Maps:
                 [False] * len(kept[0]) + [True] * sum(moving))
             return jax.tree.leaves(outs)
 
-        flat, treedef = jax.tree.flatten(parts)
-        unflatten = treedef.unflatten
         jaxpr, consts = closed_over(body, *flat)
         params = eqn.params | {'jaxpr': jaxpr.jaxpr}
-        if isinstance(params['prevent_cse'], tuple):  # for each operand, since jax 0.11
-            flags = _parted(params['prevent_cse'], moving)
-            params['prevent_cse'] = (True,) * len(consts) + tuple(
-                jax.tree.leaves([flags] * len(operands)))
+        if isinstance(flags := params['prevent_cse'], tuple):  # for each operand, since jax 0.11
+            flag_of = {id(x): flag for values in operands for x, flag in zip(values, flags)}
+            params['prevent_cse'] = (*[True] * len(consts), *(flag_of[id(x)] for x in flat))
         outs = eqn.primitive.bind(*consts, *flat, **params)
         return _grouped(outs, len(operands))
 
@@ -109,29 +106,33 @@ class Maps:
             if moving[consts:consts + carry] == before:
                 break
 
-        def step(carries: list[list], xs: list[list]) -> tuple[list[list], list[list]]:
+        sliced, of_lanes = once([of[consts + carry:] for of in operands])
+
+        def step(carries: list[list], xs: list) -> tuple[list[list], list[list]]:
             values = [[*closed_consts, *of[:consts], *c, *x]
-                      for of, c, x in zip(operands, carries, xs, strict=True)]
+                      for of, c, x in zip(operands, carries, of_lanes(xs), strict=True)]
             outs = self.apply(body, values, [*[False] * len(closed_consts), *moving])
             return [out[:carry] for out in outs], [out[carry:] for out in outs]
 
         carries, ys = jax.lax.scan(
-            step, [of[consts:consts + carry] for of in operands],
-            [of[consts + carry:] for of in operands], params['length'], params['reverse'],
-            params['unroll'])
+            step, [of[consts:consts + carry] for of in operands], sliced, params['length'],
+            params['reverse'], params['unroll'])
         return [[*c, *y] for c, y in zip(carries, ys, strict=True)]
 
     def _cond(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
+        flat, of_lanes = once([values[1:] for values in operands])
+
         def of_branch(closed: Any) -> Callable:
-            return lambda operands: self.apply(*_with_consts(closed, operands, moving[1:]))
-        return jax.lax.switch(operands[0][0], list(map(of_branch, eqn.params['branches'])),
-                              [values[1:] for values in operands])
+            return lambda flat: self.apply(*_with_consts(closed, of_lanes(flat), moving[1:]))
+        return jax.lax.switch(operands[0][0], list(map(of_branch, eqn.params['branches'])), flat)
 
     def _call(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
-        def call(operands: list[list]) -> list[list]:
-            return self.apply(*_with_consts(eqn.params['jaxpr'], operands, moving))
+        flat, of_lanes = once(operands)
+
+        def call(flat: list) -> list[list]:
+            return self.apply(*_with_consts(eqn.params['jaxpr'], of_lanes(flat), moving))
         call.__name__ = eqn.params['name']
-        return jax.jit(call)(operands)
+        return jax.jit(call)(flat)
 
 
 # By the names of both versions of JAX.
@@ -168,6 +169,17 @@ def _alone(jaxpr: Jaxpr, eqn: JaxprEqn) -> Jaxpr:
 def _parted(values: Any, moving: list[bool]) -> tuple[list, list]:
     pairs = list(zip(values, moving, strict=True))
     return [x for x, m in pairs if not m], [x for x, m in pairs if m]
+
+
+def once(operands: list[list]) -> tuple[list, Callable[[Any], list[list]]]:
+    """Return the operands of all lanes, each value once; and a function from these to each lane's.
+
+    What lanes have in common then has one cotangent, the sum of theirs, in a loop too.
+    """
+    flat = {id(x): x for values in operands for x in values}
+    place = {key: i for i, key in enumerate(flat)}
+    places = [[place[id(x)] for x in values] for values in operands]
+    return [*flat.values()], lambda flat: [[flat[i] for i in of_lane] for of_lane in places]
 
 
 def _grouped(values: list, lanes: int) -> list[list]:
