@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flax_sg import _compat
-from flax_sg._answers import Answers, answers_of
+from flax_sg._answers import Answers, answers_of, note
 from flax_sg._bodies import Body, Question, WatchedInfo, relative
 from flax_sg._callables import callable_source
 from flax_sg._contexts import Context, Contexts, no_blocks
@@ -101,16 +101,15 @@ class Entry:
       trace: the JAX trace in which it was opened.
       staging: the trace to a jaxpr in which that was, which JAX may keep.
       bodies: the bodies of nn.jit in which it was opened.
-      captured: a rule of the user's will open it again.
+      said: what a predicate with callables has said.
       reads: what variables were read as, for each application of a model.
       met: what it has met, for patterns that select nothing, until it is closed.
       settled: an attached one's patterns were looked at, as no block of it need ever end.
     """
 
     __slots__ = (
-        '__weakref__', 'answers', 'around', 'attached', 'bodies', 'captured', 'family', 'kept',
-        'key', 'line', 'met', 'opener', 'owner', 'reads', 'settled', 'staging', 'trace',
-        'transform')
+        '__weakref__', 'answers', 'around', 'attached', 'bodies', 'family', 'kept', 'key', 'line',
+        'met', 'opener', 'owner', 'reads', 'said', 'settled', 'staging', 'trace', 'transform')
 
     def __init__(self, transform: Transform, opener: Path, family: Any = None, *,
                  variables: dict | None = None, around: tuple[Entry, ...] = (),
@@ -124,7 +123,7 @@ class Entry:
         self.line = here()
         self.trace, self.staging = _compat.trace_state(), _compat.staging_trace()
         self.bodies = state.bodies
-        self.captured = False
+        self.said: dict[VariableInfo, Hashable] = {}
         self.answers: Answers | None = None
         source = (transform.key(callable_source), opener, family is None,
                   *(entry.key for entry in around))
@@ -202,8 +201,21 @@ class Entry:
         """Return what the transform says of a variable, and note it for JAX's caches."""
         answer = self.transform.says(info)
         if self.answers is not None:
-            self.answers.note(info, answer, self.transform)
+            for said in (self.said, self.answers.said):
+                note(said, info, answer, self.transform)
         return answer
+
+    def resume(self) -> bool:
+        """Return whether it takes up its answers again: a rule of the user's opens it once more.
+
+        Another block may have given these answers meanwhile, and more: then it has its own.
+        """
+        if self.answers is None or self in self.answers.users:
+            return False
+        source = self.key[:-1]
+        self.answers = answers_of(source, self)
+        self.key = (*source, self.answers)
+        return True
 
     def closed(self) -> None:
         """Forget what was only of use while the block was open."""
@@ -212,7 +224,11 @@ class Entry:
             return
         self.reads.clear()
         self.met = None
-        if self.answers is not None and not self.captured:
+        self.release()
+
+    def release(self) -> None:
+        """Let other predicates share its answers: it is not open any more."""
+        if self.answers is not None:
             self.answers.users.discard(self)
 
 
@@ -358,6 +374,7 @@ def opened(entry: Entry) -> Iterator[None]:
 @contextlib.contextmanager
 def reopened(stack: tuple[Entry, ...], *, inside: bool) -> Iterator[None]:
     """Run a rule in the blocks in which its function was called, and in no others."""
+    resumed = [entry for entry in stack if entry.resume()]
     try:
         with under(around=stack, openings=[], inside=inside, setups=[], publishing=None):
             _restack()
@@ -367,6 +384,8 @@ def reopened(stack: tuple[Entry, ...], *, inside: bool) -> Iterator[None]:
                 for opening in state.openings:
                     opening.left = True
     finally:
+        for entry in resumed:
+            entry.release()
         _restack()
 
 

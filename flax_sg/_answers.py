@@ -20,7 +20,7 @@ from typing import Any
 from flax_sg._errors import UsageError
 from flax_sg._info import VariableInfo
 
-__all__ = ['Answers', 'answers_of']
+__all__ = ['Answers', 'answers_of', 'note']
 
 
 class Answers:
@@ -32,18 +32,20 @@ class Answers:
         self.said: dict[VariableInfo, Hashable] = {}
         self.users: weakref.WeakSet = weakref.WeakSet()  # blocks that are open
 
-    def note(self, info: VariableInfo, answer: Hashable, who: Any) -> None:
-        """Note an answer; one that differs from an earlier one would belong to other traces."""
-        if self.said.setdefault(info, answer) != answer:
-            raise UsageError(
-                f'{who!r}: its predicate said {self.said[info]} of {info.name!r} before, and now '
-                f'{answer}, in one block. A predicate may change between blocks, not inside one.')
-
     def _agree(self, says: Callable[[VariableInfo], Hashable]) -> bool:
         try:
             return all(says(info) == answer for info, answer in list(self.said.items()))
         except Exception:  # it may not know of variables that others were asked about
             return False
+
+
+def note(said: dict[VariableInfo, Hashable], info: VariableInfo, answer: Hashable, who: Any
+         ) -> None:
+    """Note an answer; one that differs from an earlier one would belong to other traces."""
+    if said.setdefault(info, answer) != answer:
+        raise UsageError(
+            f'{who!r}: its predicate said {said[info]} of {info.name!r} before, and now {answer}, '
+            'in one block. A predicate may change between blocks, not inside one.')
 
 
 _known: dict[Hashable, weakref.WeakSet[Answers]] = {}

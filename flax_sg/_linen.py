@@ -11,6 +11,7 @@ import copyreg
 import dataclasses
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -25,7 +26,7 @@ from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
 from flax_sg._inside import run_inside
 from flax_sg._members import module_of
-from flax_sg._scope import attach, attached_entry, entry_at, open_at
+from flax_sg._scope import attach, attached_entry, entry_at, open_at, without
 from flax_sg._setup import LIVE
 
 if TYPE_CHECKING:
@@ -54,9 +55,13 @@ def block_entry(transform: Transform, frame: FrameType) -> Entry:
 
 
 def lift_function(transform: Transform, fn: Callable) -> Callable:
-    """Wrap a method, or a function that takes a module first, to run inside the block."""
+    """Wrap a method, or a function that takes a module first, to run inside the block.
+
+    A method that each module has of Flax, such as `apply`, is that of the transformed module.
+    """
     if inspect.ismethod(fn):
-        return functools.partial(lift_function(transform, fn.__func__), fn.__self__)
+        return types.MethodType(lift_function(transform, fn.__func__), fn.__self__)
+    of_flax = vars(Module).get(getattr(fn, '__name__', '')) is fn
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
@@ -66,14 +71,12 @@ def lift_function(transform: Transform, fn: Callable) -> Callable:
                 f'{transform!r} decorates {getattr(fn, "__name__", fn)!r}, whose first argument '
                 f'should be a flax.linen Module; got {got}. Decorate a method of a Module, or open '
                 'a block with `with`.')
+        if of_flax:
+            return getattr(transform(args[0]), fn.__name__)(*args[1:], **kwargs)
         return inside(*args, **kwargs)
 
-    inside = run_inside(fn, functools.partial(_block_of, transform))
+    inside = run_inside(fn, lambda module: open_at(transform, module.scope))
     return wrapped
-
-
-def _block_of(transform: Transform, module: Module) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if module.scope is None else open_at(transform, module.scope)
 
 
 def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
@@ -92,7 +95,8 @@ def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
             **{name: member for name, member in lifted.items() if member is not None},
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
-            '__reduce__': _reduce, _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None})
+            '__reduce__': _reduce, 'clone': _clone(base), 'unbind': _unbind(base),
+            _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None})
         cls.__init_subclass__ = classmethod(functools.partial(_init_subclass, cls))
         _set_lifted(cls)
         made[key] = cls
@@ -152,6 +156,38 @@ def _own_block(module: Module) -> Iterator[None]:
 def _lifted(cls: type[Module]) -> tuple[type[Module], ...]:
     """Return the lifted classes among a class and its bases, the innermost first."""
     return getattr(cls, _LIFTED, ())
+
+
+def _clone(base: type[Module]) -> Callable:
+    """Make `clone` of a lifted class: a copy that a running module makes of itself is not lifted.
+
+    It is applied to what the module has read, which has gone through the transforms already.
+    """
+    @functools.wraps(base.clone)
+    def clone(self, **kwargs):
+        copy, cls = base.clone(self, **kwargs), type(self)
+        if self.scope is None or copy.scope is not None:
+            return copy
+        while _LAYER in vars(cls) and attached_entry(self.scope, (cls, self.name)) in state.stack:
+            cls = vars(cls)[_LAYER][0]
+        return copy if issubclass(cls, type(copy)) else cls(parent=None, **fields_of(copy))
+
+    clone.nowrap = True  # Flax would run setup first
+    return clone
+
+
+def _unbind(base: type[Module]) -> Callable:
+    """Make `unbind` of a lifted class: a copy that is lifted gets what it reads, untransformed."""
+    @functools.wraps(base.unbind)
+    def unbind(self):
+        copy, variables = base.unbind(self)
+        if isinstance(copy, type(self)):
+            own = {(owner, self.name) for owner in _lifted(type(self))}
+            variables = without(self.scope, own).variables()
+        return copy, variables
+
+    unbind.nowrap = True
+    return unbind
 
 
 def _set_lifted(cls: type[Module]) -> None:

@@ -25,8 +25,6 @@ def _in_blocks(rule: Callable | None) -> Callable | None:
     stack = state.stack
     if stack:
         read_from(None)  # a trace of the call has the rule in it
-        for entry in stack:
-            entry.captured = True
     inside = state.inside or _compat.current_module() is not None
 
     @functools.wraps(rule)

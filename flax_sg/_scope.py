@@ -38,7 +38,7 @@ from flax_sg._members import module_of
 
 __all__ = [
     'APPLICATION', 'FLAG', 'Mark', 'Reads', 'application_of', 'attach', 'attached_entry',
-    'effective', 'entry_at', 'mark_of', 'open_at', 'set_mark', 'write',
+    'effective', 'entry_at', 'mark_of', 'open_at', 'set_mark', 'without', 'write',
 ]
 
 FLAG, APPLICATION = 'flax_sg', 'flax_sg_application'
@@ -310,6 +310,13 @@ def attached_entry(scope: Scope, owner: Any) -> Entry | None:
     mark, path = mark_of(scope), _compat.scope_path(scope)
     return next((e for e in mark.own if e.owner == owner and e.opener == path
                  and e.family is mark.family), None)
+
+
+def without(scope: Scope, owners: set) -> Scope:
+    """Return a view of the scope that carries nothing of some owners."""
+    view, mark = scope.rewound(), mark_of(scope)
+    set_mark(view, mark.with_own(tuple(e for e in mark.own if e.owner not in owners)))
+    return view
 
 
 def write(scope: Scope, collection: str, name: str, value: Any) -> Any:

@@ -90,7 +90,8 @@ class Maps:
         jaxpr, consts = closed_over(body, *flat)
         params = eqn.params | {'jaxpr': jaxpr.jaxpr}
         if isinstance(flags := params['prevent_cse'], tuple):  # for each operand, since jax 0.11
-            flag_of = {id(x): flag for values in operands for x, flag in zip(values, flags)}
+            flag_of = {id(x): flag for values in operands
+                       for x, flag in zip(values, flags, strict=True)}
             params['prevent_cse'] = (*[True] * len(consts), *(flag_of[id(x)] for x in flat))
         outs = eqn.primitive.bind(*consts, *flat, **params)
         return _grouped(outs, len(operands))

@@ -84,7 +84,31 @@ class ByRule(ByApply):
         return (f(w, h) ** 2).mean()
 
 
-MODELS = [ByApply, InScan, InJit, ByBind, ByDerivative, ByRule]
+class ByClone(ByApply):
+    """The inner model is a copy of the module itself."""
+
+    def logits(self, ids):
+        return self.lm_head(self.shared(ids))
+
+    def __call__(self, ids):
+        out = self.logits(ids)
+        if self.is_initializing():
+            return (out ** 2).mean()
+        copy = self.clone(parent=None)
+        return (copy.apply(self.variables, ids, method='logits') * out).mean()
+
+
+class ByUnbind(ByClone):
+    def __call__(self, ids):
+        out = self.logits(ids)
+        if self.is_initializing():
+            return (out ** 2).mean()
+        model, variables = self.unbind()
+        again = model.bind(variables)
+        return (model.apply(variables, ids, method='logits') * again.logits(ids) * out).mean()
+
+
+MODELS = [ByApply, InScan, InJit, ByBind, ByDerivative, ByRule, ByClone, ByUnbind]
 TRANSFORMS = [
     sg.stop_gradient(~sg.path('shared')), sg.stop_gradient('shared'), sg.stop_gradient(True),
     sg.scale_gradient(True, 2.0), sg.map_values(True, lambda info, w: w * 0.5),
@@ -104,7 +128,8 @@ def test_block_class_and_tree_agree(model, t):
         with t:
             return loss(model(), p)
     want = jax.value_and_grad(lambda p: loss(model(), t(p)))(params)
-    for way in (around, jax.jit(around), lambda p: loss(t(model)(), p)):
+    for way in (around, jax.jit(around), lambda p: loss(t(model)(), p),
+                lambda p: loss(t(model()), p), lambda p: t(model().bind({'params': p}))(IDS)):
         got = jax.value_and_grad(way)(params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
@@ -132,6 +157,18 @@ class Scale(nn.Module):
     @nn.compact
     def __call__(self, x):
         return self.param('w', nn.initializers.ones, ()) * x
+
+
+def test_a_module_of_a_lifted_class_that_the_running_one_is_handed_is_masked():
+    """It is no copy of the running module, though of its class: a student and its teacher."""
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, teacher=None, values=None):
+            y = self.param('w', nn.initializers.ones, ()) * x
+            return y if teacher is None else y + teacher.apply(values, x)
+    held = sg.scale_gradient('w', 3.0)(Net)
+    loss = lambda p, q: held().apply({'params': p}, 1.0, held(), {'params': q})
+    assert jax.grad(loss, argnums=(0, 1))({'w': 1.0}, {'w': 1.0}) == ({'w': 3.0}, {'w': 3.0})
 
 
 def test_a_lifted_class_applied_by_a_module_is_its_own_affair_and_masked():

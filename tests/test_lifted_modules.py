@@ -716,11 +716,71 @@ def test_a_decorated_function_wants_a_module_first():
         f()
 
 
+class Helped(nn.Module):
+    """Its helpers are called on a module that is not bound, and apply it."""
+
+    @nn.compact
+    def __call__(self, x=1.0):
+        return self.param('a', ones, ()) * x + self.param('b', ones, ())
+
+    @nn.nowrap
+    def loss(self, params):
+        return self.apply(params)
+
+
+FLAX_METHODS = {
+    'apply': lambda t, p: t(Helped().apply)(p, 1.0),
+    'apply of the class': lambda t, p: t(Helped.apply)(Helped(), p, 1.0),
+    'apply of a bound one': lambda t, p: t(Helped().bind(p).apply)(p, 1.0),
+    'apply, jitted': lambda t, p: jax.jit(t(Helped().apply))(p, 1.0),
+    'bind': lambda t, p: t(Helped().bind)(p)(1.0),
+    'unbind': lambda t, p: (lambda module, values: module.apply(values))(
+        *t(Helped().bind(p).unbind)()),
+    'get_variable': lambda t, p: sum(
+        t(Helped().bind(p).get_variable)('params', name) for name in 'ab'),
+    'method=': lambda t, p: Helped().apply(p, method=t(Helped().__call__)),
+    'a helper': lambda t, p: t(Helped.loss)(Helped(), p),
+    'a helper of an instance': lambda t, p: t(Helped().loss)(p),
+    'a helper of a lifted class': lambda t, p: t(Helped)().loss(p),
+}
+
+
+@pytest.mark.parametrize('how', FLAX_METHODS)
+def test_methods_that_flax_gives_a_module_and_helpers_of_unbound_ones(how):
+    use = FLAX_METHODS[how]
+    params = {'params': {'a': jnp.ones(()), 'b': jnp.ones(())}}
+    grads = lambda t: jax.grad(lambda p: use(t, p))(params)['params']
+    assert grads(sg.stop_gradient('a')) == {'a': 0, 'b': 1}
+    assert grads(sg.scale_gradient('a', 3.0)) == {'a': 3, 'b': 1}
+    assert use(sg.map_values('a', lambda info, w: w + 1), params) == 3
+    with pytest.raises(sg.UnmatchedPathError, match=r"no variable of '/' matches 'typo'"):
+        use(sg.stop_gradient('typo'), params)
+    assert grads(sg.stop_gradient('typo', allow_unmatched=True)) == {'a': 1, 'b': 1}
+
+
+def test_a_transformed_method_of_flax_in_a_module():
+    class Outer(nn.Module):
+        t: object
+
+        @nn.compact
+        def __call__(self):
+            part = Helped(name='part')
+            if self.is_initializing():
+                return part()
+            return self.t(part.apply)({'params': part.variables['params']})
+    params = Outer(None).init(jax.random.key(0))['params']
+    grads = lambda t: jax.grad(lambda p: Outer(t).apply({'params': p}))(params)['part']
+    assert grads(sg.stop_gradient('a')) == {'a': 0, 'b': 1}
+    assert grads(sg.scale_gradient('a', 3.0)) == {'a': 3, 'b': 1}
+    with pytest.raises(sg.UnmatchedPathError, match='typo'):
+        grads(sg.stop_gradient('typo'))
+
+
 def test_a_method_of_an_unbound_module_runs():
     class Config(nn.Module):
         width: int = 3
 
-        @sg.stop_gradient(True)
+        @sg.scale_gradient(True, 0.123)
         def doubled(self):
             return self.width * 2
 
@@ -731,8 +791,10 @@ def test_a_method_of_an_unbound_module_runs():
         def __call__(self):
             return self.param('w', ones, ())
 
-    assert Config().doubled() == 6
-    assert sg.stop_gradient(True)(Config)().doubled() == 6
+    with pytest.warns(sg.UnreadBlockWarning, match='no variable of a Flax Linen model was read'):
+        assert Config().doubled() == 6
+    with pytest.warns(sg.UnreadBlockWarning, match='scale_gradient'):
+        assert sg.stop_gradient(True)(Config)().doubled() == 6
     assert sg.stop_gradient('w')(Config)().start(jax.random.key(0)) == {'params': {'w': 1.0}}
 
 

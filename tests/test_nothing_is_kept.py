@@ -320,6 +320,45 @@ def test_what_a_predicate_holds_can_be_collected(jit):
     assert [ref() for ref in gone] == [None] * 6
 
 
+def custom(fwd_calls_itself):
+    """A function with a rule that applies the model, as JAX's documentation writes its own."""
+    run = lambda params: Two().apply(params, 1.0)
+    f = jax.custom_vjp(run)
+    f.defvjp(lambda p: ((f if fwd_calls_itself else run)(p), p),
+             lambda p, ct: jax.vjp(run, p)[1](ct))
+    return f
+
+
+@pytest.mark.parametrize('fwd_calls_itself', [False, True])
+@pytest.mark.parametrize('form', ['attribute', 'method', 'list'])
+def test_rules_in_a_loop_of_new_predicates(form, fwd_calls_itself):
+    step = jax.jit(jax.grad(custom(fwd_calls_itself)))
+    gone = []
+    for _ in range(5):
+        trainer = Trainer(['a'])
+        predicate = {'attribute': lambda v, trainer=trainer: v.name in trainer.names,
+                     'method': trainer.selects, 'list': by_list(['a'])}[form]
+        with sg.stop_gradient(predicate):
+            assert held(step(PARAMS)) == {'a'}
+        gone.append(weakref.ref(trainer))
+        del trainer, predicate
+    gc.collect()
+    assert step._cache_size() == 1
+    assert sum(ref() is not None for ref in gone) <= 1  # what JAX's one trace keeps
+
+
+def test_a_rule_that_runs_after_another_predicate_gave_its_answers_and_more():
+    model = lambda names: lambda p: sum(Two().bind(p).get_variable('params', n) for n in names)
+    f = jax.custom_vjp(model('a'))
+    f.defvjp(lambda p: (model('a')(p), p), lambda p, ct: jax.vjp(model('ab'), p)[1](ct))
+    pulls = []
+    for names, run in ((['a'], f), (['a', 'b'], model('ab'))):
+        with sg.stop_gradient(lambda v, names=names: v.name in names):
+            pulls.append(jax.vjp(run, PARAMS)[1])
+    assert [held(pull(1.0)[0]) for pull in pulls] == [{'a'}, {'a', 'b'}]
+    assert [held(pull(1.0)[0]) for pull in pulls] == [{'a'}, {'a', 'b'}]
+
+
 def test_what_is_known_of_callables_does_not_grow(monkeypatch):
     from flax_sg import _answers, _met
     monkeypatch.setattr(_met._Memory, 'size', 64)

@@ -7,6 +7,7 @@ applies the form by itself, with plain Flax, once for each use, to the parameter
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 
@@ -904,3 +905,70 @@ def test_what_setup_makes_is_live_then_held_then_live(form, first):
     times = 101 if first == 'live' else 100
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, times * b, rtol=1e-4, atol=1e-4),
                  jax.grad(run)(params), once)
+
+
+def by_class(w):
+    class Local(nn.Module):
+        def __call__(self, x):
+            return x * w
+    return Local()
+
+
+def by_base(w):
+    class Base(nn.Module):
+        def __call__(self, x):
+            return x * w
+    return type('Below', (Base,), {'__module__': __name__})()
+
+
+def by_default(w):
+    return lambda x, w=w: x * w
+
+
+def by_keyword(w):
+    return lambda x, *, w=w: x * w
+
+
+def by_attribute(w):
+    def f(x):
+        return x * f.w
+    f.w = w
+    return f
+
+
+HOLDERS = {
+    'a field': lambda w: Times(w), 'a class': by_class, 'a base class': by_base,
+    'a default': by_default, 'a keyword': by_keyword, 'an attribute': by_attribute,
+    'a closure': lambda w: lambda x: x * w, 'a method': lambda w: Held(w).times,
+    'a method of Python': lambda w: (lambda get: lambda x: x * get('w'))({'w': w}.get),
+    'a partial': lambda w: functools.partial(jnp.multiply, w)}
+
+
+class Fills(nn.Module):
+    """setup fills a list that was there before with what holds a variable in some way."""
+
+    by: str
+
+    def __post_init__(self):
+        object.__setattr__(self, 'queue', collections.deque())
+        super().__post_init__()
+
+    def setup(self):
+        self.queue.clear()
+        self.queue.append(HOLDERS[self.by](self.param('w', near_one, (3,))))
+
+    def __call__(self, x):
+        held = self.queue[0]
+        return x * held.w if isinstance(held, Times) else held(x)
+
+
+@pytest.mark.parametrize('order', ['held', 'live held live'])
+@pytest.mark.parametrize('by', HOLDERS)
+def test_what_setup_fills_a_list_with(by, order):
+    def run(p):
+        module, total = Fills(by).bind({'params': {'w': p}}), 0
+        for way in order.split():
+            with sg.stop_gradient(True) if way == 'held' else contextlib.nullcontext():
+                total += module(jnp.ones(3)).sum()
+        return total
+    np.testing.assert_array_equal(jax.grad(run)(jnp.ones(3)), order.split().count('live') * jnp.ones(3))
