@@ -85,8 +85,7 @@ class Kept:
 
 def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
     clone = module.clone(parent=module.scope.rewound())
-    with _told_of_objects(clone, state.setups[-1]):
-        _compat.run_setup(clone)
+    _compat.run_setup(clone)
     missing = [name for name in names if name not in vars(clone)]
     if missing:
         raise UsageError(
@@ -146,7 +145,7 @@ def _depends(value: Any, seen: frozenset[int] = frozenset()) -> bool:
         return any(map(depends, (*map(cell_contents, value.__closure__ or ()),
                                  *(value.__defaults__ or ()),
                                  *(value.__kwdefaults__ or {}).values(), *vars(value).values())))
-    if isinstance(value, (types.MethodType, types.BuiltinFunctionType)):
+    if isinstance(value, types.MethodType):
         return depends(value.__self__)
     if isinstance(value, functools.partial):
         return any(map(depends, (value.func, *value.args, *value.keywords.values())))

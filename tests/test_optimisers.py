@@ -542,6 +542,8 @@ def test_what_holds_no_array_needs_no_label(empty):
     want = {'a': 'x', 'b': empty, 'c': {'d': 'y', 'e': empty}}
     assert sg.labels({'x': 'a', 'y': 'c'}, params) == want
     assert sg.labels({'x': 'a', 'y': '**/d'}, params) == want
+    assert sg.labels({'x': 'a', 'y': ['c', 'b'], 'z': sg.path('b') | 'c/e'}, params,
+                     allow_unmatched=True) == want
     optax.partition({'x': optax.sgd(1.0), 'y': optax.set_to_zero()}, want).init(params)
     with pytest.raises(sg.LabelError, match='labels: no predicate selects c/d. Add one'):
         sg.labels({'x': 'a'}, params)

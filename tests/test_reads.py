@@ -972,3 +972,31 @@ def test_what_setup_fills_a_list_with(by, order):
                 total += module(jnp.ones(3)).sum()
         return total
     np.testing.assert_array_equal(jax.grad(run)(jnp.ones(3)), order.split().count('live') * jnp.ones(3))
+
+
+@pytest.mark.parametrize('t', [
+    sg.replace_values('w', {'w': jnp.ones(3)}), sg.map_gradient('w', lambda i, ct: ct * jnp.ones(3))])
+def test_a_part_of_a_lifted_class_stays_the_same_module_in_a_block(t):
+    class Whole(nn.Module):
+        def setup(self):
+            self.w = self.param('w', near_one, (3,))
+            self.parts = [t(Param)()]
+
+    whole = Whole().bind({'params': {'w': jnp.ones(3), 'parts_0': {'w': 2 * jnp.ones(3)}}})
+    part = whole.parts[0]
+    with sg.stop_gradient(True):
+        assert whole.parts[0] is part and whole.w.shape == (3,)
+
+
+def test_what_flax_keeps_in_a_module_is_not_what_setup_makes():
+    class Fresh(SetupPassesOn):
+        pass
+
+    def run(params):
+        module = Fresh().bind(params)
+        live = module(X).sum()
+        with sg.stop_gradient(True):
+            return live + module(X).sum()
+    jax.grad(run)(Fresh().init(jax.random.key(0), X))
+    ours = type(vars(Fresh)['w'])
+    assert {n for n, member in vars(Fresh).items() if type(member) is ours} == {'w', 'times', 'chain'}

@@ -589,6 +589,22 @@ def test_views_under_checkify_are_still_views(order):
     assert_same(got, want, order, rtol=1e-4)
 
 
+@pytest.mark.parametrize('outer', ['grad', 'jvp'])
+def test_a_derivative_of_a_derivative_that_checkify_looked_into(outer):
+    """The tangents of what checkify has transformed are told from the errors that it hands on."""
+    def program(views):
+        def slope(p, t):
+            tangent = lambda p, t: jax.jvp(run_checked(views), (p,), (t,))[1]
+            return checkify.checkify(tangent, errors=ERRORS)(p, t)[1]
+        if outer == 'jvp':
+            return lambda p: jax.jvp(lambda p, t: slope(p, t), (p, p), (p, AB))[1]
+        return jax.grad(slope, argnums=(0, 1))
+
+    args = (AB,) if outer == 'jvp' else (AB, {'a': jnp.float32(0.3), 'b': jnp.float32(0.7)})
+    got, want = (jax.jit(program(views))(*args) for views in (ours, by_hand))
+    assert_same(got, want, outer, rtol=1e-4)
+
+
 def test_checkify_looks_into_map_gradient():
     def fn(info, ct):
         checkify.check(ct < 10, 'large')

@@ -138,6 +138,26 @@ def test_memory_of_the_program_by_hand(form, policy, prevent_cse):
     assert products <= products_by_hand and loops <= loops_by_hand
 
 
+@pytest.mark.parametrize('form', ['loop', 'broadcast'])
+@pytest.mark.parametrize('prevent_cse', [False, True])
+def test_barriers_are_those_of_the_model(form, prevent_cse):
+    params, viewed, by_hand = programs(Model(form, prevent_cse=prevent_cse))
+    barriers = [jax.jit(step).lower(params).as_text().count('optimization_barrier')
+                for step in (viewed, by_hand)]
+    assert all(barriers) == any(barriers) == prevent_cse
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='one flag for all operands')
+def test_barriers_for_some_operands():
+    def barred(flags):
+        target = jax.checkpoint(lambda p, x: jnp.sin(p['a'] * p['b'] * jnp.sin(x)), prevent_cse=flags)
+        views = sg.gradient_views({'a': 'a', 'b': 'b'})(lambda p: jnp.sin(target(p, 2.0)))
+        step = jax.grad(lambda p: sum(views(p).values()))
+        text = jax.jit(step).lower({'a': 1.0, 'b': 1.0}).as_text()
+        return sum(line.count('%') for line in text.splitlines() if 'optimization_barrier' in line)
+    assert barred((False, False)) < barred((True, False)) < barred((True, True)) == barred(True)
+
+
 @pytest.mark.parametrize('form, products, loops, again', [
     ('broadcast', 18, 2, 3), ('split', 18, 2, 3), ('loop', 66, 0, 12)])
 def test_each_step_is_computed_again_once(form, products, loops, again):
