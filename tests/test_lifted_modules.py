@@ -758,6 +758,22 @@ def test_methods_that_flax_gives_a_module_and_helpers_of_unbound_ones(how):
     assert grads(sg.stop_gradient('typo', allow_unmatched=True)) == {'a': 1, 'b': 1}
 
 
+def test_a_lifted_part_of_a_lifted_module_is_unbound_in_what_is_around_it():
+    class Outer(nn.Module):
+        def setup(self):
+            self.part = sg.scale_gradient('a', 3.0)(Helped)()
+
+        def __call__(self):
+            return self.part()
+
+    def run(p):
+        outer = sg.scale_gradient('part/a', 5.0)(Outer)().bind({'params': {'part': p}})
+        module, variables = outer.part.unbind()
+        return module.apply(variables) + 100 * module.apply({'params': p})
+    params = {'a': jnp.ones(()), 'b': jnp.ones(())}
+    assert jax.grad(run)(params) == {'a': 315, 'b': 101}
+
+
 def test_a_transformed_method_of_flax_in_a_module():
     class Outer(nn.Module):
         t: object

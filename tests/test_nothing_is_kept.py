@@ -320,9 +320,12 @@ def test_what_a_predicate_holds_can_be_collected(jit):
     assert [ref() for ref in gone] == [None] * 6
 
 
-def custom(fwd_calls_itself):
+def custom(fwd_calls_itself, traces=None):
     """A function with a rule that applies the model, as JAX's documentation writes its own."""
-    run = lambda params: Two().apply(params, 1.0)
+    def run(params):
+        if traces is not None:
+            traces.append(params)
+        return Two().apply(params, 1.0)
     f = jax.custom_vjp(run)
     f.defvjp(lambda p: ((f if fwd_calls_itself else run)(p), p),
              lambda p, ct: jax.vjp(run, p)[1](ct))
@@ -345,6 +348,36 @@ def test_rules_in_a_loop_of_new_predicates(form, fwd_calls_itself):
     gc.collect()
     assert step._cache_size() == 1
     assert sum(ref() is not None for ref in gone) <= 1  # what JAX's one trace keeps
+
+
+def test_rules_that_run_after_blocks_in_a_loop_of_new_predicates():
+    traces, gone = [], []
+    step = jax.jit(custom(True, traces))
+    for i in range(6):
+        trainer = Trainer(['a'])
+        with sg.stop_gradient(lambda v, trainer=trainer: v.name in trainer.names):
+            pull = jax.vjp(step, PARAMS)[1]
+        assert held(pull(1.0)[0]) == {'a'}
+        gone.append(weakref.ref(trainer))
+        del trainer
+        first = len(traces) if i == 0 else first
+    assert len(traces) == first
+    del pull
+    traces.clear()
+    gc.collect()
+    assert sum(ref() is not None for ref in gone) <= 1
+
+
+def test_a_predicate_that_changes_before_a_rule_runs_is_an_error():
+    trainer, f = Trainer(['a']), custom(False)
+    with sg.stop_gradient(trainer.selects):
+        pull = jax.vjp(f, jax.tree.map(jnp.asarray, PARAMS))[1]
+    trainer.names = ['b']
+    with pytest.raises(sg.UsageError, match=(
+            "its predicate said True of 'a' before, and now False, in one block. A predicate may")):
+        pull(1.0)
+    trainer.names = ['a']
+    assert held(pull(1.0)[0]) == {'a'}
 
 
 def test_a_rule_that_runs_after_another_predicate_gave_its_answers_and_more():
