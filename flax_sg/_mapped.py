@@ -12,7 +12,7 @@ from flax_sg._callables import describe_callable
 from flax_sg._errors import UsageError
 from flax_sg._filters import Predicate
 from flax_sg._info import VariableInfo
-from flax_sg._slips import swapped
+from flax_sg._slips import arguments_of, swapped
 from flax_sg._transform import Transform, make
 
 __all__ = ['Mapped', 'make_mapped']
@@ -38,4 +38,10 @@ def make_mapped(kind: type[Mapped], predicate: Predicate, collections: Any, allo
         raise UsageError(
             f'{kind.name}: got an object of type {type(fn).__name__} for fn; expected a callable '
             f'fn(info, {argument}) that returns an array.{swapped(kind.name, predicate, fn)}')
-    return make(kind, predicate, collections, allow_unmatched, fn)
+    made = make(kind, predicate, collections, allow_unmatched, fn)
+    names, fits = arguments_of(fn, ('info', argument))
+    if not fits:
+        raise UsageError(
+            f'{kind.name}: got {describe_callable(fn)} for fn, a callable of ({", ".join(names)}); '
+            f'expected one of (info, {argument}) that returns an array.')
+    return made

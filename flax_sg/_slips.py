@@ -18,7 +18,8 @@ from flax.core import Scope
 from flax_sg._callables import describe_callable
 from flax_sg._errors import PredicateError, UsageError
 
-__all__ = ['as_bool', 'check_arity', 'check_tree', 'kind_of', 'order', 'refuse', 'swapped']
+__all__ = ['arguments_of', 'as_bool', 'check_arity', 'check_tree', 'kind_of', 'order', 'refuse',
+           'swapped']
 
 _ARGUMENTS = {'scale_gradient': 'predicate, factor', 'map_gradient': 'predicate, fn',
               'map_values': 'predicate, fn', 'replace_values': 'predicate, source'}
@@ -95,22 +96,28 @@ def _is_leaf(value: Any) -> bool:
 
 def check_arity(fn: Callable, wanted: tuple[str, ...], name: str) -> None:
     """Raise PredicateError if a callable cannot be called with so many arguments."""
-    try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # as of some that are not written in Python
-        return
-    names = list(signature.parameters)
+    names, fits = arguments_of(fn, wanted)
     if names[:1] == ['self']:
         raise PredicateError(
             f'{name}: got the method {describe_callable(fn)}; expected a predicate. To decorate a '
             f'method, write @nn.{_decorator(name)}.')
+    if not fits:
+        raise PredicateError(
+            f'{name}: got {describe_callable(fn)}, a callable of ({", ".join(names)}); expected '
+            f'one of ({", ".join(wanted)}).{_other_callables(names, wanted, name)}')
+
+
+def arguments_of(fn: Callable, wanted: tuple[str, ...]) -> tuple[list[str], bool]:
+    """Return the names of a callable's arguments, and whether it can be called with some."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # as of some that are not written in Python
+        return [], True
     try:
         signature.bind(*wanted)
     except TypeError:
-        arguments = ', '.join(wanted)
-        raise PredicateError(
-            f'{name}: got {describe_callable(fn)}, a callable of ({", ".join(names)}); expected '
-            f'one of ({arguments}).{_other_callables(names, wanted, name)}') from None
+        return list(signature.parameters), False
+    return list(signature.parameters), True
 
 
 def _decorator(name: str) -> str:

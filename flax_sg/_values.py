@@ -67,7 +67,7 @@ def map_values(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], jax
     Raises:
       PredicateError: the predicate or ``collections`` is none.
       UnmatchedPathError: at the end of a block, when a glob, regex or callable selects no variable.
-      UsageError: ``fn`` is not callable or returns None, a tuple or another tree.
+      UsageError: ``fn`` is no callable of two arguments, or returns None, a tuple or another tree.
 
     Source: google/flax issue 1857; Haiku's ``hk.custom_getter``.
     """

@@ -160,6 +160,20 @@ def test_a_callable_of_other_arguments_is_refused_at_once(fn, text, make, name):
         make(fn)
 
 
+@pytest.mark.parametrize('make, argument', [
+    (sg.map_values, 'value'), (sg.map_gradient, 'cotangent')], ids=['map_values', 'map_gradient'])
+@pytest.mark.parametrize('fn, names', [
+    (lambda w: w, 'w'), (lambda info, w, more: w, 'info, w, more'), (lambda *, w: w, 'w'),
+    (lambda: 1, '')])
+def test_a_function_of_other_arguments_is_refused_at_once(make, argument, fn, names):
+    with pytest.raises(sg.UsageError, match=(
+            rf'^{make.__name__}: got <lambda> at test_common_slips.py:\d+ for fn, a callable of '
+            rf'\({names}\); expected one of \(info, {argument}\) that returns an array\.$')):
+        make('a', fn)
+    make('a', lambda *args: args[1])
+    make('a', jnp.multiply)
+
+
 @pytest.mark.parametrize('fn', [
     lambda v: True, lambda v, *more: True, lambda *args: True, lambda v, n=3: True,
     lambda v, *, n=3: True, lambda v, **more: True, Method().ask, Method(), 'encoding'.__ne__, max,
