@@ -229,8 +229,8 @@ def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], j
     Raises:
       PredicateError: the predicate or ``collections`` is none.
       UnmatchedPathError: at the end of a block, when a glob, regex or callable selects no variable.
-      UsageError: ``fn`` is no callable of two arguments; at a read, it returns another shape or dtype; or it is met
-        by forward-mode differentiation.
+      UsageError: ``fn`` is no callable of two arguments; at a read, it returns another shape or
+        dtype; or it is met by forward-mode differentiation.
 
     Source: google/flax issue 1857.
     """
