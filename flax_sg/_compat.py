@@ -38,7 +38,8 @@ __all__ = [
     'CALL', 'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts',
     'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call',
     'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables', 'run_setup',
-    'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending', 'split',
+    'running_modules', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
+    'setup_pending', 'split',
     'staging_trace', 'stored', 'tap',
     'tap_linear_call', 'tap_map_variables', 'tap_pack', 'tap_rules', 'tap_value', 'trace_state',
     'traced', 'varying', 'without_refs', 'wrapped', 'written_at',
@@ -72,6 +73,11 @@ def current_module() -> Module | None:
     """Return the bound module whose method is running in this thread, or None outside of all."""
     module = _module._context.module_stack[-1]  # no public name as of 0.12
     return module if module is not None and module.scope is not None else None
+
+
+def running_modules() -> list[Module]:
+    """Return all bound modules whose methods are running in this thread, the innermost last."""
+    return [m for m in _module._context.module_stack if m is not None and m.scope is not None]
 
 
 def root_variables(scope: Scope) -> dict[str, Any]:

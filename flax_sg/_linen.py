@@ -20,13 +20,21 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flax_sg import _compat
-from flax_sg._active import Entry, opened, state
+from flax_sg._active import Entry, opened, state, under
 from flax_sg._callables import identity_key, lasting_key
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
 from flax_sg._inside import run_inside
 from flax_sg._members import module_of
-from flax_sg._scope import attach, attached_entry, entry_at, open_at, without
+from flax_sg._scope import (
+    application_of,
+    attach,
+    attached_entry,
+    entry_at,
+    mark_of,
+    open_at,
+    without,
+)
 from flax_sg._setup import LIVE
 
 if TYPE_CHECKING:
@@ -40,6 +48,7 @@ __all__ = [
 # of what it was made of, and its key once equal callables share it.
 _LAYER, _LIFTED = '_flax_sg_layer', '_flax_sg_lifted'
 _MADE_OF, _SHARED = '_flax_sg_made_of', '_flax_sg_shared'
+_MADE_IN = '_flax_sg_made_in'  # of a copy: the entries of the running module that made it
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
 # A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
@@ -140,10 +149,7 @@ def _lift_method(fn: Callable) -> Callable:
 @contextlib.contextmanager
 def _own_block(module: Module) -> Iterator[None]:
     """Open a lifted module's own entries, unless one of its methods is running already."""
-    scope = module.scope
-    own = () if scope is None else [
-        entry for owner in reversed(_lifted(type(module)))
-        if (entry := attached_entry(scope, (owner, module.name))) is not None]
+    own = () if module.scope is None else _own_entries(module)
     new = [entry for entry in own if entry not in state.stack]
     with contextlib.ExitStack() as stack:
         for entry in new:
@@ -153,35 +159,49 @@ def _own_block(module: Module) -> Iterator[None]:
         entry.met.check()
 
 
+def _own_entries(module: Module) -> list[Entry]:
+    return [entry for owner in reversed(_lifted(type(module)))
+            if (entry := attached_entry(module.scope, (owner, module.name))) is not None]
+
+
+def _runs(entry: Entry) -> bool:
+    """Say whether code of a module that has an entry as its own is running."""
+    return entry in state.stack or any(
+        entry in mark_of(module.scope).own for module in _compat.running_modules())
+
+
 def _lifted(cls: type[Module]) -> tuple[type[Module], ...]:
     """Return the lifted classes among a class and its bases, the innermost first."""
     return getattr(cls, _LIFTED, ())
 
 
 def _clone(base: type[Module]) -> Callable:
-    """Make `clone` of a lifted class: a copy that a running module makes of itself is not lifted.
+    """Make `clone` of a lifted class, which notes the running entries in which a copy was made.
 
-    It is applied to what the module has read, which has gone through the transforms already.
+    A copy that a running module makes of itself, and applies, gets what the module has read. That
+    has gone through its entries already.
     """
     @functools.wraps(base.clone)
     def clone(self, **kwargs):
-        copy, cls = base.clone(self, **kwargs), type(self)
-        if self.scope is None or copy.scope is not None:
-            return copy
-        while _LAYER in vars(cls) and attached_entry(self.scope, (cls, self.name)) in state.stack:
-            cls = vars(cls)[_LAYER][0]
-        return copy if issubclass(cls, type(copy)) else cls(parent=None, **fields_of(copy))
+        entries = vars(self).get(_MADE_IN, ())
+        if self.scope is not None:
+            entries = (*entries, *(e for e in _own_entries(self) if _runs(e)))
+        with under(copied_in=entries):
+            copy = base.clone(self, **kwargs)
+        if entries:
+            object.__setattr__(copy, _MADE_IN, entries)
+        return copy
 
     clone.nowrap = True  # Flax would run setup first
     return clone
 
 
 def _unbind(base: type[Module]) -> Callable:
-    """Make `unbind` of a lifted class: a copy that is lifted gets what it reads, untransformed."""
+    """Make `unbind` of a lifted class: the copy reads through it, so it gets what is read live."""
     @functools.wraps(base.unbind)
     def unbind(self):
         copy, variables = base.unbind(self)
-        if isinstance(copy, type(self)):
+        if _MADE_IN not in vars(copy):
             own = {(owner, self.name) for owner in _lifted(type(self))}
             variables = without(self.scope, own).variables()
         return copy, variables
@@ -209,6 +229,9 @@ class _AttachedScope:
                     f'{owner.__name__}, lifted by {transform!r}: a variable that its callable '
                     'closes over was bound anew since, and an equal one shares the class. Lift the '
                     'class again, or let the callable look at an object that changes.')
+            if application_of(scope).inner and any(
+                    entry.owner[0] is owner and _runs(entry) for entry in state.copied_in):
+                continue
             scope = attach(scope, (owner, module.name), transform)
         vars(module)['scope'] = scope
 

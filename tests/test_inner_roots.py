@@ -108,7 +108,19 @@ class ByUnbind(ByClone):
         return (model.apply(variables, ids, method='logits') * again.logits(ids) * out).mean()
 
 
-MODELS = [ByApply, InScan, InJit, ByBind, ByDerivative, ByRule, ByClone, ByUnbind]
+class ByProperty(ByClone):
+    """A property applies the copy, in code that Flax does not know to run."""
+
+    @property
+    def again(self):
+        return self.clone(parent=None).apply(self.variables, IDS, method='logits')
+
+    def __call__(self, ids):
+        out = self.logits(ids)
+        return (out * (out if self.is_initializing() else self.again)).mean()
+
+
+MODELS = [ByApply, InScan, InJit, ByBind, ByDerivative, ByRule, ByClone, ByUnbind, ByProperty]
 TRANSFORMS = [
     sg.stop_gradient(~sg.path('shared')), sg.stop_gradient('shared'), sg.stop_gradient(True),
     sg.scale_gradient(True, 2.0), sg.map_values(True, lambda info, w: w * 0.5),
@@ -157,6 +169,75 @@ class Scale(nn.Module):
     @nn.compact
     def __call__(self, x):
         return self.param('w', nn.initializers.ones, ()) * x
+
+
+class Copies(nn.Module):
+    """It makes copies of itself, which its users apply."""
+
+    train: bool = True
+
+    @nn.nowrap
+    def evaluating(self):
+        return self.clone(train=False, parent=None)
+
+    def evaluating_too(self):
+        return self.clone(train=False, parent=None)
+
+    @property
+    def other(self):
+        return self.clone(parent=None)
+
+    def unbound(self):
+        return self.unbind()[0]
+
+    @nn.compact
+    def __call__(self, x=1.0):
+        return self.param('w', nn.initializers.ones, ()) * x
+
+
+class LiftedBelow(sg.scale_gradient('w', 3.0)(Copies)):
+    """A user's subclass of a lifted class."""
+
+    @nn.compact
+    def __call__(self, x=1.0, deep=True):
+        w = self.param('w', nn.initializers.ones, ())
+        copy = self.clone(parent=None)
+        return w * x + (copy.apply({'params': {'w': w}}, x, deep=False) if deep else 0)
+
+
+@pytest.mark.parametrize('copy', [
+    lambda m, p: m.evaluating(), lambda m, p: m.evaluating_too(), lambda m, p: m.other,
+    lambda m, p: m.unbound(), lambda m, p: m.clone(parent=None), lambda m, p: m.copy(parent=None),
+    lambda m, p: type(m)().apply(p, method='evaluating_too'),
+    lambda m, p: m.evaluating_too().clone(), lambda m, p: m.evaluating_too().copy(train=True)])
+@pytest.mark.parametrize('use', [
+    lambda t, p: t(Copies)().bind(p), lambda t, p: t(Copies().bind(p)),
+    lambda t, p: t(type('Below', (t(Copies),), {'__module__': __name__})().bind(p)),
+    lambda t, p: type('Below', (t(Copies),), {'__module__': __name__})().bind(p)],
+    ids=['class', 'mirror', 'mirror of a subclass', 'subclass'])
+def test_a_copy_that_a_lifted_module_hands_out_stays_lifted(use, copy, request):
+    t, twice = sg.scale_gradient('w', 3.0), 'mirror of a subclass' in request.node.name
+    run = lambda p: copy(use(t, p), p).apply(p)
+    assert jax.grad(run)({'params': {'w': 1.0}})['params']['w'] == (9 if twice else 3)
+    held = lambda p: copy(use(sg.stop_gradient('w'), p), p).bind(p)()
+    assert jax.grad(held)({'params': {'w': 1.0}})['params']['w'] == 0
+
+
+def test_a_property_that_applies_a_copy_is_read_from_outside():
+    params = ByProperty().init(jax.random.key(0), IDS)['params']
+    t = sg.scale_gradient('shared', 3.0)
+    plain, class_, mirror = (jax.grad(lambda p, use=use: (use(p).again ** 2).sum())(params) for use in (
+        lambda p: ByProperty().bind({'params': p}), lambda p: t(ByProperty)().bind({'params': p}),
+        lambda p: t(ByProperty().bind({'params': p}))))
+    for got in (class_, mirror):
+        np.testing.assert_allclose(got['shared']['embedding'], 3 * plain['shared']['embedding'], 1e-5)
+
+
+def test_a_copy_of_a_module_of_a_subclass_of_a_lifted_class():
+    assert jax.grad(lambda w: LiftedBelow().apply({'params': {'w': w}}))(1.0) == 6
+    bound = lambda w: LiftedBelow().bind({'params': {'w': w}})
+    assert jax.grad(lambda w: bound(w)())(1.0) == 6
+    assert jax.grad(lambda w: sg.scale_gradient('w', 5.0)(bound(w))())(1.0) == 30
 
 
 def test_a_module_of_a_lifted_class_that_the_running_one_is_handed_is_masked():

@@ -543,7 +543,7 @@ def test_a_block_in_a_part_of_a_lifted_module_is_inside_it(outer, inner, want, w
     """Also where the part is used from outside, and no method of the lifted module runs."""
     lift, cls = outer('**/w'), inner()(Part) if way == 'lifted' else Part
     method = '__call__' if way == 'lifted' else way
-    nothing = sg.map_values(sg.nothing, abs)
+    nothing = sg.map_values(sg.nothing, lambda info, value: value)
     read = lambda part: part.prop if way == 'prop' else getattr(part, method)()
 
     class Root(nn.Module):
