@@ -183,9 +183,9 @@ def _clone(base: type[Module]) -> Callable:
     """
     @functools.wraps(base.clone)
     def clone(self, **kwargs):
-        entries = vars(self).get(_MADE_IN, ())
+        entries = vars(self).get(_MADE_IN, _Entries())
         if self.scope is not None:
-            entries = (*entries, *(e for e in _own_entries(self) if _runs(e)))
+            entries = _Entries((*entries, *(e for e in _own_entries(self) if _runs(e))))
         with under(copied_in=entries):
             copy = base.clone(self, **kwargs)
         if entries:
@@ -194,6 +194,16 @@ def _clone(base: type[Module]) -> Callable:
 
     clone.nowrap = True  # Flax would run setup first
     return clone
+
+
+class _Entries(tuple):
+    """Entries that a copy of their holder shares, and that are nothing where it is pickled."""
+
+    def __deepcopy__(self, memo: dict) -> _Entries:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _Entries, ()
 
 
 def _unbind(base: type[Module]) -> Callable:

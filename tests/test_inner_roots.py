@@ -3,6 +3,9 @@
 The oracle is the tree: a block around apply, the lifted class and ``t(params)`` mean the same.
 """
 
+import copy as copying
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,6 +224,25 @@ def test_a_copy_that_a_lifted_module_hands_out_stays_lifted(use, copy, request):
     assert jax.grad(run)({'params': {'w': 1.0}})['params']['w'] == (9 if twice else 3)
     held = lambda p: copy(use(sg.stop_gradient('w'), p), p).bind(p)()
     assert jax.grad(held)({'params': {'w': 1.0}})['params']['w'] == 0
+
+
+def test_a_copy_of_a_lifted_module_is_copied_and_pickled():
+    class Net(Copies):
+        how: object = None
+
+        @nn.compact
+        def __call__(self, deep=True):
+            w = self.param('w', nn.initializers.ones, ())
+            if not deep:
+                return w
+            return w + self.how(self.clone(parent=None)).apply({'params': {'w': w}}, False)
+    for how in (copying.copy, copying.deepcopy, lambda m: m.clone().copy()):
+        net = sg.scale_gradient('w', 3.0)(Net)(how=how)
+        assert jax.grad(net.apply)({'params': {'w': 1.0}})['params']['w'] == 6
+    copy = sg.scale_gradient('w', 3.0)(Copies)().bind({'params': {'w': 1.0}}).evaluating_too()
+    again = pickle.loads(pickle.dumps(copy))
+    assert again == copy and not again.train
+    assert jax.grad(again.apply)({'params': {'w': 1.0}})['params']['w'] == 3
 
 
 def test_a_property_that_applies_a_copy_is_read_from_outside():
