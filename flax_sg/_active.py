@@ -52,7 +52,7 @@ class _State(threading.local):
         self.storing: tuple | None = None  # a variable that is read in order to be stored
         # While Flax stores what the body of a lifted transform returned: says what to store.
         self.publishing: Callable | None = None
-        self.copied_in: tuple[Entry, ...] = ()  # of a copy of a lifted module, while it is made
+        self.copied_in: tuple[weakref.ref[Entry], ...] = ()  # of a lifted module that is cloned
         self.contexts = Contexts()
 
 

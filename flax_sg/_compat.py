@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,14 +36,13 @@ from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, Primitive
 from jax.interpreters import ad
 
 __all__ = [
-    'CALL', 'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts',
+    'CALL', 'Module', 'Scope', 'Variable', 'annotated', 'batched', 'checked', 'child', 'counts',
     'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call',
     'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables', 'run_setup',
-    'running_modules', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key',
-    'setup_pending', 'split',
-    'staging_trace', 'stored', 'tap',
-    'tap_linear_call', 'tap_map_variables', 'tap_pack', 'tap_rules', 'tap_value', 'trace_state',
-    'traced', 'varying', 'without_refs', 'wrapped', 'written_at',
+    'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending', 'split',
+    'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
+    'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'without_refs',
+    'wrapped', 'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -75,9 +75,13 @@ def current_module() -> Module | None:
     return module if module is not None and module.scope is not None else None
 
 
-def running_modules() -> list[Module]:
-    """Return all bound modules whose methods are running in this thread, the innermost last."""
-    return [m for m in _module._context.module_stack if m is not None and m.scope is not None]
+def annotated(cls: type) -> set[str]:
+    """Return the names that a class's own body annotates: those of fields, of a module class."""
+    if sys.version_info >= (3, 14):  # a name in an annotation may not be defined yet
+        import annotationlib
+        form = annotationlib.Format.FORWARDREF
+        return set(annotationlib.get_annotations(cls, format=form))
+    return set(inspect.get_annotations(cls))
 
 
 def root_variables(scope: Scope) -> dict[str, Any]:

@@ -108,11 +108,13 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, co
     rest = len(jaxpr.out_avals) - count
     aside, residuals_aside = aside[:rest], aside[rest:]
 
+    given, of_lanes = once(tangents)
+
     # A scan around would stack each lane's residuals, which it cannot know to be equal. In a
     # checkpoint it stacks what goes in, of which all but the first lane's is not used.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def pushed(residuals: list, residuals_aside: list, tangents: list) -> list:
-        tangents = of_lanes(tangents)
+    def pushed(residuals: list, residuals_aside: list, given: list) -> list:
+        tangents = of_lanes(given)
         maps = Maps(level, functools.partial(_in_common, lanes, level))
         found = maps.apply(linear.push, [
             [*own, *ts] for own, ts in zip(maps.share(None, residuals), tangents, strict=True)],
@@ -121,9 +123,8 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, co
                                          *residuals_aside, *tangents[0]))
         return [t for ts in found for t in ts]
 
-    tangents, of_lanes = once(tangents)
     made = [*(x for out in outs for x in out), *aside]
-    found = iter(pushed(residuals, residuals_aside, tangents))
+    found = iter(pushed(residuals, residuals_aside, given))
     moves = linear.moves[:count] * len(lanes) + linear.moves[count:]
     return made, [next(found) if m else ad.Zero(jax.typeof(x).to_tangent_aval())
                   for x, m in zip(made, moves, strict=True)]

@@ -31,7 +31,6 @@ from flax_sg._scope import (
     attach,
     attached_entry,
     entry_at,
-    mark_of,
     open_at,
     without,
 )
@@ -50,6 +49,9 @@ _LAYER, _LIFTED = '_flax_sg_layer', '_flax_sg_lifted'
 _MADE_OF, _SHARED = '_flax_sg_made_of', '_flax_sg_shared'
 _MADE_IN = '_flax_sg_made_in'  # of a copy: the entries of the running module that made it
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
+# Those that make another root of the module's, or a module for one.
+_ROOTS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate',
+          'unbind')
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
 # A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
 _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, type]] = (
@@ -66,11 +68,12 @@ def block_entry(transform: Transform, frame: FrameType) -> Entry:
 def lift_function(transform: Transform, fn: Callable) -> Callable:
     """Wrap a method, or a function that takes a module first, to run inside the block.
 
-    A method that each module has of Flax, such as `apply`, is that of the transformed module.
+    What `apply` and its like read is of another root than the module's, and a module that is not
+    bound has no place to open a block at. There it is the method of the transformed module.
     """
     if inspect.ismethod(fn):
         return types.MethodType(lift_function(transform, fn.__func__), fn.__self__)
-    of_flax = vars(Module).get(getattr(fn, '__name__', '')) is fn
+    of_root = any(vars(Module)[name] is fn for name in _ROOTS)
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
@@ -80,8 +83,10 @@ def lift_function(transform: Transform, fn: Callable) -> Callable:
                 f'{transform!r} decorates {getattr(fn, "__name__", fn)!r}, whose first argument '
                 f'should be a flax.linen Module; got {got}. Decorate a method of a Module, or open '
                 'a block with `with`.')
-        if of_flax:
-            return getattr(transform(args[0]), fn.__name__)(*args[1:], **kwargs)
+        if of_root:
+            return getattr(lift_instance(transform, args[0]), fn.__name__)(*args[1:], **kwargs)
+        if args[0].scope is None:
+            return fn(lift_instance(transform, args[0]), *args[1:], **kwargs)
         return inside(*args, **kwargs)
 
     inside = run_inside(fn, lambda module: open_at(transform, module.scope))
@@ -123,10 +128,13 @@ def _members(base: type[Module]) -> dict[str, Any]:
     found = {name: vars(Module)[name] for name in _READS}
     for cls in reversed(base.__mro__):
         if issubclass(cls, Module) and cls is not Module:
-            found.update({name: member for name, member in vars(cls).items()
-                          if name in (*_READS, '__call__')
-                          or not hasattr(Module, name) and name not in _GENERATED})
+            found.update(_own_members(cls))
     return found
+
+
+def _own_members(cls: type[Module]) -> dict[str, Any]:
+    return {name: member for name, member in vars(cls).items() if name in (*_READS, '__call__')
+            or not hasattr(Module, name) and name not in _GENERATED}
 
 
 def _lift_member(member: Any) -> Any:
@@ -164,12 +172,6 @@ def _own_entries(module: Module) -> list[Entry]:
             if (entry := attached_entry(module.scope, (owner, module.name))) is not None]
 
 
-def _runs(entry: Entry) -> bool:
-    """Say whether code of a module that has an entry as its own is running."""
-    return entry in state.stack or any(
-        entry in mark_of(module.scope).own for module in _compat.running_modules())
-
-
 def _lifted(cls: type[Module]) -> tuple[type[Module], ...]:
     """Return the lifted classes among a class and its bases, the innermost first."""
     return getattr(cls, _LIFTED, ())
@@ -182,14 +184,15 @@ def _clone(base: type[Module]) -> Callable:
     has gone through its entries already.
     """
     @functools.wraps(base.clone)
-    def clone(self, **kwargs):
-        entries = vars(self).get(_MADE_IN, _Entries())
+    def clone(self, *args, **kwargs):
+        made_in = vars(self).get(_MADE_IN, _Entries())
         if self.scope is not None:
-            entries = _Entries((*entries, *(e for e in _own_entries(self) if _runs(e))))
-        with under(copied_in=entries):
-            copy = base.clone(self, **kwargs)
-        if entries:
-            object.__setattr__(copy, _MADE_IN, entries)
+            running = (e for e in _own_entries(self) if e in state.stack)
+            made_in = _Entries((*made_in, *map(weakref.ref, running)))
+        with under(copied_in=made_in):
+            copy = base.clone(self, *args, **kwargs)
+        if made_in:
+            object.__setattr__(copy, _MADE_IN, made_in)
         return copy
 
     clone.nowrap = True  # Flax would run setup first
@@ -197,7 +200,7 @@ def _clone(base: type[Module]) -> Callable:
 
 
 class _Entries(tuple):
-    """Entries that a copy of their holder shares, and that are nothing where it is pickled."""
+    """Weak references to entries, which a copy of their holder shares and a pickled one has not."""
 
     def __deepcopy__(self, memo: dict) -> _Entries:
         return self
@@ -209,8 +212,8 @@ class _Entries(tuple):
 def _unbind(base: type[Module]) -> Callable:
     """Make `unbind` of a lifted class: the copy reads through it, so it gets what is read live."""
     @functools.wraps(base.unbind)
-    def unbind(self):
-        copy, variables = base.unbind(self)
+    def unbind(self, *args, **kwargs):
+        copy, variables = base.unbind(self, *args, **kwargs)
         if _MADE_IN not in vars(copy):
             own = {(owner, self.name) for owner in _lifted(type(self))}
             variables = without(self.scope, own).variables()
@@ -240,14 +243,20 @@ class _AttachedScope:
                     'closes over was bound anew since, and an equal one shares the class. Lift the '
                     'class again, or let the callable look at an object that changes.')
             if application_of(scope).inner and any(
-                    entry.owner[0] is owner and _runs(entry) for entry in state.copied_in):
+                    entry in state.stack and entry.owner[0] is owner
+                    for entry in (made_in() for made_in in state.copied_in)):
                 continue
             scope = attach(scope, (owner, module.name), transform)
         vars(module)['scope'] = scope
 
 
 def _init_subclass(lifted: type[Module], cls: type[Module], **kwargs: Any) -> None:
-    """Keep a user's subclass of a lifted class masked; Flax sets `scope` anew on each class."""
+    """Lift a user's subclass of a lifted class; Flax sets `scope` anew on each class."""
+    if _LAYER not in vars(cls):  # its own methods run in the block too
+        fields = _compat.annotated(cls)  # a default may be a function
+        for name, member in _own_members(cls).items():
+            if name not in fields and (own := _lift_member(member)) is not None:
+                setattr(cls, name, own)
     super(lifted, cls).__init_subclass__(**kwargs)
     _set_lifted(cls)
 

@@ -90,9 +90,9 @@ class Maps:
         jaxpr, consts = closed_over(body, *flat)
         params = eqn.params | {'jaxpr': jaxpr.jaxpr}
         if isinstance(flags := params['prevent_cse'], tuple):  # for each operand, since jax 0.11
-            flag_of = {id(x): flag for values in operands
-                       for x, flag in zip(values, flags, strict=True)}
-            params['prevent_cse'] = (*[True] * len(consts), *(flag_of[id(x)] for x in flat))
+            barred = {id(x) for values in operands
+                      for x, flag in zip(values, flags, strict=True) if flag}
+            params['prevent_cse'] = (*[True] * len(consts), *(id(x) in barred for x in flat))
         outs = eqn.primitive.bind(*consts, *flat, **params)
         return _grouped(outs, len(operands))
 

@@ -4,7 +4,9 @@ The oracle is the tree: a block around apply, the lifted class and ``t(params)``
 """
 
 import copy as copying
+import gc
 import pickle
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +245,55 @@ def test_a_copy_of_a_lifted_module_is_copied_and_pickled():
     again = pickle.loads(pickle.dumps(copy))
     assert again == copy and not again.train
     assert jax.grad(again.apply)({'params': {'w': 1.0}})['params']['w'] == 3
+
+
+def test_a_copy_of_a_lifted_module_keeps_nothing_of_the_application_it_was_made_in():
+    values = jnp.array(2.0)
+    gone, kept = weakref.ref(values), []
+
+    def run(w):
+        module = sg.map_gradient('w', lambda info, ct: 2 * ct)(Copies)().bind({'params': {'w': w}})
+        kept.append(module.evaluating_too())
+        return module()
+    with jax.checking_leaks():
+        jax.jit(jax.grad(run))(values)
+    run(values)
+    del values
+    gc.collect()
+    assert gone() is None and not any(copy.train for copy in kept)
+
+
+def test_one_jitted_function_that_applies_a_copy_while_its_module_runs_and_after():
+    class Below(sg.scale_gradient('w', 3.0)(Copies)):
+        @nn.compact
+        def __call__(self, run=None):
+            w = self.param('w', nn.initializers.ones, ())
+            return w if run is None else w + run(self.clone(parent=None))(w)
+
+    for order in ('while', 'after'), ('after', 'while'), ('while', 'after', 'while'):
+        kept = {}
+
+        def jitted(copy, kept=kept):
+            if 'f' not in kept:
+                kept['f'] = jax.jit(lambda w: copy.apply({'params': {'w': w}}))
+            return kept['f']
+        ways = {'while': (lambda w: Below().apply({'params': {'w': w}}, jitted), 6),
+                'after': (lambda w: jitted(Below().bind({'params': {'w': w}}).evaluating_too())(w), 3)}
+        for name in order:
+            f, want = ways[name]
+            if order[0] == 'after' and name == 'while':
+                want = 12  # the function has the copy that was handed out, which is lifted
+            assert jax.grad(f)(1.0) == want
+
+
+def test_a_user_may_have_a_clone_of_other_arguments():
+    class Net(Copies):
+        def clone(self, train=True, **kwargs):
+            return super().clone(train=train, **kwargs)
+
+    bound = sg.scale_gradient('w', 3.0)(Net)().bind({'params': {'w': 1.0}})
+    assert not bound.clone(False).train
+    assert jax.grad(lambda w: bound.clone(False).apply({'params': {'w': w}}))(1.0) == 3
 
 
 def test_a_property_that_applies_a_copy_is_read_from_outside():
