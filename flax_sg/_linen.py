@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from flax_sg._transform import Transform
 
 __all__ = [
-    'block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance',
+    'block_entry', 'fields_of', 'lift_class', 'lift_function', 'lift_instance', 'makes_root',
 ]
 
 # Of a lifted class: its base and transform, all lifted classes among it and its bases, the identity
@@ -49,7 +49,6 @@ _LAYER, _LIFTED = '_flax_sg_layer', '_flax_sg_lifted'
 _MADE_OF, _SHARED = '_flax_sg_made_of', '_flax_sg_shared'
 _MADE_IN = '_flax_sg_made_in'  # of a copy: the entries of the running module that made it
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
-# Those that make another root of the module's, or a module for one.
 _ROOTS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate',
           'unbind')
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
@@ -73,7 +72,6 @@ def lift_function(transform: Transform, fn: Callable) -> Callable:
     """
     if inspect.ismethod(fn):
         return types.MethodType(lift_function(transform, fn.__func__), fn.__self__)
-    of_root = any(vars(Module)[name] is fn for name in _ROOTS)
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
@@ -83,7 +81,7 @@ def lift_function(transform: Transform, fn: Callable) -> Callable:
                 f'{transform!r} decorates {getattr(fn, "__name__", fn)!r}, whose first argument '
                 f'should be a flax.linen Module; got {got}. Decorate a method of a Module, or open '
                 'a block with `with`.')
-        if of_root:
+        if makes_root(fn):
             return getattr(lift_instance(transform, args[0]), fn.__name__)(*args[1:], **kwargs)
         if args[0].scope is None:
             return fn(lift_instance(transform, args[0]), *args[1:], **kwargs)
@@ -91,6 +89,11 @@ def lift_function(transform: Transform, fn: Callable) -> Callable:
 
     inside = run_inside(fn, lambda module: open_at(transform, module.scope))
     return wrapped
+
+
+def makes_root(fn: Callable) -> bool:
+    """Say whether a function is `Module.apply` or another one that makes a root, or a module."""
+    return any(vars(Module)[name] is fn for name in _ROOTS)
 
 
 def lift_class(transform: Transform, base: type[Module]) -> type[Module]:

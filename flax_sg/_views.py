@@ -21,7 +21,7 @@ from flax_sg._errors import UsageError
 from flax_sg._filters import Filter, Predicate, as_filter, everything, written
 from flax_sg._info import VariableInfo
 from flax_sg._lanes import in_lanes
-from flax_sg._linen import fields_of
+from flax_sg._linen import fields_of, makes_root
 from flax_sg._marks import level, mark
 from flax_sg._scope import open_at
 from flax_sg._transform import Transform, check_collections, check_once, map_traced
@@ -122,6 +122,11 @@ class GradientViews:
         return self._named(in_lanes(run, self._names())[0])
 
     def _of_call(self, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if makes_root(fn):
+            raise UsageError(
+                f'{self!r}: what {fn.__name__!r} reads is of another root than the module that it '
+                'is a method of. Pass method= to apply: model.apply(variables, x, '
+                f'method=views({type(module).__name__}.__call__)).')
         if module.is_initializing():
             return self._named([fn(module, *args, **kwargs)] * len(self.entries))
 

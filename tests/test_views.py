@@ -875,6 +875,11 @@ UNBOUND = Two()
     (lambda: VIEWS(UNBOUND.apply), sg.UsageError,
      r"'apply' is a method of a module that is not bound. Pass method= to apply: model.apply\("
      r'variables, x, method=views\(Two.__call__\)\)'),
+    *[(lambda target=target: target(UNBOUND.bind({'params': AB})), sg.UsageError,
+       r"what 'apply' reads is of another root than the module that it is a method of\. Pass method= "
+       r'to apply: model\.apply\(variables, x, method=views\(Two\.__call__\)\)')
+      for target in (lambda two: VIEWS(two.apply)({'params': AB}, 1.0),
+                     lambda two: VIEWS(type(two).apply)(two, {'params': AB}, 1.0))],
     (lambda: VIEWS(lambda x: x)(3), sg.UsageError, 'nested dict of parameters; got an object of '),
     (lambda: VIEWS(lambda: 0)(), sg.UsageError, 'got no argument'),
     (lambda: VIEWS(lambda m: 0)(UNBOUND), sg.UsageError, 'got a module that is not bound'),
