@@ -263,14 +263,16 @@ class Opening:
       left: it is not on the stack any more.
       by: the transform whose `with` opened it, or None.
       place: the frame of the `with`, or _STACK.
+      staging: the trace to a jaxpr in which it was opened; a lifted module's entry is older.
       context: the context in force while it is the innermost one, see _contexts, as far as traces
         that begin in its own trace can tell; and the key of that context.
     """
 
-    __slots__ = ('by', 'context', 'entry', 'left', 'place')
+    __slots__ = ('by', 'context', 'entry', 'left', 'place', 'staging')
 
     def __init__(self, entry: Entry, by: Transform | None, place: Any):
         self.entry, self.by, self.place, self.left = entry, by, place, False
+        self.staging = _compat.staging_trace() if entry.attached else entry.staging
         self.context: tuple[Context | None, Hashable] = (None, None)
 
 
@@ -436,7 +438,7 @@ def set_context(*more: Any, inside: bool | None = None) -> None:
 
 def _at_opening() -> bool:
     """Say whether the current trace to a jaxpr is that in which the innermost block was opened."""
-    return bool(state.openings) and state.openings[-1].entry.staging == _compat.staging_trace()
+    return bool(state.openings) and state.openings[-1].staging == _compat.staging_trace()
 
 
 def _key(stack: tuple[Entry, ...], inside: bool | None = None) -> tuple:
@@ -447,9 +449,14 @@ def _key(stack: tuple[Entry, ...], inside: bool | None = None) -> tuple:
 
 def _first_group() -> tuple[Entry, ...]:
     """Return the outermost entries, those that were opened in one trace to a jaxpr."""
-    stack = state.stack
-    end = next((i for i, e in enumerate(stack) if e.staging != stack[0].staging), len(stack))
-    return stack[:end]
+    stagings = _stagings()
+    end = next((i for i, s in enumerate(stagings) if s != stagings[0]), len(stagings))
+    return state.stack[:end]
+
+
+def _stagings() -> list[Any]:
+    """Return the traces to a jaxpr in which the entries of the stack were opened."""
+    return [each.staging for each in (*state.around, *state.openings)]
 
 
 def claim() -> None:
@@ -475,5 +482,5 @@ def read_from(trace: Any) -> None:
       trace: the trace of the lifted body that the variable's scope was made for, or None.
     """
     now = _compat.staging_trace()
-    if trace != now and state.stack[0].staging != now:
+    if trace != now and _stagings()[0] != now:
         claim()

@@ -511,3 +511,72 @@ def test_a_trace_made_in_a_block_stays_masked_when_it_is_used_later():
         _, pullback = jax.vjp(lambda p: Two().apply({'params': p}, 1.0), PARAMS)
     assert pullback(jnp.ones(()))[0] == {'a': 0, 'b': 3}
     np.testing.assert_array_equal(forward({'params': PARAMS}, 1.0), 5.0)
+
+
+# Blocks that methods of mirrors open in the body of a loop ----------------------------------------
+
+
+class Runs(nn.Module):
+    @nn.compact
+    def __call__(self):
+        return self.param('w', nn.initializers.ones, ())
+
+    def run(self, f, x):
+        return f(x)
+
+
+helper = jax.jit(lambda x: jnp.clip(jnp.sin(x) * x, -2.0, 2.0))
+MIRRORS = {'held': (sg.stop_gradient('w'), 0.0), 'scaled': (sg.scale_gradient('w', 3.0), 3.0),
+           'also scaled': (sg.scale_gradient('w', 5.0), 5.0), 'live': (None, 1.0)}
+LOOPS = {
+    'eager': lambda f, x: f(x),
+    'scan': lambda f, x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0],
+    'checkpoint': lambda f, x: jax.checkpoint(f)(x),
+    'cond': lambda f, x: jax.lax.cond(x > 0, f, lambda x: 0 * x, x),
+    'jit': lambda f, x: jax.jit(f)(x)}
+
+
+@pytest.mark.parametrize('inner', ['plain', 'helper before', 'helper after'])
+@pytest.mark.parametrize('loop', LOOPS)
+@pytest.mark.parametrize('order', [
+    ('held', 'scaled', 'live'), ('live', 'held', 'also scaled'), ('scaled', 'also scaled', 'scaled'),
+    ('scaled', 'live', 'held', 'live', 'scaled')], ids=' '.join)
+def test_one_jitted_function_read_by_methods_of_mirrors_in_loops(order, loop, inner):
+    """It reads a module that it captured, in the block that the method opens in the body."""
+    def total(w):
+        module = Runs().bind({'params': {'w': w}})
+        read = jax.jit(lambda x: x * module.get_variable('params', 'w'))
+        f = {'plain': read, 'helper before': lambda x: read(helper(x)),
+             'helper after': lambda x: helper(read(x))}[inner]
+        out = []
+        for name in order:
+            t, _ = MIRRORS[name]
+            mirror = module if t is None else t(module)
+            out.append(LOOPS[loop](lambda x, mirror=mirror: mirror.run(f, x), 1.0))
+        return jnp.stack(out)
+
+    slope = float(jax.grad(helper)(1.0)) if inner != 'plain' else 1.0
+    value = float(helper(1.0)) if inner == 'helper before' else slope
+    want = [value * MIRRORS[name][1] for name in order]
+    np.testing.assert_allclose(jax.jacrev(total)(1.0), want, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.jacrev(total))(1.0), want, rtol=1e-5)
+
+
+
+@pytest.mark.parametrize('loop', LOOPS)
+def test_methods_of_mirrors_in_loops_do_not_trace_helpers_again(loop):
+    traced = []
+
+    @jax.jit
+    def counted(x):
+        traced.append(x)
+        return jnp.sin(x)
+
+    def total(w):
+        module = Runs().bind({'params': {'w': w}})
+        mirrors = [t(module) for t, _ in MIRRORS.values() if t is not None]
+        run = lambda m: lambda x: m.run(lambda x: counted(x) * m(), x)
+        return sum(LOOPS[loop](run(m), 1.0) for m in (module, *mirrors))
+
+    jax.jit(jax.grad(total))(1.0)
+    assert len(traced) <= 2  # without a block, and in all of them
