@@ -107,9 +107,9 @@ def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
     if cls is not None and vars(cls)[_MADE_OF] != itself:  # of another callable, that is equal
         setattr(cls, _SHARED, key)
     if cls is None or _changed(cls):
-        lifted = {name: _lift_member(member) for name, member in _members(base).items()}
+        classes = [of for of in reversed(base.__mro__) if of not in Module.__mro__]
         cls = type(base.__name__, (base,), {
-            **{name: member for name, member in lifted.items() if member is not None},
+            **_lifted_members([Module, *classes]),
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
             '__reduce__': _reduce, 'clone': _clone(base), 'unbind': _unbind(base),
@@ -126,26 +126,27 @@ def _changed(cls: type[Module]) -> bool:
     return shared is not None and shared != transform.key(lasting_key, lasting_key)
 
 
-def _members(base: type[Module]) -> dict[str, Any]:
-    """Return the methods and properties that may read variables, as the class resolves them."""
-    found = {name: vars(Module)[name] for name in _READS}
-    for cls in reversed(base.__mro__):
-        if issubclass(cls, Module) and cls is not Module:
-            found.update(_own_members(cls))
-    return found
+def _lifted_members(classes: list[type]) -> dict[str, Any]:
+    """Lift the methods and properties of classes that may read; of one name the last one counts."""
+    found: dict[str, Any] = {}
+    for cls in classes:
+        fields = _compat.annotated(cls)  # the default of a field may be a function
+        found.update({name: None if name in fields else _lift_member(member, cls)
+                      for name, member in vars(cls).items()
+                      if name in (*_READS, '__call__')
+                      or not hasattr(Module, name) and name not in _GENERATED})
+    return {name: member for name, member in found.items() if member is not None}
 
 
-def _own_members(cls: type[Module]) -> dict[str, Any]:
-    return {name: member for name, member in vars(cls).items() if name in (*_READS, '__call__')
-            or not hasattr(Module, name) and name not in _GENERATED}
-
-
-def _lift_member(member: Any) -> Any:
-    """Lift a method or a property; return None for what is neither."""
+def _lift_member(member: Any, cls: type) -> Any:
+    """Lift a method or a property of a class; return None for what is neither."""
     while hasattr(member, 'wrapped'):  # Flax wraps descriptors, and _cached does
         member = member.wrapped
     if inspect.isfunction(member):
-        return _lift_method(member)
+        lifted = _lift_method(member)
+        if not issubclass(cls, Module):  # Flax does not wrap those of mixins
+            lifted.nowrap = True
+        return lifted
     if isinstance(member, property):
         return property(_lift_method(member.fget), member.fset, member.fdel, member.__doc__)
     if isinstance(member, functools.cached_property):
@@ -255,11 +256,13 @@ class _AttachedScope:
 
 def _init_subclass(lifted: type[Module], cls: type[Module], **kwargs: Any) -> None:
     """Lift a user's subclass of a lifted class; Flax sets `scope` anew on each class."""
-    if _LAYER not in vars(cls):  # its own methods run in the block too
-        fields = _compat.annotated(cls)  # a default may be a function
-        for name, member in _own_members(cls).items():
-            if name not in fields and (own := _lift_member(member)) is not None:
-                setattr(cls, name, own)
+    if _LAYER not in vars(cls):  # what it defines, or a mixin does, runs in the block too
+        before = cls.__mro__[:cls.__mro__.index(lifted)]
+        classes = [of for of in reversed(before) if of is cls or not issubclass(of, lifted)]
+        for name, member in _lifted_members(classes).items():
+            setattr(cls, name, member)
+            if isinstance(member, functools.cached_property):
+                member.__set_name__(cls, name)
     super(lifted, cls).__init_subclass__(**kwargs)
     _set_lifted(cls)
 

@@ -876,8 +876,61 @@ def by_compact_and_remat(lifted):
     return Below
 
 
-@pytest.mark.parametrize('below', [
-    lambda lifted: lifted, by_property, by_method, by_super, by_subclass, by_compact_and_remat])
+def by_cached_property(lifted):
+    class Below(lifted):
+        @functools.cached_property
+        def run(self):
+            return self.part(1.0)
+
+        def __call__(self, x=1.0):
+            return self.run
+    return Below
+
+
+def by_alias(lifted):
+    class Below(lifted):
+        def run(self, x=1.0):
+            return self.part(x)
+
+        __call__ = run
+    return Below
+
+
+class CallsPart:
+    """No module, but a part of some."""
+
+    def __call__(self, x=1.0):
+        return self.part(x)
+
+    @property
+    def read(self):
+        return self.part(1.0)
+
+    def run(self, x):
+        return self.part(x)
+
+
+def by_mixin(lifted):
+    class Below(CallsPart, lifted):
+        pass
+    return Below
+
+
+def by_another_module(lifted):
+    class Calls(nn.Module):
+        def __call__(self, x=1.0):
+            return self.part(x)
+
+    class Below(Calls, lifted):
+        pass
+    return Below
+
+
+BELOW = [lambda lifted: lifted, by_property, by_method, by_super, by_subclass, by_compact_and_remat,
+         by_cached_property, by_alias, by_mixin, by_another_module]
+
+
+@pytest.mark.parametrize('below', BELOW)
 @pytest.mark.parametrize('t, want', [
     (sg.stop_gradient(True), 0), (sg.scale_gradient(True, 3.0), 3), (sg.constant(True), 0),
     (sg.map_gradient(True, lambda info, ct: ct + 4), 5)], ids=['stop', 'scale', 'constant', 'map'])
@@ -893,6 +946,31 @@ def test_methods_of_a_subclass_cover_what_the_module_is_handed(below, t, want):
             return self.head() + 100 * self.shared(1.0)
     params = Outer().init(jax.random.key(0))
     assert jax.grad(Outer().apply)(params)['params']['shared'] == {'b': 100 + want}
+
+
+class WithMixin(CallsPart, nn.Module):
+    part: nn.Module
+    activation: object = lambda x: x
+
+
+@pytest.mark.parametrize('read', [
+    lambda m: m(), lambda m: m.read, lambda m: m.run(1.0), lambda m: m.activation(m())])
+@pytest.mark.parametrize('use', ['class', 'mirror', 'subclass'])
+def test_methods_of_a_mixin_cover_what_the_module_is_handed(use, read):
+    t = sg.scale_gradient(True, 3.0)
+
+    class Outer(nn.Module):
+        def setup(self):
+            self.shared = Leaf()
+            cls = {'class': t(WithMixin), 'subclass': type('Below', (t(WithMixin),), {
+                '__module__': __name__})}.get(use, WithMixin)
+            self.head = cls(self.shared)
+            self.lifted = t(self.head) if use == 'mirror' else self.head
+
+        def __call__(self):
+            return read(self.lifted) + 100 * self.shared(1.0)
+    params = {'params': {'shared': {'b': jnp.ones(())}}}
+    assert jax.grad(Outer().apply)(params)['params']['shared'] == {'b': 103}
 
 
 def test_a_transformed_method_of_flax_in_a_module():
