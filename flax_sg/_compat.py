@@ -37,12 +37,12 @@ from jax.interpreters import ad
 
 __all__ = [
     'CALL', 'Module', 'Scope', 'Variable', 'annotated', 'batched', 'checked', 'child', 'counts',
-    'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call',
-    'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables', 'run_setup',
-    'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending', 'split',
-    'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables',
-    'tap_pack', 'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'without_refs',
-    'wrapped', 'written_at',
+    'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'is_transformed',
+    'lifted_call', 'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables',
+    'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending',
+    'split', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables', 'tap_pack',
+    'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'without_refs', 'wrapped',
+    'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -82,6 +82,17 @@ def annotated(cls: type) -> set[str]:
         form = annotationlib.Format.FORWARDREF
         return set(annotationlib.get_annotations(cls, format=form))
     return set(inspect.get_annotations(cls))
+
+
+def is_transformed(cls: type) -> bool:
+    """Say whether a class is what a lifted transform, such as `nn.scan`, has made of another."""
+    for name, member in vars(cls).items():
+        while hasattr(member, '__wrapped__'):
+            outer, member = member, member.__wrapped__
+            if (getattr(outer, '__globals__', None) is vars(_transforms)
+                    and member is getattr(cls.__base__, name, None)):
+                return True
+    return False
 
 
 def root_variables(scope: Scope) -> dict[str, Any]:

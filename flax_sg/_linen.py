@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ _MADE_IN = '_flax_sg_made_in'  # of a copy: the entries of the running module th
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
 _ROOTS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate',
           'unbind')
+_NOT_OF_INSTANCES = (staticmethod, classmethod)
+_MAKE_METHODS = (functools.partialmethod, functools.singledispatchmethod)
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
 # A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
 _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, type]] = (
@@ -108,14 +110,16 @@ def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
         setattr(cls, _SHARED, key)
     if cls is None or _changed(cls):
         classes = [of for of in reversed(base.__mro__) if of not in Module.__mro__]
+        owners: list[type[Module]] = []
         cls = type(base.__name__, (base,), {
-            **_lifted_members([Module, *classes]),
+            **_lifted_members([Module, *classes], owners),
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
             '__reduce__': _reduce, 'clone': _clone(base), 'unbind': _unbind(base),
             _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None})
         cls.__init_subclass__ = classmethod(functools.partial(_init_subclass, cls))
         _set_lifted(cls)
+        owners.append(cls)
         made[key] = cls
     return cls
 
@@ -126,42 +130,54 @@ def _changed(cls: type[Module]) -> bool:
     return shared is not None and shared != transform.key(lasting_key, lasting_key)
 
 
-def _lifted_members(classes: list[type]) -> dict[str, Any]:
-    """Lift the methods and properties of classes that may read; of one name the last one counts."""
+def _lifted_members(classes: list[type], owners: Sequence[type[Module]]) -> dict[str, Any]:
+    """Lift what classes have that may read; of one name the last one counts.
+
+    The methods open the entries of the lifted classes `owners`.
+    """
     found: dict[str, Any] = {}
     for cls in classes:
         fields = _compat.annotated(cls)  # the default of a field may be a function
-        found.update({name: None if name in fields else _lift_member(member, cls)
+        found.update({name: None if name in fields else _lift_member(member, cls, owners)
                       for name, member in vars(cls).items()
                       if name in (*_READS, '__call__')
                       or not hasattr(Module, name) and name not in _GENERATED})
     return {name: member for name, member in found.items() if member is not None}
 
 
-def _lift_member(member: Any, cls: type) -> Any:
-    """Lift a method or a property of a class; return None for what is neither."""
+def _lift_member(member: Any, cls: type, owners: Sequence[type[Module]]) -> Any:
+    """Lift a method, property or other descriptor of a class; return None for what is none."""
+    lift = functools.partial(run_inside, block=lambda module: _own_block(module, owners))
     while hasattr(member, 'wrapped'):  # Flax wraps descriptors, and _cached does
         member = member.wrapped
-    if inspect.isfunction(member):
-        lifted = _lift_method(member)
-        if not issubclass(cls, Module):  # Flax does not wrap those of mixins
-            lifted.nowrap = True
-        return lifted
-    if isinstance(member, property):
-        return property(_lift_method(member.fget), member.fset, member.fdel, member.__doc__)
     if isinstance(member, functools.cached_property):
-        return functools.cached_property(_lift_method(member.func))
-    return None
+        return functools.cached_property(lift(member.func))
+    if isinstance(member, property):
+        return property(lift(member.fget), member.fset, member.fdel, member.__doc__)
+    if isinstance(member, _NOT_OF_INSTANCES) or not hasattr(type(member), '__get__') or (
+            type(member).__module__.startswith('flax_sg.')):
+        return None
+    if not callable(member) and not isinstance(member, _MAKE_METHODS):
+        get = lambda module: member.__get__(module, type(module))
+        return property(lift(get), getattr(member, '__set__', None),
+                        getattr(member, '__delete__', None), member.__doc__)
+    lifted = lift(member if inspect.isfunction(member) else _called(member))
+    if not issubclass(cls, Module):  # Flax does not wrap those of mixins
+        lifted.nowrap = True
+    return lifted
 
 
-def _lift_method(fn: Callable) -> Callable:
-    return run_inside(fn, _own_block)
+def _called(member: Any) -> Callable:
+    @functools.wraps(member)
+    def method(module: Module, *args: Any, **kwargs: Any) -> Any:
+        return member.__get__(module, type(module))(*args, **kwargs)
+    return method
 
 
 @contextlib.contextmanager
-def _own_block(module: Module) -> Iterator[None]:
+def _own_block(module: Module, owners: Sequence[type[Module]]) -> Iterator[None]:
     """Open a lifted module's own entries, unless one of its methods is running already."""
-    own = () if module.scope is None else _own_entries(module)
+    own = () if module.scope is None else _own_entries(module, owners)
     new = [entry for entry in own if entry not in state.stack]
     with contextlib.ExitStack() as stack:
         for entry in new:
@@ -171,8 +187,8 @@ def _own_block(module: Module) -> Iterator[None]:
         entry.met.check()
 
 
-def _own_entries(module: Module) -> list[Entry]:
-    return [entry for owner in reversed(_lifted(type(module)))
+def _own_entries(module: Module, owners: Sequence[type[Module]]) -> list[Entry]:
+    return [entry for owner in reversed(owners)
             if (entry := attached_entry(module.scope, (owner, module.name))) is not None]
 
 
@@ -191,7 +207,7 @@ def _clone(base: type[Module]) -> Callable:
     def clone(self, *args, **kwargs):
         made_in = vars(self).get(_MADE_IN, _Entries())
         if self.scope is not None:
-            running = (e for e in _own_entries(self) if e in state.stack)
+            running = (e for e in _own_entries(self, _lifted(type(self))) if e in state.stack)
             made_in = _Entries((*made_in, *map(weakref.ref, running)))
         with under(copied_in=made_in):
             copy = base.clone(self, *args, **kwargs)
@@ -256,15 +272,27 @@ class _AttachedScope:
 
 def _init_subclass(lifted: type[Module], cls: type[Module], **kwargs: Any) -> None:
     """Lift a user's subclass of a lifted class; Flax sets `scope` anew on each class."""
-    if _LAYER not in vars(cls):  # what it defines, or a mixin does, runs in the block too
+    if _LAYER not in vars(cls) and (owners := _opened_by(cls)):
+        # What it defines, or a mixin does, runs in the block too.
         before = cls.__mro__[:cls.__mro__.index(lifted)]
         classes = [of for of in reversed(before) if of is cls or not issubclass(of, lifted)]
-        for name, member in _lifted_members(classes).items():
+        for name, member in _lifted_members(classes, owners).items():
             setattr(cls, name, member)
             if isinstance(member, functools.cached_property):
                 member.__set_name__(cls, name)
     super(lifted, cls).__init_subclass__(**kwargs)
     _set_lifted(cls)
+
+
+def _opened_by(cls: type[Module]) -> tuple[type[Module], ...]:
+    """Return the lifted classes whose entries the methods of a user's subclass open.
+
+    Where Flax's transform of a class lies between, the class's entries are opened in its body: one
+    layer of a scan is what they see.
+    """
+    transformed = [of for of in cls.__mro__ if _compat.is_transformed(of)]
+    return tuple(owner for owner in reversed(cls.__mro__) if _LAYER in vars(owner)
+                 and not any(issubclass(of, owner) for of in transformed))
 
 
 def _reduce(self):

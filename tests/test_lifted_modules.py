@@ -973,6 +973,80 @@ def test_methods_of_a_mixin_cover_what_the_module_is_handed(use, read):
     assert jax.grad(Outer().apply)(params)['params']['shared'] == {'b': 103}
 
 
+class ReadsPart:
+    def __get__(self, module, owner=None):
+        return self if module is None else module.part(1.0)
+
+
+class ReadsPartAndIsSet(ReadsPart):
+    def __set__(self, module, value):
+        raise AttributeError('not to be set')
+
+
+class Callback:
+    def __get__(self, module, owner=None):
+        return self if module is None else functools.partial(self, module)
+
+    def __call__(self, module, x):
+        return module.part(x)
+
+
+class Described(nn.Module):
+    part: nn.Module
+    value, set_value, callback = ReadsPart(), ReadsPartAndIsSet(), Callback()
+    partial = functools.partialmethod(lambda self, x, k: self.part(x) * k, k=1.0)
+
+    @functools.singledispatchmethod
+    def dispatched(self, x):
+        return self.part(x)
+
+    @staticmethod
+    def static(module, x):
+        return module.part(x)
+
+    def __call__(self):
+        return self.static(self, 1.0)
+
+
+@pytest.mark.parametrize('read', [
+    lambda m: m.value, lambda m: m.set_value, lambda m: m.callback(1.0), lambda m: m.partial(1.0),
+    lambda m: m.dispatched(1.0), lambda m: m()])
+@pytest.mark.parametrize('use', ['class', 'mirror', 'subclass', 'mixin'])
+def test_descriptors_cover_what_the_module_is_handed(use, read):
+    t = sg.scale_gradient(True, 3.0)
+    made = {'__module__': __name__}
+    mixin = type('Mixin', (), {name: member for name, member in vars(Described).items() if name in (
+        'value', 'set_value', 'callback', 'partial', 'dispatched', '__call__', 'static')})
+    cls = {'class': lambda: t(Described), 'mirror': lambda: Described,
+           'subclass': lambda: type('Below', (t(Described),), made),
+           'mixin': lambda: type('Below', (mixin, t(WithPart)), made)}[use]()
+
+    class Outer(nn.Module):
+        def setup(self):
+            self.shared = Leaf()
+            self.head = cls(self.shared)
+            self.lifted = t(self.head) if use == 'mirror' else self.head
+
+        def __call__(self):
+            return read(self.lifted) + 100 * self.shared(1.0)
+    params = {'params': {'shared': {'b': jnp.ones(())}}}
+    assert jax.grad(Outer().apply)(params)['params']['shared'] == {'b': 103}
+
+
+def test_methods_of_a_mixin_are_as_unknown_to_flax_as_without_the_transform():
+    def seen(cls):
+        calls = []
+
+        def note(call, args, kwargs, context):
+            calls.append((type(context.module).__name__, context.method_name))
+            return call(*args, **kwargs)
+        module = cls(Leaf(name='part')).bind({'params': {'part': {'b': jnp.ones(())}}})
+        with nn.intercept_methods(note):
+            module.run(1.0)
+        return calls
+    assert seen(sg.stop_gradient(True)(WithMixin)) == seen(WithMixin) != []
+
+
 def test_a_transformed_method_of_flax_in_a_module():
     class Outer(nn.Module):
         t: object
@@ -1083,3 +1157,64 @@ def test_a_scan_over_layers_of_a_lifted_class(first):
 
     grads = jax.grad(lambda p: Net().apply(p))(Net().init(jax.random.key(0)))['params']['layers']
     assert not grads['w'].any() and grads['v'].tolist() == [1, 1, 1]
+
+
+class Scaled(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x * self.param('w', nn.initializers.ones, (3,)), None
+
+
+PER_LAYER = dict(variable_axes={'params': 0}, split_rngs={'params': True})
+REPEATED = {
+    'scan': lambda cls: nn.scan(cls, length=2, **PER_LAYER),
+    'scan of remat': lambda cls: nn.scan(nn.remat(cls), length=2, **PER_LAYER),
+    'remat of scan': lambda cls: nn.remat(nn.scan(cls, length=2, **PER_LAYER)),
+    'vmap': lambda cls: nn.vmap(cls, in_axes=None, axis_size=2, **PER_LAYER),
+    'methods': lambda cls: nn.scan(cls, length=2, methods=['__call__'], **PER_LAYER),
+}
+
+
+def below(cls):
+    class Below(cls):
+        def __call__(self, x):
+            return super().__call__(x)
+    return Below
+
+
+def shrink(info, value):
+    return value / (1 + jnp.sum(value ** 2))
+
+
+@pytest.mark.parametrize('sees, make', [
+    ('a layer', lambda t, other, repeat: repeat(t(Scaled))),
+    ('a layer', lambda t, other, repeat: repeat(below(t(Scaled)))),
+    ('a layer', lambda t, other, repeat: below(repeat(t(Scaled)))),
+    ('a layer', lambda t, other, repeat: repeat(other(t(Scaled)))),
+    ('a layer', lambda t, other, repeat: repeat(t(other(Scaled)))),
+    ('a layer', lambda t, other, repeat: other(repeat(t(Scaled)))),
+    ('a layer', lambda t, other, repeat: other(below(repeat(t(Scaled))))),
+    ('a layer', lambda t, other, repeat: below(other(repeat(t(Scaled))))),
+    ('all layers', lambda t, other, repeat: t(repeat(Scaled))),
+    ('all layers', lambda t, other, repeat: below(t(repeat(Scaled)))),
+    ('all layers', lambda t, other, repeat: t(repeat(other(Scaled)))),
+])
+@pytest.mark.parametrize('repeat', REPEATED)
+@pytest.mark.parametrize('method', ['map_values', 'map_gradient'])
+def test_a_lifted_class_opens_in_the_body_of_what_repeats_it(method, repeat, sees, make):
+    cls = make(getattr(sg, method)(True, shrink), sg.scale_gradient(True, 1.0), REPEATED[repeat])
+    weights, x = jnp.linspace(1.0, 2.0, 6).reshape(2, 3), jnp.arange(1.0, 4.0)
+    whole = functools.partial(shrink, None)
+    shrunk = whole if sees == 'all layers' else jax.vmap(whole)
+
+    def masked(weights):
+        return jnp.sum(cls().apply({'params': {'w': weights}}, x)[0] ** 2)
+
+    def by_hand(weights):
+        weights = shrunk(weights) if method == 'map_values' else weights
+        out = x * weights if repeat == 'vmap' else x * weights[0] * weights[1]
+        return jnp.sum(out ** 2)
+    want = jax.grad(by_hand)(weights)
+    want = shrunk(want) if method == 'map_gradient' else want
+    np.testing.assert_allclose(jax.grad(masked)(weights), want, rtol=1e-5)
