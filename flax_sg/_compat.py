@@ -26,6 +26,7 @@ from flax.linen import Module
 from flax.linen import module as _module
 from flax.linen import transforms as _transforms
 from jax._src import checkify as _checkify
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import linear_util as _linear_util
 from jax._src.interpreters import ad as _ad
@@ -41,7 +42,7 @@ __all__ = [
     'lifted_call', 'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables',
     'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending',
     'split', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables', 'tap_pack',
-    'tap_rules', 'tap_value', 'trace_state', 'traced', 'varying', 'without_refs', 'wrapped',
+    'tap_rules', 'tap_value', 'trace_context', 'trace_state', 'traced', 'varying', 'without_refs', 'wrapped',
     'written_at',
 ]
 
@@ -53,6 +54,11 @@ _cache_keys = jax.make_user_context(())
 def trace_state() -> Any:
     """Return a value that is equal as long as the same JAX trace is the current one."""
     return tracers.current_trace()  # wraps jax's get_opaque_trace_state, which moved in 0.10
+
+
+def trace_context() -> tuple:
+    """Return the settings that a trace depends on, such as precision and the current mesh."""
+    return _config.trace_context()
 
 
 def staging_trace() -> Any:

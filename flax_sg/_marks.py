@@ -25,7 +25,8 @@ from jax.interpreters import ad
 from flax_sg._errors import UsageError
 from flax_sg._jaxprs import define
 
-__all__ = ['BINDER', 'NO_LANE', 'during', 'inputs_of_lanes', 'level', 'mark', 'of_lane', 'tracing']
+__all__ = ['BINDER', 'NO_LANE', 'counts', 'during', 'inputs_of_lanes', 'level', 'mark', 'marked_inside',
+           'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
 BINDER = 'flax_sg_lanes'  # the primitive that has such a function
@@ -121,6 +122,18 @@ def of_lane(jaxpr: Jaxpr, level: int, lane: int) -> Jaxpr:
     return jaxpr if same else jaxpr.replace(eqns=eqns)
 
 
+def counts(eqn: JaxprEqn) -> bool | None:
+    """Say whether the mark that an equation is counts in its lane; None for what is no such mark."""
+    return eqn.params['lanes'] if (
+        eqn.primitive is _tangent_p and eqn.params['level'] is None) else None
+
+
+def marked_inside(jaxpr: Jaxpr, level: int) -> bool:
+    """Say whether marks of a level stand in the bodies of loops and calls of a jaxpr."""
+    return any(eqn.primitive not in (_mark_p, _tangent_p) and _equation(eqn, level, NO_LANE) is not eqn
+               for eqn in jaxpr.eqns)
+
+
 def _equation(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:
     if eqn.primitive in (_mark_p, _tangent_p):
         if eqn.params['level'] != level:
@@ -131,7 +144,9 @@ def _equation(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:
         return eqn
     params = {k: _parameter(v, level, lane) for k, v in eqn.params.items()}
     same = all(params[k] is v for k, v in eqn.params.items())
-    return eqn if same else eqn.replace(params=params)
+    # What is kept of the maps of all lanes of another level has marks of this one in it.
+    return eqn if same else eqn.replace(params=params | dict.fromkeys(
+        {'maps'} & params.keys()))
 
 
 def _parameter(value: Any, level: int, lane: int) -> Any:

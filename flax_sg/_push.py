@@ -16,6 +16,7 @@ from jax.interpreters import ad, batching
 
 from flax_sg import _compat
 from flax_sg._jaxprs import evaluate, runs
+from flax_sg._pull import LaneMaps
 
 __all__ = ['push']
 
@@ -24,22 +25,26 @@ _push_p = Primitive('flax_sg_push')
 _push_p.multiple_results = True
 
 
-def push(jaxpr: Jaxpr, residuals: list, tangents: list) -> list:
-    """Apply a linear map of tangents, a jaxpr without constants."""
-    return _push_p.bind(*residuals, *tangents, jaxpr=ClosedJaxpr(jaxpr, []), count=len(residuals))
+def push(jaxpr: Jaxpr, residuals: list, tangents: list, maps: LaneMaps | None = None, lane: int = 0
+         ) -> list:
+    """Apply a linear map of tangents, a jaxpr without constants; that of a lane of some maps."""
+    return _push_p.bind(*residuals, *tangents, jaxpr=ClosedJaxpr(jaxpr, []), count=len(residuals),
+                        maps=maps, lane=lane)
 
 
-def _run(*operands: Any, jaxpr: ClosedJaxpr, count: int) -> list:
+def _run(*operands: Any, jaxpr: ClosedJaxpr, **_: Any) -> list:
     return evaluate(jaxpr, *operands)
 
 
-def _abstract(*_: Any, jaxpr: ClosedJaxpr, count: int) -> tuple:
+def _abstract(*_: Any, jaxpr: ClosedJaxpr, **__: Any) -> tuple:
     return list(jaxpr.out_avals), jaxpr.effects
 
 
-def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int) -> tuple[list, list]:
+def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, **params: Any
+         ) -> tuple[list, list]:
     if all(type(t) is ad.Zero for t in tangents[:count]):
-        bind = functools.partial(_push_p.bind, *primals[:count], jaxpr=jaxpr, count=count)
+        bind = functools.partial(
+            _push_p.bind, *primals[:count], jaxpr=jaxpr, count=count, **params)
         return bind(*primals[count:]), bind(*map(ad.instantiate_zeros, tangents[count:]))
     moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
 
@@ -51,17 +56,24 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int) -> 
     return jax.jvp(of_moved, [primals[i] for i in moved], [tangents[i] for i in moved])
 
 
-def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, count: int) -> list:
-    return _compat.pulled_back(jaxpr, operands, cotangents)
+def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: LaneMaps | None, lane: int,
+               **_: Any) -> list:
+    made = maps and maps.transposed(lane, operands, cotangents)
+    if not made:
+        return _compat.pulled_back(jaxpr, operands, cotangents)
+    *parts, reached = made
+    found = iter(push(*parts))
+    return [next(found) if r else None for r in reached]
 
 
-def _batched(axis: Any, operands: list, dims: list, *, jaxpr: ClosedJaxpr, count: int
+def _batched(axis: Any, operands: list, dims: list, *, jaxpr: ClosedJaxpr, count: int, **_: Any
              ) -> tuple[list, list]:
     fronts = [None if dim is None else 0 for dim in dims]
     operands = [x if front is None else batching.bdim_at_front(x, dim, axis.size)
                 for x, dim, front in zip(operands, dims, fronts, strict=True)]
     jaxpr, varies = _compat.batched(jaxpr, axis, fronts)
-    return (_push_p.bind(*operands, jaxpr=jaxpr, count=count), [0 if v else None for v in varies])
+    made = _push_p.bind(*operands, jaxpr=jaxpr, count=count, maps=None, lane=0)
+    return made, [0 if v else None for v in varies]
 
 
 runs(_push_p, _run)
@@ -71,8 +83,9 @@ ad.primitive_transposes[_push_p] = _transpose
 batching.fancy_primitive_batchers[_push_p] = _batched
 
 
-def _checked(jaxpr: ClosedJaxpr, errors: list, *operands: Any, count: int) -> list:
-    return _push_p.bind(*errors, *operands, jaxpr=jaxpr, count=len(errors) + count)
+def _checked(jaxpr: ClosedJaxpr, errors: list, *operands: Any, count: int, **_: Any) -> list:
+    return _push_p.bind(*errors, *operands, jaxpr=jaxpr, count=len(errors) + count, maps=None,
+                        lane=0)
 
 
-_compat.checked(_push_p, lambda *operands, count: list(operands), _checked)
+_compat.checked(_push_p, lambda *operands, **_: list(operands), _checked)

@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_par
 from flax_sg import _compat
 from flax_sg._jaxprs import closed_over, moves_out, moving_among, opened
 from flax_sg._marks import of_lane
+from flax_sg._pull import LaneMaps
 from flax_sg._push import push
 
 __all__ = ['Maps', 'once']
@@ -71,7 +72,8 @@ class Maps:
                                   debug_info=jaxpr.debug_info.with_unknown_names())
             operands = [[values[i] for i in order] for values in operands]
         count = moving.count(False)
-        return [push(of_lane(jaxpr, self.level, lane), values[:count], values[count:])
+        maps = LaneMaps(jaxpr, self.level)
+        return [push(of_lane(jaxpr, self.level, lane), values[:count], values[count:], maps, lane)
                 for lane, values in enumerate(operands)]
 
     def _checkpoint(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
