@@ -25,8 +25,8 @@ from jax.interpreters import ad
 from flax_sg._errors import UsageError
 from flax_sg._jaxprs import define
 
-__all__ = ['BINDER', 'NO_LANE', 'counts', 'during', 'inputs_of_lanes', 'level', 'mark', 'marked_inside',
-           'of_lane', 'tracing']
+__all__ = ['BINDER', 'NO_LANE', 'counts', 'during', 'inputs_of_lanes', 'level', 'mark',
+           'marked_inside', 'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
 BINDER = 'flax_sg_lanes'  # the primitive that has such a function
@@ -123,15 +123,15 @@ def of_lane(jaxpr: Jaxpr, level: int, lane: int) -> Jaxpr:
 
 
 def counts(eqn: JaxprEqn) -> bool | None:
-    """Say whether the mark that an equation is counts in its lane; None for what is no such mark."""
+    """Say whether a mark of tangents counts in its lane; None for other equations."""
     return eqn.params['lanes'] if (
         eqn.primitive is _tangent_p and eqn.params['level'] is None) else None
 
 
 def marked_inside(jaxpr: Jaxpr, level: int) -> bool:
     """Say whether marks of a level stand in the bodies of loops and calls of a jaxpr."""
-    return any(eqn.primitive not in (_mark_p, _tangent_p) and _equation(eqn, level, NO_LANE) is not eqn
-               for eqn in jaxpr.eqns)
+    return any(_equation(eqn, level, NO_LANE) is not eqn for eqn in jaxpr.eqns
+               if eqn.primitive not in (_mark_p, _tangent_p))
 
 
 def _equation(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 from jax.interpreters import ad
 
 from flax_sg import _compat
@@ -97,12 +97,8 @@ def _without_zeros(jaxpr: Jaxpr, count: int) -> tuple[Jaxpr, list[bool]]:
         left = [var for var in moving if var not in zeros]
         if counts(eqn) is False or not left and not any(jaxprs_in_params(eqn.params)):
             zeros.update(eqn.outvars)
-        elif counts(eqn) or _adds(eqn) and len(left) < len(moving):
+        elif counts(eqn) or eqn.primitive.name == 'add_any' and len(left) < len(moving):
             same[eqn.outvars[0]] = left[0]
     outvars = list(map(read, jaxpr.outvars))
     return (jaxpr.replace(eqns=eqns, outvars=outvars),
             [not isinstance(var, Literal) and var in zeros for var in outvars])
-
-
-def _adds(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name == 'add_any' 

@@ -56,8 +56,8 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, **p
     return jax.jvp(of_moved, [primals[i] for i in moved], [tangents[i] for i in moved])
 
 
-def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: LaneMaps | None, lane: int,
-               **_: Any) -> list:
+def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: LaneMaps | None,
+               lane: int, **_: Any) -> list:
     made = maps and maps.transposed(lane, operands, cotangents)
     if not made:
         return _compat.pulled_back(jaxpr, operands, cotangents)
