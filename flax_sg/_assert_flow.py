@@ -61,7 +61,7 @@ def assert_flow(losses: Any, spec: Mapping[str, Predicate], *, norms: bool = Fal
                for loss, predicate in spec.items()}
     flow_of = gradient_flow(losses, norms=norms)
 
-    def check(params: Any, *args: Any, **kwargs: Any) -> Flow:
+    def check(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
         infos = names_of(params)[0]
         for loss, filter in filters.items():
             check_matched(filter.patterns(), infos, where=f'assert_flow[{loss!r}]', of='params')

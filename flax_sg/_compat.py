@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,13 +36,13 @@ from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, Primitive
 from jax.interpreters import ad
 
 __all__ = [
-    'CALL', 'Module', 'Scope', 'Variable', 'annotated', 'batched', 'checked', 'child', 'counts',
-    'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'is_transformed',
-    'lifted_call', 'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables',
-    'run_setup', 'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending',
-    'split', 'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables', 'tap_pack',
-    'tap_rules', 'tap_value', 'trace_context', 'trace_state', 'traced', 'varying', 'without_refs', 'wrapped',
-    'written_at',
+    'CALL', 'Module', 'Scope', 'Variable', 'batched', 'checked', 'child', 'counts',
+    'current_module', 'draws', 'in_scratch_root', 'in_setup', 'is_ref', 'lifted_call',
+    'operation_of', 'packed_scopes', 'pruned', 'pulled_back', 'root_variables', 'run_setup',
+    'scan_counts', 'scope_names', 'scope_path', 'set_cache_key', 'setup_pending', 'split',
+    'staging_trace', 'stored', 'tap', 'tap_linear_call', 'tap_map_variables', 'tap_pack',
+    'tap_rules', 'tap_value', 'trace_context', 'trace_state', 'traced', 'transform_of', 'unwrapped',
+    'varying', 'without_refs', 'wrapped', 'written_at',
 ]
 
 # jax.make_user_context (public since 0.7.2): a thread-local value that is part of the key of every
@@ -81,24 +80,23 @@ def current_module() -> Module | None:
     return module if module is not None and module.scope is not None else None
 
 
-def annotated(cls: type) -> set[str]:
-    """Return the names that a class's own body annotates: those of fields, of a module class."""
-    if sys.version_info >= (3, 14):  # a name in an annotation may not be defined yet
-        import annotationlib
-        form = annotationlib.Format.FORWARDREF
-        return set(annotationlib.get_annotations(cls, format=form))
-    return set(inspect.get_annotations(cls))
-
-
-def is_transformed(cls: type) -> bool:
-    """Say whether a class is what a lifted transform, such as `nn.scan`, has made of another."""
-    for name, member in vars(cls).items():
+def transform_of(cls: type) -> str | None:
+    """Return the name of the lifted transform, such as `scan`, that made a class of another one."""
+    for member in vars(cls).values():
         while hasattr(member, '__wrapped__'):
-            outer, member = member, member.__wrapped__
-            if (getattr(outer, '__globals__', None) is vars(_transforms)
-                    and member is getattr(cls.__base__, name, None)):
-                return True
-    return False
+            code = getattr(member, '__code__', None)
+            if (code is not None and member.__globals__ is vars(_transforms)
+                    and code.co_qualname.startswith('module_class_lift_transform')):
+                cells = dict(zip(code.co_freevars, member.__closure__, strict=True))
+                if cells['module_class'].cell_contents is cls.__base__:
+                    return cells['transform'].cell_contents.__name__
+            member = member.__wrapped__
+    return None
+
+
+def unwrapped(member: Any) -> Any:
+    """Return the descriptor that Flax has wrapped, to give better messages."""
+    return member.wrapped if isinstance(member, _module.DescriptorWrapper) else member
 
 
 def root_variables(scope: Scope) -> dict[str, Any]:
@@ -140,13 +138,14 @@ def packed_scopes(scopes: list[Scope]) -> tuple[tuple[Scope, ...], list[int]]:
     return packed, [packed.index(root) for root, _ in places]  # scopes compare by what they show
 
 
-def lifted_call(body: Callable, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> Any:
+def lifted_call(body: Callable, fn: Callable, module: Module, /, *args: Any, **kwargs: Any
+                ) -> Any:
     """Call ``fn(module, *args, **kwargs)`` as the body of a transform that Flax lifts.
 
     ``body`` gets a function of no argument, which may be called in a trace of JAX and returns what
     ``fn`` does and the variables that it may have written; ``body`` returns both.
     """
-    def transform(core: Callable, scopes: Any, *args: Any, **kwargs: Any) -> Any:
+    def transform(core: Callable, scopes: Any, /, *args: Any, **kwargs: Any) -> Any:
         def inner(scope_fn: Callable, repack_fn: Callable, groups: Any, rngs: Any) -> Any:
             def call() -> tuple[Any, Any]:
                 inside = scope_fn(groups, rngs)
@@ -252,13 +251,16 @@ _RULES = (  # classes of functions with rules of the user's own, and the attribu
 def tap_rules(fn: Callable) -> Callable:
     """Tap calls of functions with rules of the user's own; ``fn`` gets the rules' names too."""
     for cls, names in _RULES:
-        def call(original, self, *args, names=names, **kwargs):
-            rules = [getattr(self, name, None) for name in names]
-            if not any(map(callable, args)) and all(map(_is_of_jax, (self.fun, *rules))):
-                return original(self, *args, **kwargs)
-            return fn(original, self, names, *args, **kwargs)
-        tap(cls, '__call__')(call)
+        tap(cls, '__call__')(functools.partial(_call_with_rules, fn, names))
     return fn
+
+
+def _call_with_rules(fn: Callable, names: tuple, original: Callable, self: Any, /, *args: Any,
+                     **kwargs: Any) -> Any:
+    rules = [getattr(self, name, None) for name in names]
+    if not any(map(callable, args)) and all(map(_is_of_jax, (self.fun, *rules))):
+        return original(self, *args, **kwargs)
+    return fn(original, self, names, *args, **kwargs)
 
 
 def tap_linear_call(fn: Callable) -> Callable:
@@ -274,7 +276,8 @@ def _is_of_jax(fn: Any) -> bool:
     if not callable(fn):
         return True
     fn = inspect.unwrap(fn)  # a jitted function
-    if not isinstance(fn, types.FunctionType) or not fn.__module__.startswith('jax.'):
+    if not isinstance(fn, types.FunctionType) or not (
+            fn.__module__ or '').startswith('jax.'):
         return False
     try:
         return all(_is_of_jax(cell.cell_contents) for cell in fn.__closure__ or ())

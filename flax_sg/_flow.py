@@ -65,7 +65,7 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
             f'gradient_flow was given an object of type {type(losses).__name__}; expected a '
             'function of (params, *args), or a dict of such functions by name.')
 
-    def flow(params: Any, *args: Any, **kwargs: Any) -> Flow:
+    def flow(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
         infos, leaves, treedef = names_of(params)
         twice = [name for name, n in Counter(info.name for info in infos).items() if n > 1]
         if twice:

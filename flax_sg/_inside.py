@@ -45,7 +45,7 @@ def run_inside(fn: Callable, block: Callable[[Any], contextlib.AbstractContextMa
             'it calls.')
 
     @functools.wraps(fn)
-    def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(module: Any, /, *args: Any, **kwargs: Any) -> Any:
         with block(module):
             out = fn(module, *args, **kwargs)
         if isinstance(out, types.GeneratorType):

@@ -51,8 +51,8 @@ _SPLITS = ('scan', 'vmap')
 def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_kwargs=False):
     jitted = _Jitted() if name == 'jit' else None  # JAX keeps traces of fn for all its calls
 
-    def packed(scope_tree, *args, **kwargs):
-        def body(scope_fn, repack_fn, groups, rngs, *args, **kwargs):
+    def packed(scope_tree, /, *args, **kwargs):
+        def body(scope_fn, repack_fn, groups, rngs, /, *args, **kwargs):
             lift = _Lifted(scope_tree, in_filters, out_filters, name)
             groups = lift.read(groups)
             call = functools.partial(fn, lift.bind(scope_fn), lift.repack(repack_fn, jitted),
@@ -69,16 +69,28 @@ def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_
 
 
 @_compat.tap_map_variables
-def _map_variables(original, fn, mapped_collections, map_in_fn=lambda x: x, *args, **kwargs):
-    def map_in(variables):
+def _map_variables(original, fn, mapped_collections, map_in_fn=lambda x: x,
+                   map_out_fn=lambda x: x, init=False, *args, **kwargs):
+    # With init, what the body has left goes through both once more.
+    map_out = _mapping(map_out_fn) if init else lambda variables: map_out_fn(_stored(variables))
+    return original(fn, mapped_collections, _mapping(map_in_fn), map_out, init, *args, **kwargs)
+
+
+def _mapping(fn: Callable) -> Callable:
+    """Make a map of variables map what reads of them give as well."""
+    def mapped(variables):
         beside = {name: variables[name] for name in variables if name.startswith(_BESIDE)}
         before = _effects()
-        out = map_in_fn({name: variables[name] for name in variables if name not in beside})
-        if beside and _effects() == before:  # what reads give is mapped as what is stored is
-            seen = map_in_fn(_beside_in_place(variables))
+        out = fn(_stored(variables))
+        if beside and _effects() == before and _LEFT not in beside.values():
+            seen = fn(_beside_in_place(variables))
             return {**out, **{_BESIDE + name: tree for name, tree in seen.items()}}
         return {**out, **dict.fromkeys(beside, _LEFT)}
-    return original(fn, mapped_collections, map_in, *args, **kwargs)
+    return mapped
+
+
+def _stored(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tree for name, tree in variables.items() if not name.startswith(_BESIDE)}
 
 
 def _effects() -> tuple:
@@ -100,9 +112,7 @@ class _Same:
 
 def _seen(written: tuple) -> tuple:
     """Leave out of what a body returns the collections that it does not see."""
-    return jax.tree.map(
-        lambda group: {col: tree for col, tree in group.items() if not col.startswith(_BESIDE)},
-        written, is_leaf=lambda node: isinstance(node, Mapping))
+    return jax.tree.map(_stored, written, is_leaf=lambda node: isinstance(node, Mapping))
 
 
 def _beside_in_place(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +145,8 @@ class _Lifted:
         self.applied: list[frozenset[str]] = [frozenset() for _ in self.packed]
         # What is transformed at each read inside, as a step of a loop, or the body, writes it.
         self.left: list[frozenset[str]] = [frozenset() for _ in self.packed]
+        # Of what it may write: the values, and in what reads of them differ.
+        self.beside: list[dict[str, tuple]] = [{} for _ in self.packed]
         # What comes out of these differs though the body leaves it as it was: it is mapped, or goes
         # out with another axis than it came in.
         self.mapped = in_filters[0] if name == 'map_variables' else False
@@ -194,6 +206,7 @@ class _Lifted:
                 out[collection] = seen
             elif (changed := _changed(tree, seen)) is not None:
                 out[_BESIDE + collection] = changed
+                self.beside[i][collection] = tree, changed
         return out
 
     def _follows(self, i: int, collection: str) -> bool:
@@ -281,8 +294,18 @@ class _Lifted:
             # A body may be traced several times, as are the branches of a cond.
             self.same = frozenset(same if self.same is None else self.same & same)
             written = repack_fn(scope_tree)
+            if self.mapped:
+                written = (tuple(map(self._with_beside, self.beside, written[0])), *written[1:])
             return (written, _Same(self.same)) if jitted else written
         return repacked
+
+    def _with_beside(self, beside: dict[str, tuple], variables: Mapping[str, Any]) -> dict:
+        """Lay what reads give beside variables that `map_variables` maps after the body has run."""
+        out = dict(variables)
+        for collection, (tree, changed) in beside.items():
+            if collection in out:
+                out[_BESIDE + collection] = changed if identical(out[collection], tree) else _LEFT
+        return out
 
     def publish(self, scope: Scope, collection: str, name: str, value: Any) -> Any:
         """Return what to store of what the body has returned."""

@@ -6,30 +6,29 @@ outside any of its methods, an attribute or a submodule, is transformed too.
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import dataclasses
 import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from flax_sg import _compat
-from flax_sg._active import Entry, opened, state, under
+from flax_sg._active import Entry, state, under
 from flax_sg._callables import identity_key, lasting_key
 from flax_sg._compat import Module, Scope
 from flax_sg._errors import UsageError
 from flax_sg._inside import run_inside
+from flax_sg._lifted_members import ROOTS, entries_of, has_members, lift_members
 from flax_sg._members import module_of
 from flax_sg._scope import (
     application_of,
     attach,
-    attached_entry,
     entry_at,
     open_at,
     without,
@@ -51,9 +50,8 @@ _MADE_IN = '_flax_sg_made_in'  # of a copy: the entries of the running module th
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
 _ROOTS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate',
           'unbind')
-_NOT_OF_INSTANCES = (staticmethod, classmethod)
-_MAKE_METHODS = (functools.partialmethod, functools.singledispatchmethod)
-_GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
+# Lifted transforms of classes in whose bodies a variable is what it is around them; and none.
+_ONE_VALUE = ('checkpoint', 'jit', None)
 # A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
 _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, type]] = (
     weakref.WeakKeyDictionary())
@@ -95,7 +93,7 @@ def lift_function(transform: Transform, fn: Callable) -> Callable:
 
 def makes_root(fn: Callable) -> bool:
     """Say whether a function is `Module.apply` or another one that makes a root, or a module."""
-    return any(vars(Module)[name] is fn for name in _ROOTS)
+    return any(vars(Module)[name] is fn for name in ROOTS)
 
 
 def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
@@ -109,19 +107,33 @@ def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
     if cls is not None and vars(cls)[_MADE_OF] != itself:  # of another callable, that is equal
         setattr(cls, _SHARED, key)
     if cls is None or _changed(cls):
-        classes = [of for of in reversed(base.__mro__) if of not in Module.__mro__]
-        owners: list[type[Module]] = []
-        cls = type(base.__name__, (base,), {
-            **_lifted_members([Module, *classes], owners),
+        cls = type(base.__name__, (*_without_hooks(base), base), {
             '__init__': base.__init__, '__module__': base.__module__,
             '__qualname__': base.__qualname__, '__doc__': base.__doc__,
             '__reduce__': _reduce, 'clone': _clone(base), 'unbind': _unbind(base),
             _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None})
         cls.__init_subclass__ = classmethod(functools.partial(_init_subclass, cls))
+        if hasattr(base, '__parameters__'):  # of a generic class
+            cls.__parameters__ = base.__parameters__
         _set_lifted(cls)
-        owners.append(cls)
+        lift_members(cls, _opened_by(cls), _READS)
         made[key] = cls
     return cls
+
+
+def _without_hooks(base: type[Module]) -> tuple[type, ...]:
+    """Return what stands before a base whose `__init_subclass__` is not for lifted classes."""
+    if not any('__init_subclass__' in vars(of) and _LAYER not in vars(of)
+               for of in base.__mro__ if of not in Module.__mro__):
+        return ()
+
+    class Base:
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            if _LAYER in vars(cls) and cls.__mro__[1] is Base:
+                Module.__init_subclass__.__func__(cls)
+            else:
+                super().__init_subclass__(**kwargs)
+    return (Base,)
 
 
 def _changed(cls: type[Module]) -> bool:
@@ -130,66 +142,8 @@ def _changed(cls: type[Module]) -> bool:
     return shared is not None and shared != transform.key(lasting_key, lasting_key)
 
 
-def _lifted_members(classes: list[type], owners: Sequence[type[Module]]) -> dict[str, Any]:
-    """Lift what classes have that may read; of one name the last one counts.
-
-    The methods open the entries of the lifted classes `owners`.
-    """
-    found: dict[str, Any] = {}
-    for cls in classes:
-        fields = _compat.annotated(cls)  # the default of a field may be a function
-        found.update({name: None if name in fields else _lift_member(member, cls, owners)
-                      for name, member in vars(cls).items()
-                      if name in (*_READS, '__call__')
-                      or not hasattr(Module, name) and name not in _GENERATED})
-    return {name: member for name, member in found.items() if member is not None}
-
-
-def _lift_member(member: Any, cls: type, owners: Sequence[type[Module]]) -> Any:
-    """Lift a method, property or other descriptor of a class; return None for what is none."""
-    lift = functools.partial(run_inside, block=lambda module: _own_block(module, owners))
-    while hasattr(member, 'wrapped'):  # Flax wraps descriptors, and _cached does
-        member = member.wrapped
-    if isinstance(member, functools.cached_property):
-        return functools.cached_property(lift(member.func))
-    if isinstance(member, property):
-        return property(lift(member.fget), member.fset, member.fdel, member.__doc__)
-    if isinstance(member, _NOT_OF_INSTANCES) or not hasattr(type(member), '__get__') or (
-            type(member).__module__.startswith('flax_sg.')):
-        return None
-    if not callable(member) and not isinstance(member, _MAKE_METHODS):
-        get = lambda module: member.__get__(module, type(module))
-        return property(lift(get), getattr(member, '__set__', None),
-                        getattr(member, '__delete__', None), member.__doc__)
-    lifted = lift(member if inspect.isfunction(member) else _called(member))
-    if not issubclass(cls, Module):  # Flax does not wrap those of mixins
-        lifted.nowrap = True
-    return lifted
-
-
-def _called(member: Any) -> Callable:
-    @functools.wraps(member)
-    def method(module: Module, *args: Any, **kwargs: Any) -> Any:
-        return member.__get__(module, type(module))(*args, **kwargs)
-    return method
-
-
-@contextlib.contextmanager
-def _own_block(module: Module, owners: Sequence[type[Module]]) -> Iterator[None]:
-    """Open a lifted module's own entries, unless one of its methods is running already."""
-    own = () if module.scope is None else _own_entries(module, owners)
-    new = [entry for entry in own if entry not in state.stack]
-    with contextlib.ExitStack() as stack:
-        for entry in new:
-            stack.enter_context(opened(entry))
-        yield
-    for entry in new:
-        entry.met.check()
-
-
-def _own_entries(module: Module, owners: Sequence[type[Module]]) -> list[Entry]:
-    return [entry for owner in reversed(owners)
-            if (entry := attached_entry(module.scope, (owner, module.name))) is not None]
+def _own_entries(module: Module) -> list[Entry]:
+    return entries_of(module, _lifted(type(module)))
 
 
 def _lifted(cls: type[Module]) -> tuple[type[Module], ...]:
@@ -207,7 +161,7 @@ def _clone(base: type[Module]) -> Callable:
     def clone(self, *args, **kwargs):
         made_in = vars(self).get(_MADE_IN, _Entries())
         if self.scope is not None:
-            running = (e for e in _own_entries(self, _lifted(type(self))) if e in state.stack)
+            running = (e for e in _own_entries(self) if e in state.stack)
             made_in = _Entries((*made_in, *map(weakref.ref, running)))
         with under(copied_in=made_in):
             copy = base.clone(self, *args, **kwargs)
@@ -272,27 +226,21 @@ class _AttachedScope:
 
 def _init_subclass(lifted: type[Module], cls: type[Module], **kwargs: Any) -> None:
     """Lift a user's subclass of a lifted class; Flax sets `scope` anew on each class."""
-    if _LAYER not in vars(cls) and (owners := _opened_by(cls)):
-        # What it defines, or a mixin does, runs in the block too.
-        before = cls.__mro__[:cls.__mro__.index(lifted)]
-        classes = [of for of in reversed(before) if of is cls or not issubclass(of, lifted)]
-        for name, member in _lifted_members(classes, owners).items():
-            setattr(cls, name, member)
-            if isinstance(member, functools.cached_property):
-                member.__set_name__(cls, name)
     super(lifted, cls).__init_subclass__(**kwargs)
     _set_lifted(cls)
+    if not has_members(cls) and _LAYER not in vars(cls):
+        lift_members(cls, () if _compat.transform_of(cls) else _opened_by(cls))
 
 
 def _opened_by(cls: type[Module]) -> tuple[type[Module], ...]:
-    """Return the lifted classes whose entries the methods of a user's subclass open.
+    """Return the lifted classes whose entries the methods of a class open, the innermost first.
 
-    Where Flax's transform of a class lies between, the class's entries are opened in its body: one
-    layer of a scan is what they see.
+    Where `nn.scan` or its like transforms a class in between, these are opened in its body: one
+    layer is what they see.
     """
-    transformed = [of for of in cls.__mro__ if _compat.is_transformed(of)]
+    repeating = [of for of in cls.__mro__ if _compat.transform_of(of) not in _ONE_VALUE]
     return tuple(owner for owner in reversed(cls.__mro__) if _LAYER in vars(owner)
-                 and not any(issubclass(of, owner) for of in transformed))
+                 and not any(issubclass(of, owner) for of in repeating))
 
 
 def _reduce(self):

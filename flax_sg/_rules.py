@@ -38,7 +38,7 @@ def _in_blocks(rule: Callable | None) -> Callable | None:
 
 
 @_compat.tap_rules
-def _call(original, self, rules, *args, **kwargs):
+def _call(original, self, rules, /, *args, **kwargs):
     call = object.__new__(type(self))
     vars(call).update(vars(self))
     for name in rules:
@@ -47,5 +47,5 @@ def _call(original, self, rules, *args, **kwargs):
 
 
 @_compat.tap_linear_call
-def _linear_call(original, fun, fun_transpose, *args, **kwargs):
+def _linear_call(original, /, fun, fun_transpose, *args, **kwargs):
     return original(fun, _in_blocks(fun_transpose), *args, **kwargs)

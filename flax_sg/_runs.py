@@ -152,7 +152,7 @@ def _has_variable(original, self, col, name):
 
 
 @_compat.tap(Scope, 'make_rng')
-def _make_rng(original, self, *args, **kwargs):
+def _make_rng(original, self, /, *args, **kwargs):
     for run in state.setups:
         if run.first is None:
             counters = self.rng_counters

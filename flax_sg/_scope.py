@@ -99,7 +99,7 @@ def set_mark(scope: Scope, mark: Mark) -> None:
 
 
 @_compat.tap(Scope, '__init__')
-def _init(original, self, *args, **kwargs):
+def _init(original, self, /, *args, **kwargs):
     original(self, *args, **kwargs)
     if self.parent is None and APPLICATION not in self.flags:
         inner = state.inside or _compat.current_module() is not None or (
@@ -411,7 +411,7 @@ def _get_variable(original, self, col, name, default=None):
 
 
 @_compat.tap(Scope, 'param')
-def _param(original, self, name, *args, unbox=True, **kwargs):
+def _param(original, self, /, name, *args, unbox=True, **kwargs):
     created = not self.has_variable('params', name)
     value = original(self, name, *args, unbox=unbox, **kwargs)
     if created:  # Flax returns what it has just stored without reading it
@@ -468,7 +468,7 @@ def _call(original, self, *args):
 # Both read a variable in order to store it: that read gives what is stored.
 
 @_compat.tap(Module, 'sow')
-def _sow(original, self, col, name, *args, **kwargs):
+def _sow(original, self, /, col, name, *args, **kwargs):
     with _storing(self.scope, col, name):
         return original(self, col, name, *args, **kwargs)
 

@@ -117,11 +117,12 @@ class GradientViews:
     def _named(self, outs: list[Any]) -> dict[str, Any]:
         return {name: out for (name, _), out in zip(self.entries, outs, strict=True)}
 
-    def _of_tree(self, fn: Callable, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _of_tree(self, fn: Callable, params: Any, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         run = lambda: (fn(self._marked()(params), *args, **kwargs), None)
         return self._named(in_lanes(run, self._names())[0])
 
-    def _of_call(self, fn: Callable, module: Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _of_call(self, fn: Callable, module: Module, /, *args: Any, **kwargs: Any
+                 ) -> dict[str, Any]:
         if makes_root(fn):
             raise UsageError(
                 f'{self!r}: what {fn.__name__!r} reads is of another root than the module that it '
@@ -131,7 +132,7 @@ class GradientViews:
             return self._named([fn(module, *args, **kwargs)] * len(self.entries))
 
         @functools.wraps(fn)
-        def in_block(module: Module, *args: Any, **kwargs: Any) -> Any:
+        def in_block(module: Module, /, *args: Any, **kwargs: Any) -> Any:
             with open_at(self._marked(), module.scope):
                 return fn(module, *args, **kwargs)
 
