@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters import ad
 
 from flax_sg import _compat
@@ -78,7 +78,11 @@ class LaneMaps:
 def _without_zeros(jaxpr: Jaxpr, count: int) -> tuple[Jaxpr, list[bool]]:
     """Leave out of sums what marks make zero; and say which results are zero.
 
-    The jaxpr is linear in its inputs but for the first `count`.
+    What has zeros alone to work on gives zeros: it is linear, or it is a function of the user's
+    that `map_gradient` does not ask about a cotangent that there is not.
+
+    Args:
+      count: of the inputs that are no cotangents; they come first.
     """
     moved, zeros, same = set(jaxpr.invars[count:]), set(), {}
     eqns = []
@@ -95,7 +99,7 @@ def _without_zeros(jaxpr: Jaxpr, count: int) -> tuple[Jaxpr, list[bool]]:
             continue
         moved.update(eqn.outvars)
         left = [var for var in moving if var not in zeros]
-        if counts(eqn) is False or not left and not any(jaxprs_in_params(eqn.params)):
+        if counts(eqn) is False or not left:
             zeros.update(eqn.outvars)
         elif counts(eqn) or eqn.primitive.name == 'add_any' and len(left) < len(moving):
             same[eqn.outvars[0]] = left[0]

@@ -20,7 +20,7 @@ from random_programs import check_views, draw_views, report, same_failure, shrin
 from test_random_programs import deterministic, seeds
 
 import flax_sg as sg
-from flax_sg import _active, _marks, nn
+from flax_sg import _active, _lanes, _marks, _pull, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'benchmarks'))
 
@@ -1037,3 +1037,83 @@ def test_a_scan_around_the_views_stores_residuals_once():
         return measure.cost_of(compiled).temp_bytes
 
     assert temporary('abcd') < 1.6 * temporary('a')  # 4 times as much if each stored its own
+
+
+# Transposed once for all entries --------------------------------------------------------------------
+
+
+def transposes(monkeypatch):
+    traced = []
+    original = _pull.LaneMaps._trace
+
+    def trace(self, *args):
+        traced.append(original(self, *args))
+        return traced[-1]
+    monkeypatch.setattr(_pull.LaneMaps, '_trace', trace)
+    return traced
+
+
+class Layers(nn.Module):
+    wrap: object = staticmethod(lambda cls: cls)
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x = jnp.tanh(self.wrap(nn.Dense)(3, name=f'layer_{i}')(x))
+        return x
+
+
+@pytest.mark.parametrize('wrap', [lambda cls: cls, nn.jit])
+def test_entries_share_one_transpose(monkeypatch, wrap):
+    model, traced = Layers(wrap), transposes(monkeypatch)
+    params = model.init(jax.random.key(0), X)['params']
+    entries = {f'layer_{i}': f'layer_{i}' for i in range(3)}
+    views = sg.gradient_views(entries)
+
+    def losses(run):
+        return lambda params: sum((k + 1) * (out ** 2).sum() for k, out in enumerate(run(params)))
+
+    def by_views(params):
+        return model.apply({'params': params}, X, method=views(Layers.__call__)).values()
+
+    def by_hand(params):
+        for name in entries:
+            held = {key: value if key == name else jax.lax.stop_gradient(value)
+                    for key, value in params.items()}
+            yield Layers().apply({'params': held}, X)
+    assert_same(jax.grad(losses(by_views))(params), jax.grad(losses(by_hand))(params),
+                'gradients')
+    assert [made is not None for made in traced] == [True]
+
+
+def test_entries_share_no_transpose_where_marks_stand_in_a_call(monkeypatch):
+    traced = transposes(monkeypatch)
+
+    def f(x):
+        @jax.jit
+        def inside(x):
+            return jnp.sin(_marks.mark(x, (True, False), _marks.level())) * x
+        return _lanes.in_lanes(lambda: (2 * inside(x), None), ('a', 'b'))[0]
+    grads = [jax.grad(lambda x: f(x)[lane])(0.3) for lane in (0, 1)]
+    assert_same(grads, [2 * (jnp.cos(0.3) * 0.3 + jnp.sin(0.3)), 2 * jnp.sin(0.3)], 'gradients',
+                rtol=1e-6)
+    assert traced and not any(traced)
+
+
+def mapped(fn):
+    return lambda x: sg.map_gradient(True, fn)({'x': x})['x']
+
+
+@pytest.mark.parametrize('before', [jnp.sin, jax.jit(jnp.sin), lambda x: jax.lax.scan(
+    lambda c, _: (c, jnp.sin(x) + c), x, None, 2)[1].sum(), mapped(lambda info, g: g + (g == 0)),
+    mapped(lambda info, g: jax.jit(lambda g: g + (g == 0))(g))],
+    ids=['op', 'call', 'loop', 'map', 'map that calls'])
+def test_what_comes_before_a_mark_gets_no_cotangent_where_it_does_not_count(before):
+    def f(x, y):
+        def run():
+            marked = _marks.mark(before(x), (True, False), _marks.level())
+            return (marked * y + marked, before(y)), None
+        return _lanes.in_lanes(run, ('a', 'b'))[0]
+    grads = [jax.grad(lambda x, y: sum(f(x, y)[lane]), (0, 1))(0.3, 0.7) for lane in (0, 1)]
+    want, slope = jax.grad(before)(0.3) * 1.7, before(0.3) + jax.grad(before)(0.7)
+    assert_same(grads, [(want, slope), (jnp.zeros(()), slope)], 'gradients', rtol=1e-6)
