@@ -18,7 +18,7 @@ from flax_sg import _compat
 from flax_sg._active import Entry, opened, state
 from flax_sg._compat import Module
 from flax_sg._inside import run_inside
-from flax_sg._scope import attached_entry
+from flax_sg._scope import attached_entry, may_create
 
 __all__ = ['ROOTS', 'entries_of', 'has_members', 'lift_members']
 
@@ -55,7 +55,8 @@ def lift_members(cls: type[Module], owners: Sequence[type[Module]], more: Sequen
         if name in fields or not (name in more or _may_read(name, member)):
             continue
         opens = _opens(cls, name, definer, owners)
-        lifted = _lift(cls, name, definer, functools.partial(_own_block, opens)) if opens else None
+        lifted = _lift(cls, name, definer, functools.partial(
+            _own_block, opens, name != 'setup')) if opens else None
         if lifted is not None:
             setattr(cls, name, lifted)
             members[name] = definer
@@ -155,8 +156,11 @@ class _DataMember(_Member):
 
 
 @contextlib.contextmanager
-def _own_block(owners: Sequence[type[Module]], module: Module) -> Iterator[None]:
-    """Open a lifted module's own entries, unless one of its methods is running already."""
+def _own_block(owners: Sequence[type[Module]], is_done: bool, module: Module) -> Iterator[None]:
+    """Open a lifted module's own entries, unless one of its methods is running already.
+
+    After its setup it is not done: what is selected may be made by a method.
+    """
     own = () if module.scope is None else entries_of(module, owners)
     new = [entry for entry in own if entry not in state.stack]
     with contextlib.ExitStack() as stack:
@@ -164,7 +168,8 @@ def _own_block(owners: Sequence[type[Module]], module: Module) -> Iterator[None]
             stack.enter_context(opened(entry))
         yield
     for entry in new:
-        entry.met.check()
+        if is_done or not may_create(module.scope, entry.transform):
+            entry.met.check()
 
 
 def entries_of(module: Module, owners: Sequence[type[Module]]) -> list[Entry]:

@@ -38,7 +38,7 @@ from flax_sg._members import module_of
 
 __all__ = [
     'APPLICATION', 'FLAG', 'Mark', 'Reads', 'application_of', 'attach', 'attached_entry',
-    'effective', 'entry_at', 'mark_of', 'open_at', 'set_mark', 'without', 'write',
+    'effective', 'entry_at', 'mark_of', 'may_create', 'open_at', 'set_mark', 'without', 'write',
 ]
 
 FLAG, APPLICATION = 'flax_sg', 'flax_sg_application'
@@ -181,7 +181,7 @@ class Reads:
         """Raise UnmatchedPathError for a lifted module that is read from outside its methods."""
         for entry in self.mark.own:
             if (not entry.settled and entry in self.inside and entry not in state.stack
-                    and not _may_create(self.scope, entry.transform)):
+                    and not may_create(self.scope, entry.transform)):
                 entry.settled = True
                 entry.met.check()
 
@@ -234,7 +234,7 @@ class Reads:
         return value
 
 
-def _may_create(scope: Scope, transform: Any) -> bool:
+def may_create(scope: Scope, transform: Any) -> bool:
     """Say whether variables that a transform is about may still be created."""
     mutable = scope.mutable
     if isinstance(mutable, (bool, DenyList)):
