@@ -48,8 +48,6 @@ _LAYER, _LIFTED = '_flax_sg_layer', '_flax_sg_lifted'
 _MADE_OF, _SHARED = '_flax_sg_made_of', '_flax_sg_shared'
 _MADE_IN = '_flax_sg_made_in'  # of a copy: the entries of the running module that made it
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
-_ROOTS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate',
-          'unbind')
 # Lifted transforms of classes in whose bodies a variable is what it is around them; and none.
 _ONE_VALUE = ('checkpoint', 'jit', None)
 # A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
@@ -142,10 +140,6 @@ def _changed(cls: type[Module]) -> bool:
     return shared is not None and shared != transform.key(lasting_key, lasting_key)
 
 
-def _own_entries(module: Module) -> list[Entry]:
-    return entries_of(module, _lifted(type(module)))
-
-
 def _lifted(cls: type[Module]) -> tuple[type[Module], ...]:
     """Return the lifted classes among a class and its bases, the innermost first."""
     return getattr(cls, _LIFTED, ())
@@ -161,7 +155,7 @@ def _clone(base: type[Module]) -> Callable:
     def clone(self, *args, **kwargs):
         made_in = vars(self).get(_MADE_IN, _Entries())
         if self.scope is not None:
-            running = (e for e in _own_entries(self) if e in state.stack)
+            running = (e for e in entries_of(self, _lifted(type(self))) if e in state.stack)
             made_in = _Entries((*made_in, *map(weakref.ref, running)))
         with under(copied_in=made_in):
             copy = base.clone(self, *args, **kwargs)

@@ -829,9 +829,9 @@ class WithPart(nn.Module):
         return self.part(x)
 
 
-def by_property(lifted):
+def by_descriptor(kind, lifted):
     class Below(lifted):
-        @property
+        @kind
         def run(self):
             return self.part(1.0)
 
@@ -876,17 +876,6 @@ def by_compact_and_remat(lifted):
     return Below
 
 
-def by_cached_property(lifted):
-    class Below(lifted):
-        @functools.cached_property
-        def run(self):
-            return self.part(1.0)
-
-        def __call__(self, x=1.0):
-            return self.run
-    return Below
-
-
 def by_alias(lifted):
     class Below(lifted):
         def run(self, x=1.0):
@@ -926,8 +915,9 @@ def by_another_module(lifted):
     return Below
 
 
-BELOW = [lambda lifted: lifted, by_property, by_method, by_super, by_subclass, by_compact_and_remat,
-         by_cached_property, by_alias, by_mixin, by_another_module]
+BELOW = [lambda lifted: lifted, functools.partial(by_descriptor, property), by_method, by_super,
+         by_subclass, by_compact_and_remat, functools.partial(by_descriptor, functools.cached_property),
+         by_alias, by_mixin, by_another_module]
 
 
 @pytest.mark.parametrize('below', BELOW)
