@@ -19,14 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-from jax.interpreters import ad
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive
+from jax.interpreters import ad, batching
 
 from flax_sg._errors import UsageError
-from flax_sg._jaxprs import define
+from flax_sg._jaxprs import define, runs
 
-__all__ = ['BINDER', 'NO_LANE', 'counts', 'during', 'inputs_of_lanes', 'level', 'mark',
-           'marked_inside', 'of_lane', 'tracing']
+__all__ = ['BINDER', 'NO_LANE', 'absent', 'counted_in', 'counts', 'during', 'inputs_of_lanes',
+           'level', 'mark', 'marked_inside', 'needed', 'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
 BINDER = 'flax_sg_lanes'  # the primitive that has such a function
@@ -106,6 +106,43 @@ def _transpose(cotangent: jax.Array, *, lanes: Any, level: int | None) -> list:
 
 ad.primitive_jvps[_mark_p] = _jvp
 ad.deflinear(_tangent_p, _transpose)
+
+
+# Zeros in place of a tangent that does not count. They are linear in another one: a rule of the
+# user's for what the tangent came from is not asked about a cotangent that there is not.
+_absent_p = Primitive('flax_sg_absent_tangent')
+
+
+def _absent_batched(args: tuple, dims: tuple, *, aval: Any) -> tuple:
+    return _absent_p.bind(*args, aval=aval), None
+
+
+runs(_absent_p, lambda _, *, aval: jnp.zeros(aval.shape, aval.dtype))
+_absent_p.def_abstract_eval(lambda _, *, aval: aval)
+ad.deflinear(_absent_p, lambda _, *, aval: [None])
+batching.primitive_batchers[_absent_p] = _absent_batched
+
+
+def absent(like: Any, other: Any) -> Any:
+    """Return zeros of a type in place of a tangent, linear in another one."""
+    return _absent_p.bind(other, aval=like)
+
+
+def counted_in(eqn: JaxprEqn, level: int) -> tuple[bool, ...] | None:
+    """Return in which lanes a mark of tangents of a level counts; None for other equations."""
+    return eqn.params['lanes'] if (
+        eqn.primitive is _tangent_p and eqn.params['level'] == level) else None
+
+
+def needed(jaxpr: Jaxpr, level: int, lane: int) -> list[bool]:
+    """Say on which inputs of a linear map its results depend in a lane."""
+    live = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if not live.isdisjoint(eqn.outvars):
+            lanes = counted_in(eqn, level)
+            if lanes is None or lanes[lane]:
+                live.update(var for var in eqn.invars if not isinstance(var, Literal))
+    return [var in live for var in jaxpr.invars]
 
 
 def inputs_of_lanes(operands: Any, shared: int, lanes: tuple) -> list[list]:

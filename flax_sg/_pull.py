@@ -18,9 +18,11 @@ from flax_sg._marks import counts, marked_inside, of_lane
 
 __all__ = ['LaneMaps']
 
-
 class LaneMaps:
-    """The linear maps of all lanes: one jaxpr, without constants, with marks of a level in it."""
+    """The linear maps of all lanes: one jaxpr, without constants, with marks of a level in it.
+
+    No rule of the user's is in it: that need not be linear, nor depend on cotangents.
+    """
 
     def __init__(self, jaxpr: Jaxpr, level: int):
         self.jaxpr, self.level = jaxpr, level
@@ -30,7 +32,7 @@ class LaneMaps:
         return f'maps of level {self.level}'
 
     def transposed(self, lane: int, inputs: list, cotangents: list
-                   ) -> tuple[Jaxpr, list, list, list[bool]] | None:
+                   ) -> tuple[Jaxpr, list, list[bool]] | None:
         """Return the transpose of the map of a lane, where one can serve all lanes.
 
         Args:
@@ -38,8 +40,8 @@ class LaneMaps:
           cotangents: those of its results.
 
         Returns:
-          The transpose; the operands for it: what it is not linear in, and cotangents; and for
-          each of the inputs, whether a result of the transpose is its cotangent.
+          The transpose; its operands; and for each of the inputs, whether a result of the
+          transpose is its cotangent.
         """
         given = [x for x in inputs if not ad.is_undefined_primal(x)]
         moving = [ct for ct in cotangents if type(ct) is not ad.Zero]
@@ -56,8 +58,7 @@ class LaneMaps:
         part, used = _compat.pruned(part, [not z for z in zero], [False] * (count + len(moving)))
         operands = [x for x, u in zip([*consts, *given, *moving], used, strict=True) if u]
         places = iter(zero)
-        left = sum(used[:count])
-        return part, operands[:left], operands[left:], [r and not next(places) for r in reached]
+        return part, operands, [r and not next(places) for r in reached]
 
     def _trace(self, inputs: list, cotangents: list, given: list, moving: list
                ) -> tuple[Jaxpr, list, list[bool]] | None:
@@ -78,11 +79,7 @@ class LaneMaps:
 def _without_zeros(jaxpr: Jaxpr, count: int) -> tuple[Jaxpr, list[bool]]:
     """Leave out of sums what marks make zero; and say which results are zero.
 
-    What has zeros alone to work on gives zeros: it is linear, or it is a function of the user's
-    that `map_gradient` does not ask about a cotangent that there is not.
-
-    Args:
-      count: of the inputs that are no cotangents; they come first.
+    The jaxpr is linear in its inputs but for the first `count`.
     """
     moved, zeros, same = set(jaxpr.invars[count:]), set(), {}
     eqns = []

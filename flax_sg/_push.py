@@ -61,8 +61,8 @@ def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: LaneM
     made = maps and maps.transposed(lane, operands, cotangents)
     if not made:
         return _compat.pulled_back(jaxpr, operands, cotangents)
-    *parts, reached = made
-    found = iter(push(*parts))
+    transposed, inputs, reached = made
+    found = iter(push(transposed, inputs, []))
     return [next(found) if r else None for r in reached]
 
 

@@ -8,6 +8,8 @@ A map that computes nothing again is applied in each lane by itself.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_par
 
 from flax_sg import _compat
 from flax_sg._jaxprs import closed_over, moves_out, moving_among, opened
-from flax_sg._marks import of_lane
+from flax_sg._marks import absent, counted_in, needed, of_lane
 from flax_sg._pull import LaneMaps
 from flax_sg._push import push
 
@@ -43,15 +45,23 @@ class Maps:
           operands: those of each lane.
           moving: which of these the map is linear in; the others are equal in all lanes.
         """
-        if not _computes_again(jaxpr):
+        if any(moving):
+            operands = [self._thinned(jaxpr, lane, values, moving)
+                        for lane, values in enumerate(operands)]
+        if not any(moving) or not _computes_again(jaxpr) and not _asks_the_user(jaxpr):
             return self._each(jaxpr, operands, moving)
         envs = [dict(zip(jaxpr.invars, values, strict=True)) for values in operands]
         moved = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
+        linear = [next(itertools.compress(of, moving)) for of in operands]
         for eqn in jaxpr.eqns:
             values = [[_read(env, var) for var in eqn.invars] for env in envs]
             flags = moving_among(eqn.invars, moved)
+            counts = counted_in(eqn, self.level)
             rule = _RULES.get(eqn.primitive.name)
-            if rule is None or not any(flags) or not _holds_checkpoint(eqn) or _is_placed(eqn):
+            if counts is not None:
+                outs = [[of[0] if c else absent(eqn.outvars[0].aval, other)]
+                        for of, other, c in zip(values, linear, counts, strict=True)]
+            elif rule is None or not any(flags) or not _holds_checkpoint(eqn) or _is_placed(eqn):
                 alone = _alone(jaxpr, eqn)
                 outs = self._each(alone, [[env[var] for var in alone.invars] for env in envs],
                                   moving_among(alone.invars, moved))
@@ -61,6 +71,21 @@ class Maps:
                 env.update(zip(eqn.outvars, out, strict=True))
             moved.update(eqn.outvars * any(flags))
         return [[_read(env, var) for var in jaxpr.outvars] for env in envs]
+
+    def _thinned(self, jaxpr: Jaxpr, lane: int, values: list, moving: list[bool]) -> list:
+        """Let nothing depend on the tangents that do not count in a lane.
+
+        JAX would not see it, and ask a rule of the user's for what such a tangent came from.
+        """
+        used = needed(jaxpr, self.level, lane)
+        pairs = list(zip(moving, used, strict=True))
+        if all(u or not m for m, u in pairs):
+            return values
+        live = [x for x, (m, u) in zip(values, pairs, strict=True) if m and u]
+        other = (live or list(itertools.compress(values, moving)))[0]
+        zeros = functools.cache(lambda aval: absent(aval, other))
+        return [zeros(jax.typeof(x)) if m and not u else x
+                for x, (m, u) in zip(values, pairs, strict=True)]
 
     def _each(self, jaxpr: Jaxpr, operands: list[list], moving: list[bool]) -> list[list]:
         if len(jaxpr.eqns) < 2 or not any(moving):
@@ -141,6 +166,19 @@ class Maps:
 # By the names of both versions of JAX.
 _RULES = {'checkpoint': Maps._checkpoint, 'remat2': Maps._checkpoint, 'scan': Maps._scan,
           'cond': Maps._cond, 'pjit': Maps._call, 'jit': Maps._call}
+
+
+# Operations on tangents whose transposes are the user's: of jax.custom_vjp, of what says its own
+# transpose, and of map_gradient. They need not be linear, and are not asked about a cotangent that
+# there is not, which JAX sees where they are not hidden in one operation.
+_OF_THE_USER = frozenset({'custom_lin', 'custom_transpose_call', 'linear_call',
+                          'flax_sg_map_gradient_tangent'})
+
+
+def _asks_the_user(jaxpr: Jaxpr) -> bool:
+    return any(
+        eqn.primitive.name in _OF_THE_USER or any(map(_asks_the_user, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns)
 
 
 def _read(env: dict, var: Any) -> Any:

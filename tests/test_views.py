@@ -1086,6 +1086,97 @@ def test_entries_share_one_transpose(monkeypatch, wrap):
     assert [made is not None for made in traced] == [True]
 
 
+def ruled(bwd):
+    f = jax.custom_vjp(lambda x: x)
+    f.defvjp(lambda x: (x, None), lambda _, ct: (bwd(ct),))
+    return f
+
+
+def linear_call(bwd):
+    return lambda x: jax.custom_derivatives.linear_call(
+        lambda _, x: x, lambda _, ct: bwd(ct), (), x)
+
+
+STORED_COTANGENT = jnp.array([5.0, -1.0, 2.0])
+COTANGENT_RULES = {
+    'clip': lambda ct: jnp.clip(ct, -0.5, 0.5), 'more': lambda ct: ct + 1, 'sign': jnp.sign,
+    'some': lambda ct: jnp.where(ct > 0.5, ct, 0), 'constant': jax.lax.stop_gradient,
+    'stored': lambda ct: STORED_COTANGENT, 'square': lambda ct: ct ** 2}
+RULE_FORMS = {
+    'custom_vjp': ruled,
+    'map_gradient': lambda bwd: lambda x: sg.map_gradient(True, lambda _, ct: bwd(ct))({'': x})[''],
+    'in a scan': lambda bwd: lambda x: jax.lax.scan(
+        lambda c, _: (ruled(bwd)(c), None), x, None, 1)[0],
+    'linear_call': linear_call}
+RULED = {
+    'rule, then a sum': lambda rule, p: rule(p['a']) + p['b'],
+    'rule of a product': lambda rule, p: rule(p['a'] * p['b']) + p['a'],
+    'rules of two': lambda rule, p: rule(jnp.sin(p['a'])) * rule(p['b'])}
+RULE_ORDERS = {
+    'grad': jax.grad,
+    'jvp of grad': lambda f: lambda p: jax.jvp(jax.grad(f), (p,), (p,))[1],
+    'grad of grad': lambda f: jax.grad(lambda p: sum(
+        (x ** 2).sum() for x in jax.tree.leaves(jax.grad(f)(p))))}
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize('target', RULED)
+@pytest.mark.parametrize('form, order', [
+    (form, order) for form in RULE_FORMS for order in RULE_ORDERS
+    if (form, order) != ('map_gradient', 'jvp of grad')])  # which has no forward mode
+@pytest.mark.parametrize('rule', COTANGENT_RULES)
+@pytest.mark.parametrize('tied', [False, True])
+def test_rules_of_cotangents_that_are_not_linear(tied, rule, form, target, order):
+    run = functools.partial(RULED[target], RULE_FORMS[form](COTANGENT_RULES[rule]))
+    views = sg.gradient_views({'a': 'a', 'b': 'b'})
+
+    def loss(outs):
+        return jnp.sin(outs['a']).sum() + jnp.cos(2 * outs['b']).sum()
+
+    def by_hand(p):
+        stop = jax.lax.stop_gradient
+        return loss({'a': run({'a': p['a'], 'b': stop(p['b'])}),
+                     'b': run({'a': stop(p['a']), 'b': p['b']})})
+    params = {'a': jnp.array([0.1, 0.2, 1.3])}
+    if not tied:
+        params['b'] = jnp.array([0.4, -0.3, 0.2])
+    both = lambda p: {'a': p['a'], 'b': p.get('b', p['a'])}
+    got, want = (RULE_ORDERS[order](lambda p: fn(both(p)))(params)
+                 for fn in (lambda p: loss(views(run)(p)), by_hand))
+    assert_same(got, want, 'gradients', rtol=1e-5)
+
+
+@pytest.mark.parametrize('form', ['custom_vjp', 'map_gradient', 'linear_call'])
+def test_a_rule_in_a_call_is_not_asked_about_a_cotangent_that_there_is_not(form):
+    rule = RULE_FORMS[form](COTANGENT_RULES['more'])
+
+    @jax.jit
+    def both(x, y):
+        return rule(x), jnp.sin(y)
+
+    def f(x, y):
+        def run():
+            a, b = both(x, y)
+            level = _marks.level()
+            return (_marks.mark(a, (True, False), level) * _marks.mark(b, (True, True), level)), None
+        return _lanes.in_lanes(run, ('a', 'b'))[0]
+    got = [jax.grad(lambda x, y: f(x, y)[lane], (0, 1))(0.3, 0.7) for lane in (0, 1)]
+    slope = 0.3 * jnp.cos(0.7)
+    assert_same(got, [(jnp.sin(0.7) + 1, slope), (0 * slope, slope)], 'gradients', rtol=1e-6)
+
+
+def test_a_rule_of_a_value_closed_over_that_gives_another_cotangent():
+    inject = ruled(lambda ct: STORED_COTANGENT)
+
+    def loss(p, run):
+        return run(lambda q: (jnp.sin(q['a']) * jnp.sin(q['b'])).sum() + inject(p['b']).sum(), p)
+    views = sg.gradient_views({'a': 'a', 'b': 'b'})
+    params = {'a': jnp.ones(3), 'b': 2 * jnp.ones(3)}
+    got = jax.grad(loss)(params, lambda f, p: views(f)(p)['a'])
+    want = jax.grad(loss)(params, lambda f, p: f({'a': p['a'], 'b': jax.lax.stop_gradient(p['b'])}))
+    assert_same(got, want, 'gradients', rtol=1e-6)
+
+
 def test_entries_share_no_transpose_where_marks_stand_in_a_call(monkeypatch):
     traced = transposes(monkeypatch)
 
@@ -1117,3 +1208,37 @@ def test_what_comes_before_a_mark_gets_no_cotangent_where_it_does_not_count(befo
     grads = [jax.grad(lambda x, y: sum(f(x, y)[lane]), (0, 1))(0.3, 0.7) for lane in (0, 1)]
     want, slope = jax.grad(before)(0.3) * 1.7, before(0.3) + jax.grad(before)(0.7)
     assert_same(grads, [(want, slope), (jnp.zeros(()), slope)], 'gradients', rtol=1e-6)
+
+
+@pytest.mark.parametrize('inside', [False, True])
+@pytest.mark.parametrize('wrap', [lambda fn: fn, jax.checkpoint, jax.jit])
+def test_a_rule_around_views_is_not_asked_for_what_no_entry_trains(wrap, inside):
+    rule = ruled(COTANGENT_RULES['more'])
+
+    class Net(nn.Module):
+        use: str = 'views'
+
+        def setup(self):
+            self.a, self.b = (self.param(name, nn.initializers.ones, ()) for name in 'ab')
+
+        def run(self, x):
+            with self.block(inside):
+                return wrap(lambda a, b: jnp.sin(a) * jnp.cos(b) * x)(self.a, self.b)
+
+        def block(self, here):
+            return sg.map_values(here, lambda info, value: rule(value), allow_unmatched=True)
+
+        def __call__(self, x):
+            with self.block(not inside):
+                if self.use == 'views':
+                    return sg.gradient_views({'a': 'a', 'b': 'b'})(self.run)(x)
+                outs = {}
+                for name in 'ab':
+                    with sg.stop_gradient(~sg.path(name)):
+                        outs[name] = self.run(x)
+                return outs
+    params = {'params': {'a': jnp.float32(0.3), 'b': jnp.float32(0.7)}}
+    for names in ('a', 'b', 'ab'):
+        got, want = (jax.grad(lambda p: sum(Net(use).apply(p, 2.0)[n] for n in names))(params)
+                     for use in ('views', 'by hand'))
+        assert_same(got, want, f'gradients of {names}', rtol=1e-6)
