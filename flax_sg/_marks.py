@@ -25,8 +25,8 @@ from jax.interpreters import ad, batching
 from flax_sg._errors import UsageError
 from flax_sg._jaxprs import define, runs
 
-__all__ = ['BINDER', 'NO_LANE', 'absent', 'counted_in', 'counts', 'during', 'inputs_of_lanes',
-           'level', 'mark', 'marked_inside', 'needed', 'of_lane', 'tracing']
+__all__ = ['BINDER', 'NO_LANE', 'absent', 'all_in_sight', 'counted_in', 'counts', 'during',
+           'inputs_of_lanes', 'level', 'mark', 'marked_inside', 'needed', 'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
 BINDER = 'flax_sg_lanes'  # the primitive that has such a function
@@ -121,6 +121,10 @@ runs(_absent_p, lambda _, *, aval: jnp.zeros(aval.shape, aval.dtype))
 _absent_p.def_abstract_eval(lambda _, *, aval: aval)
 ad.deflinear(_absent_p, lambda _, *, aval: [None])
 batching.primitive_batchers[_absent_p] = _absent_batched
+
+
+# Whether what does not count stays in sight, for `gradient_flow`, which says so. JAX's caches know.
+all_in_sight = jax.make_user_context(False)
 
 
 def absent(like: Any, other: Any) -> Any:

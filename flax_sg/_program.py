@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr
 
 from flax_sg._errors import UsageError
 from flax_sg._jaxprs import moves
+from flax_sg._marks import all_in_sight
 from flax_sg._survival import dependence
 
 __all__ = ['Program']
@@ -46,7 +47,8 @@ class Program:
             args, kwargs = other_tree.unflatten(_with(others, places, more))
             return fn(treedef.unflatten(leaves), *args, **kwargs)
 
-        jaxpr, out = jax.make_jaxpr(call, return_shape=True)(leaves, shapes)
+        with all_in_sight(True):
+            jaxpr, out = jax.make_jaxpr(call, return_shape=True)(leaves, shapes)
         if name is not None or not isinstance(out, Mapping):
             out = {name or 'loss': out}
         for key, value in out.items():

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_par
 
 from flax_sg import _compat
 from flax_sg._jaxprs import closed_over, moves_out, moving_among, opened
-from flax_sg._marks import absent, counted_in, needed, of_lane
+from flax_sg._marks import absent, all_in_sight, counted_in, needed, of_lane
 from flax_sg._pull import LaneMaps
 from flax_sg._push import push
 
@@ -45,7 +45,7 @@ class Maps:
           operands: those of each lane.
           moving: which of these the map is linear in; the others are equal in all lanes.
         """
-        if any(moving):
+        if any(moving) and not all_in_sight.value:
             operands = [self._thinned(jaxpr, lane, values, moving)
                         for lane, values in enumerate(operands)]
         if not any(moving) or not _computes_again(jaxpr) and not _asks_the_user(jaxpr):
@@ -56,7 +56,7 @@ class Maps:
         for eqn in jaxpr.eqns:
             values = [[_read(env, var) for var in eqn.invars] for env in envs]
             flags = moving_among(eqn.invars, moved)
-            counts = counted_in(eqn, self.level)
+            counts = None if all_in_sight.value else counted_in(eqn, self.level)
             rule = _RULES.get(eqn.primitive.name)
             if counts is not None:
                 outs = [[of[0] if c else absent(eqn.outvars[0].aval, other)]
