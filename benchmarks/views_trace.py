@@ -1,8 +1,9 @@
 """What gradient_views cost to trace: the first trace of a step, over that of the step by hand.
 
 The target is the encoder of transformer.py, as a loop of layers or one `nn.scan`; each of K losses
-trains one kind of matrix in all layers. By hand it is one `jax.vjp` of the encoder and K pullbacks.
-Processor time from empty caches, in turns; Python calls are exact.
+trains one kind of matrix in all layers. By hand it is one `jax.vjp` of the encoder and K pullbacks;
+and the same where parameters that no loss trains are held constant, as the views do. Processor time
+from empty caches, in turns; Python calls are exact.
 
     python benchmarks/views_trace.py [--remat] [--quick]
 """
@@ -38,9 +39,15 @@ def views(model: Encoder, entries: int) -> Callable:
     return jax.value_and_grad(loss)
 
 
-def by_hand(model: Encoder, entries: int, masks: list[Any]) -> Callable:
+def by_hand(model: Encoder, entries: int, masks: list[Any], hold: bool) -> Callable:
+    live = jax.tree.map(lambda *ms: any(ms) or not hold, *masks)
+
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        held = jax.tree.map(lambda p, m: p if m else jax.lax.stop_gradient(p), params, live)
+        return model.apply({'params': held}, x)
+
     def step(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        out, pull = jax.vjp(lambda p: model.apply({'params': p}, x), params)
+        out, pull = jax.vjp(lambda p: run(p, x), params)
         value, grads = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
         for k, mask in enumerate(masks):
             loss, cotangent = jax.value_and_grad(functools.partial(loss_of, k))(out)
@@ -55,11 +62,14 @@ def row(depth: int, scan: bool, remat: bool, entries: int, repeats: int) -> list
     params = model.init(jax.random.key(0), x)['params']
     masks = [flax_sg.path(f'layer*/{part}').mask(params) for part in PARTS[:entries]]
     makes = {'views': lambda: (views(model, entries), (params, x)),
-             'by hand': lambda: (by_hand(model, entries, masks), (params, x))}
+             'by hand': lambda: (by_hand(model, entries, masks, hold=False), (params, x)),
+             'held': lambda: (by_hand(model, entries, masks, hold=True), (params, x))}
     times = time_traces(makes, repeats)
-    calls = [calls_in(make, cold=True) for make in makes.values()]
-    return ['scan' if scan else 'loop', depth, entries, ratio_of(times['views'], times['by hand']),
-            f'{calls[0] / calls[1]:.2f}']
+    views_calls, *others = (calls_in(make, cold=True) for make in makes.values())
+    ratios = [ratio_of(times['views'], times[name]) for name in ('by hand', 'held')]
+    return ['scan' if scan else 'loop', depth, entries, *(
+        part for ratio, calls in zip(ratios, others, strict=True)
+        for part in (ratio, f'{views_calls / calls:.2f}'))]
 
 
 def main() -> None:
@@ -75,7 +85,8 @@ def main() -> None:
             rows.append(row(depth, scan, args.remat, entries, 3 if args.quick else 5))
             print(*rows[-1], flush=True)
     print('\n' + table('First trace of views over that by hand' + ', rematerialised' * args.remat,
-                       ['layers', 'depth', 'entries', 'time', 'Python calls'], rows))
+                       ['layers', 'depth', 'entries', 'time', 'Python calls',
+                        'time, the rest held', 'calls'], rows))
 
 
 if __name__ == '__main__':

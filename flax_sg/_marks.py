@@ -26,7 +26,7 @@ from flax_sg._errors import UsageError
 from flax_sg._jaxprs import define, runs
 
 __all__ = ['BINDER', 'NO_LANE', 'absent', 'all_in_sight', 'counted_in', 'counts', 'during',
-           'inputs_of_lanes', 'level', 'mark', 'marked_inside', 'needed', 'of_lane', 'tracing']
+           'inputs_of_lanes', 'is_mark', 'level', 'mark', 'marked', 'needed', 'of_lane', 'tracing']
 
 NO_LANE = -1  # in which nothing marked is differentiated
 BINDER = 'flax_sg_lanes'  # the primitive that has such a function
@@ -156,11 +156,18 @@ def inputs_of_lanes(operands: Any, shared: int, lanes: tuple) -> list[list]:
             for i in range(len(lanes))]
 
 
-def of_lane(jaxpr: Jaxpr, level: int, lane: int) -> Jaxpr:
-    """Say in a linear map which marks of a level count."""
-    eqns = [_equation(eqn, level, lane) for eqn in jaxpr.eqns]
-    same = all(map(operator.is_, eqns, jaxpr.eqns))
-    return jaxpr if same else jaxpr.replace(eqns=eqns)
+def marked(jaxpr: Jaxpr, level: int) -> list[int]:
+    """Return the places of the equations that `of_lane` changes."""
+    return [i for i, eqn in enumerate(jaxpr.eqns) if _equation(eqn, level, NO_LANE) is not eqn]
+
+
+def of_lane(jaxpr: Jaxpr, level: int, lane: int, places: list[int] | None = None) -> Jaxpr:
+    """Say in a linear map which marks of a level count; `places` is what `marked` returns."""
+    places = marked(jaxpr, level) if places is None else places
+    eqns = list(jaxpr.eqns)
+    for i in places:
+        eqns[i] = _equation(eqns[i], level, lane)
+    return jaxpr.replace(eqns=eqns) if places else jaxpr
 
 
 def counts(eqn: JaxprEqn) -> bool | None:
@@ -169,14 +176,13 @@ def counts(eqn: JaxprEqn) -> bool | None:
         eqn.primitive is _tangent_p and eqn.params['level'] is None) else None
 
 
-def marked_inside(jaxpr: Jaxpr, level: int) -> bool:
-    """Say whether marks of a level stand in the bodies of loops and calls of a jaxpr."""
-    return any(_equation(eqn, level, NO_LANE) is not eqn for eqn in jaxpr.eqns
-               if eqn.primitive not in (_mark_p, _tangent_p))
+def is_mark(eqn: JaxprEqn) -> bool:
+    """Say whether an equation is a mark, and not one with marks inside."""
+    return eqn.primitive in (_mark_p, _tangent_p)
 
 
 def _equation(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:
-    if eqn.primitive in (_mark_p, _tangent_p):
+    if is_mark(eqn):
         if eqn.params['level'] != level:
             return eqn
         lanes = eqn.params['lanes']

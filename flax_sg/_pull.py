@@ -6,17 +6,19 @@ transposed with its marks, once, and each lane gets what is left where its own m
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from jax.interpreters import ad
 
 from flax_sg import _compat
 from flax_sg._jaxprs import moving_among, opened
-from flax_sg._marks import counts, marked_inside, of_lane
+from flax_sg._marks import counts, is_mark, marked, of_lane
 
 __all__ = ['LaneMaps']
+
 
 class LaneMaps:
     """The linear maps of all lanes: one jaxpr, without constants, with marks of a level in it.
@@ -25,11 +27,15 @@ class LaneMaps:
     """
 
     def __init__(self, jaxpr: Jaxpr, level: int):
-        self.jaxpr, self.level = jaxpr, level
-        self._transposes: dict[tuple, tuple[Jaxpr, list, list[bool]] | None] = {}
+        self.jaxpr, self.level, self._places = jaxpr, level, marked(jaxpr, level)
+        self._transposes: dict[tuple, _Transpose | None] = {}
 
     def __repr__(self) -> str:  # jaxprs print it
         return f'maps of level {self.level}'
+
+    def of(self, lane: int) -> Jaxpr:
+        """Return the map of a lane."""
+        return of_lane(self.jaxpr, self.level, lane, self._places)
 
     def transposed(self, lane: int, inputs: list, cotangents: list
                    ) -> tuple[Jaxpr, list, list[bool]] | None:
@@ -52,16 +58,14 @@ class LaneMaps:
             self._transposes[key] = self._trace(inputs, cotangents, given, moving)
         if (made := self._transposes[key]) is None:
             return None
-        jaxpr, consts, reached = made
-        count = len(consts) + len(given)
-        part, zero = _without_zeros(of_lane(jaxpr, self.level, lane), count)
-        part, used = _compat.pruned(part, [not z for z in zero], [False] * (count + len(moving)))
-        operands = [x for x, u in zip([*consts, *given, *moving], used, strict=True) if u]
-        places = iter(zero)
-        return part, operands, [r and not next(places) for r in reached]
+        part, zero = _without_zeros(of_lane(made.jaxpr, self.level, lane, made.places), made.moving)
+        part, used = _compat.pruned(part, [not z for z in zero], [False] * len(part.invars))
+        operands = [x for x, u in zip([*made.consts, *given, *moving], used, strict=True) if u]
+        zeros = iter(zero)
+        return part, operands, [r and not next(zeros) for r in made.reached]
 
     def _trace(self, inputs: list, cotangents: list, given: list, moving: list
-               ) -> tuple[Jaxpr, list, list[bool]] | None:
+               ) -> _Transpose | None:
         reached: list[bool] = []
 
         def pull(*values: Any) -> list:
@@ -73,32 +77,53 @@ class LaneMaps:
             reached[:] = [ct is not None and type(ct) is not ad.Zero for ct in found]
             return [ct for ct, r in zip(found, reached, strict=True) if r]
         jaxpr, consts = opened(_compat.traced(pull, *given, *moving))
-        return None if marked_inside(jaxpr, self.level) else (jaxpr, consts, reached)
+        places = marked(jaxpr, self.level)
+        if not all(is_mark(jaxpr.eqns[i]) for i in places):
+            return None
+        moved, names = set(jaxpr.invars[len(consts) + len(given):]), []
+        for eqn in jaxpr.eqns:
+            names.append([*itertools.compress(eqn.invars, moving_among(eqn.invars, moved))])
+            moved.update(eqn.outvars * bool(names[-1]))
+        return _Transpose(jaxpr, consts, reached, places, names)
 
 
-def _without_zeros(jaxpr: Jaxpr, count: int) -> tuple[Jaxpr, list[bool]]:
-    """Leave out of sums what marks make zero; and say which results are zero.
+class _Transpose(NamedTuple):
+    """The transpose of the maps of all lanes.
 
-    The jaxpr is linear in its inputs but for the first `count`.
+    Attributes:
+      jaxpr: it, with marks.
+      consts: its first inputs.
+      reached: for each input of the map, whether a result is its cotangent.
+      places: those of the marks.
+      moving: which of the operands of each equation depend on cotangents; it is linear in them.
     """
-    moved, zeros, same = set(jaxpr.invars[count:]), set(), {}
+
+    jaxpr: Jaxpr
+    consts: list
+    reached: list[bool]
+    places: list[int]
+    moving: list[list[Var]]
+
+
+def _without_zeros(jaxpr: Jaxpr, moving: list[list[Var]]) -> tuple[Jaxpr, list[bool]]:
+    """Leave out of sums what marks make zero; and say which results are zero."""
+    zeros: set[Var] = set()
+    same: dict[Var, Var] = {}
     eqns = []
 
     def read(var: Any) -> Any:
         return var if isinstance(var, Literal) else same.get(var, var)
-    for eqn in jaxpr.eqns:
-        values = list(map(read, eqn.invars))
-        if any(a is not b for a, b in zip(values, eqn.invars, strict=True)):
-            eqn = eqn.replace(invars=values)
+    for eqn, names in zip(jaxpr.eqns, moving, strict=True):
+        if not same.keys().isdisjoint(names):
+            eqn = eqn.replace(invars=list(map(read, eqn.invars)))
+            names = list(map(read, names))
         eqns.append(eqn)
-        moving = [var for var, m in zip(values, moving_among(values, moved), strict=True) if m]
-        if not moving:
+        left = [var for var in names if var not in zeros]
+        if not names:
             continue
-        moved.update(eqn.outvars)
-        left = [var for var in moving if var not in zeros]
-        if counts(eqn) is False or not left:
+        if not left or counts(eqn) is False:
             zeros.update(eqn.outvars)
-        elif counts(eqn) or eqn.primitive.name == 'add_any' and len(left) < len(moving):
+        elif counts(eqn) or eqn.primitive.name == 'add_any' and len(left) < len(names):
             same[eqn.outvars[0]] = left[0]
     outvars = list(map(read, jaxpr.outvars))
     return (jaxpr.replace(eqns=eqns, outvars=outvars),

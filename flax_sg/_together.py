@@ -98,7 +98,7 @@ class Maps:
             operands = [[values[i] for i in order] for values in operands]
         count = moving.count(False)
         maps = LaneMaps(jaxpr, self.level)
-        return [push(of_lane(jaxpr, self.level, lane), values[:count], values[count:], maps, lane)
+        return [push(maps.of(lane), values[:count], values[count:], maps, lane)
                 for lane, values in enumerate(operands)]
 
     def _checkpoint(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
