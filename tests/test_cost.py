@@ -5,20 +5,15 @@ with two copies of the parameters. Every figure here is exact; times are measure
 """
 
 import functools
-import sys
-from pathlib import Path
 
+import cases
 import jax
+import measure
 import pytest
+import transformer
 
 import flax_sg
 from flax_sg import path, stop_gradient
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / 'benchmarks'))
-
-import cases  # noqa: E402
-import measure  # noqa: E402
-import transformer  # noqa: E402
 
 SMALL = dict(depth=2, width=8, heads=2, batch=2, length=4)
 MODELS = {

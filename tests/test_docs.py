@@ -1,16 +1,14 @@
 """The README and the guide: their code runs, and says what is true."""
 
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading import ROOT
 
 from flax_sg import nn
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def blocks(name, language):
@@ -81,7 +79,7 @@ def test_links_lead_somewhere(name):
 
 def test_every_file_of_the_library_is_described():
     text = (ROOT / 'docs/how_it_works.md').read_text()
-    for file in (ROOT / 'flax_sg').glob('*.py'):
+    for file in (ROOT / 'flax_sg').rglob('*.py'):
         if file.name not in ('__init__.py', '_errors.py', 'nn.py'):
             assert f'`{file.name}`' in text, file.name
 

@@ -1,18 +1,16 @@
 """examples/two_pass_encoding.py from end to end, and against four copies of the weights."""
 
 import importlib
-import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loading import ROOT
 from matplotlib import pyplot as plt
 
 import flax_sg as sg
-
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 
 # The parameters that each loss may move. All others have to stay exactly where they are.
 MOVES = {
@@ -30,7 +28,7 @@ def modules():
     """Import both programs from the examples folder, wherever the tests are started."""
     names = 'two_pass_encoding', 'two_pass_encoding_by_hand'
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(ROOT / 'examples'))
         yield tuple(map(importlib.import_module, names))
     for name in names:
         del sys.modules[name]

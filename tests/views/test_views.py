@@ -5,14 +5,14 @@ The meaning, by hand: entry k is the target with what its predicate does not sel
 """
 
 import functools
-import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import measure
 import optax
 import pytest
+import views as programs
 from flax.core import freeze
 from hypothesis import given, settings
 from oracle import assert_same, scalar
@@ -21,11 +21,6 @@ from test_random_programs import deterministic, seeds
 
 import flax_sg as sg
 from flax_sg import _active, _lanes, _marks, _pull, nn
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / 'benchmarks'))
-
-import measure  # noqa: E402
-import views as programs  # noqa: E402
 
 X = jnp.array([[0.3, -0.7, 0.2], [1.1, 0.4, -0.5]])
 

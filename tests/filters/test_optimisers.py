@@ -4,7 +4,6 @@ What should come out is worked out by hand, or by plain optax on the trained par
 """
 
 import functools
-import pathlib
 import re
 
 import jax
@@ -14,11 +13,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.core import freeze
+from loading import ROOT
 
 import flax_sg as sg
 from flax_sg import nn
 
-DOC = (pathlib.Path(__file__).parents[1] / 'docs/optimisers.md').read_text()
+DOC = (ROOT / 'docs/optimisers.md').read_text()
 HELD = sg.path('encoder')
 RATE, DECAY = 1e-2, 0.1
 

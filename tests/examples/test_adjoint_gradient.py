@@ -1,17 +1,15 @@
 """examples/adjoint_gradient.py: by hand, against plain loops, its blocks, its cost, and a run."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loading import ROOT, load
+from loading import load
 
 from flax_sg import nn
 
-sys.path.append(str(ROOT / 'benchmarks'))
 example = load('adjoint_gradient')
 benchmark = load('adjoint', 'benchmarks')
 
