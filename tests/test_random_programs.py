@@ -1,25 +1,31 @@
-"""Random programs against their meaning; see random_programs.py, also for a run of thousands."""
+"""Random programs against their meaning; see random_programs, also for a run of thousands."""
 
 import random
 
 import jax
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings
 from oracle import assert_same
 from random_programs import (
-    OPS, Generator, IllConditioned, check, check_views, draw, draw_views, evaluate, flatten, report,
-    same_failure, shrink, unflatten,
+    OPS,
+    Generator,
+    IllConditioned,
+    check,
+    check_views,
+    deterministic,
+    draw,
+    draw_views,
+    evaluate,
+    flatten,
+    report,
+    same_failure,
+    seeds,
+    shrink,
+    unflatten,
 )
 
 import flax_sg as sg
 from flax_sg._transform import StopGradient
-
-# A program is drawn from a seed, and a failing one is shrunk by its syntax, not by its seed.
-deterministic = settings(
-    deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck))
-seeds = st.integers(0, 2**32 - 1)
 
 
 def check_seed(seed, **how):

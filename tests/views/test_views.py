@@ -16,8 +16,16 @@ import views as programs
 from flax.core import freeze
 from hypothesis import given, settings
 from oracle import assert_same, scalar
-from random_programs import check_views, draw_views, report, same_failure, shrink, traced
-from test_random_programs import deterministic, seeds
+from random_programs import (
+    check_views,
+    deterministic,
+    draw_views,
+    report,
+    same_failure,
+    seeds,
+    shrink,
+    traced,
+)
 
 import flax_sg as sg
 from flax_sg import _active, _lanes, _marks, _pull, nn
