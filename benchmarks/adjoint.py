@@ -25,10 +25,10 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import Cost, cost_of, ratio_of, table, take_turns
-from run import run_seconds, steps_for
 
 from flax_sg import nn
+from measure import Cost, cost_of, ratio_of, table, take_turns
+from run import run_seconds, steps_for
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'examples'))
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from measure import ratio_of, table, take_turns
-from transformer import Encoder, Transformer, loss_of, tokens
 
 import flax_sg as sg
 from flax_sg._graph import Graph
+from measure import ratio_of, table, take_turns
+from transformer import Encoder, Transformer, loss_of, tokens
 
 
 def program(depth: int, kind: str) -> tuple[Callable, Any]:

@@ -16,6 +16,7 @@ import functools
 from unittest import mock
 
 import jax
+
 from measure import cost_of, ratio_of, table, take_turns
 from views import Shape, data_of, seconds, step_of
 

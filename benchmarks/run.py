@@ -215,7 +215,8 @@ def tracing(sizes: Sizes, report: Report) -> None:
                     ratio_of(times[case.by_hand], base), ratio,
                     over(calls[case.by_hand], calls[UNMASKED]), f'{count:.2f}',
                     'yes' if count <= LIMIT else 'NO'])
-                report.bar(title + ', Python calls, masked over unmasked', f'{model}: {name}', count)
+                report.bar(
+                    title + ', Python calls, masked over unmasked', f'{model}: {name}', count)
         report.show(
             title, ['model', 'mask', 'unmasked', 'time, by hand', 'time, masked',
                     'calls, by hand', 'calls, masked', f'calls at most {LIMIT}'], rows,

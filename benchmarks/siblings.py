@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+
+import flax_sg as sg
 from cases import SELECTED
 from measure import calls_in, ratio_of, table, time_traces
 from transformer import Encoder, Transformer, loss_of, tokens
-
-import flax_sg as sg
 
 PATTERNS = [f'**/{name}' for name in SELECTED]
 SIBLINGS = {

@@ -123,9 +123,9 @@ def compare(masked_fn: Callable, two_copy_fn: Callable, params: Any, *args: Any,
       *args: further arguments; those that are trees of floats are differentiated too.
       orders: which derivatives to compare, of 'grad', 'jvp', 'hessian' and 'vmap' (of grad).
       modes: 'eager' and 'jit'. Values and gradients are compared in each, all orders in the last.
-      exact: compare values and gradients bit for bit. Pass False where the two programs do the same sums in
-        another order (an unrolled loop for a scan). Higher orders are always within ``rtol``,
-        zeros always exact.
+      exact: compare values and gradients bit for bit. Pass False where the two programs do the
+        same sums in another order (an unrolled loop for a scan). Higher orders are always within
+        ``rtol``, zeros always exact.
       rtol: relative to the largest entry of a leaf.
 
     Returns:

@@ -6,13 +6,13 @@ with two copies of the parameters. Every figure here is exact; times are measure
 
 import functools
 
-import cases
 import jax
-import measure
 import pytest
-import transformer
 
+import cases
 import flax_sg
+import measure
+import transformer
 from flax_sg import path, stop_gradient
 
 SMALL = dict(depth=2, width=8, heads=2, batch=2, length=4)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loading import ROOT
 
 from flax_sg import nn
+from loading import ROOT
 
 
 def blocks(name, language):

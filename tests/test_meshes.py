@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from oracle import assert_same
 
 import flax_sg as sg
 from flax_sg import nn
+from oracle import assert_same
 
 stop = jax.lax.stop_gradient
 

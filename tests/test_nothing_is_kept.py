@@ -1,4 +1,4 @@
-"""Predicates and functions that hold objects: what changes is seen, and nothing is kept for good."""
+"""Predicates and functions that hold objects: what changes is seen, nothing is kept for good."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import pytest
 
 import flax_sg as sg
 from flax_sg import nn
+from internals import answers_known, remember_few_answers
 
 
 class Two(nn.Module):
@@ -147,8 +148,9 @@ def test_a_global_that_a_predicate_looks_at():
 
 def test_a_predicate_that_changes_inside_a_block_is_an_error():
     names = ['a']
-    with pytest.raises(sg.UsageError, match=r"its predicate said True of 'a' before, and now False, "
-                       'in one block. A predicate may change between blocks, not inside one.'):
+    with pytest.raises(sg.UsageError, match=r"its predicate said True of 'a' before, and now "
+                       'False, in one block. A predicate may change between blocks, not inside '
+                       'one.'):
         with sg.stop_gradient(lambda v: v.name in names):
             Two().apply(PARAMS, 1.0)
             names[:] = 'b'
@@ -219,8 +221,9 @@ def test_a_variable_that_the_callable_of_a_class_closes_over_is_bound_anew():
     (first, rename), (second, _) = make('a'), make('a')
     assert first is second and grads(first) == {'a'}
     rename('b')
-    with pytest.raises(sg.UsageError, match=r'Two, lifted by stop_gradient\(where\(.*\)\): a variable '
-                       'that its callable closes over was bound anew since, and an equal one shares'):
+    with pytest.raises(sg.UsageError, match=r'Two, lifted by stop_gradient\(where\(.*\)\): a '
+                       'variable that its callable closes over was bound anew since, and an equal '
+                       'one shares'):
         grads(second)
     assert grads(make('a')[0]) == {'a'} and grads(make('b')[0]) == {'b'}
 
@@ -295,7 +298,8 @@ def compiles():
     """The names of what JAX compiles."""
     names = []
     listen = lambda event, seconds, **kwargs: (
-        names.append(kwargs.get('fun_name')) if event.endswith('backend_compile_duration') else None)
+        names.append(kwargs.get('fun_name'))
+        if event.endswith('backend_compile_duration') else None)
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
@@ -360,7 +364,8 @@ def test_rules_that_run_after_blocks_in_a_loop_of_new_predicates():
         assert held(pull(1.0)[0]) == {'a'}
         gone.append(weakref.ref(trainer))
         del trainer
-        first = len(traces) if i == 0 else first
+        if i == 0:
+            first = len(traces)
     assert len(traces) == first
     del pull
     traces.clear()
@@ -393,14 +398,13 @@ def test_a_rule_that_runs_after_another_predicate_gave_its_answers_and_more():
 
 
 def test_what_is_known_of_callables_does_not_grow(monkeypatch):
-    from flax_sg import _answers, _met
-    monkeypatch.setattr(_met._Memory, 'size', 64)
+    remember_few_answers(monkeypatch, 64)
     for i in range(600):
         with sg.replace_values(lambda v: v.name == 'a', {'a': jnp.array(float(i))}):
             Two().bind(PARAMS)(1.0) if i % 300 == 0 else Two().apply(PARAMS, 1.0)
         if i % 100 == 0:
             gc.collect()
-    assert len(_answers._known) < 512
+    assert answers_known() < 512
 
 
 def test_two_lifted_classes_of_one_line():

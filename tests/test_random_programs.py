@@ -5,6 +5,9 @@ import random
 import jax
 import pytest
 from hypothesis import given, settings
+
+import flax_sg as sg
+from internals import stop_nothing
 from oracle import assert_same
 from random_programs import (
     OPS,
@@ -23,9 +26,6 @@ from random_programs import (
     shrink,
     unflatten,
 )
-
-import flax_sg as sg
-from flax_sg._transform import StopGradient
 
 
 def check_seed(seed, **how):
@@ -118,7 +118,7 @@ def first_failure(seeds):
 
 
 def test_a_library_that_stops_nothing_is_caught_and_the_program_shrunk(monkeypatch):
-    monkeypatch.setattr(StopGradient, 'read', lambda self, info, value, other: value)
+    stop_nothing(monkeypatch)
     program, how, error = first_failure(range(20))
     assert 'gradient' in str(error)
     smaller = report(shrink(program, same_failure(error, **how)))

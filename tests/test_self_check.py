@@ -1,6 +1,5 @@
 """The check, before the first block, that Flax's reads pass where the library stands."""
 
-import functools
 import subprocess
 import sys
 
@@ -8,26 +7,31 @@ import flax
 import jax
 import pytest
 from flax.core.scope import Scope
-from flax.linen import Module
 
 import flax_sg as sg
-from flax_sg import _compat, _scope, _self_check, _transform
 from flax_sg import nn
+from internals import (
+    not_checked_yet,
+    nothing_is_open,
+    pass_by,
+    replace_self_check,
+    self_check,
+    self_check_of,
+)
 
-BLOCK = functools.partial(_scope.open_at, sg.stop_gradient('**/held'), None)
+HELD = sg.stop_gradient('**/held')
 
 
 def test_it_passes():
-    _self_check.check(BLOCK)
+    self_check_of(HELD)
 
 
 @pytest.mark.parametrize('owner, name, variable', [
     (Scope, 'get_variable', "['held']"), (Scope, 'variables', "['held']")])
 def test_reads_that_pass_by_are_an_error(monkeypatch, owner, name, variable):
-    tapped = getattr(owner, name)
-    monkeypatch.setattr(owner, name, tapped._flax_sg_original)
+    pass_by(monkeypatch, owner, name)
     with pytest.raises(sg.UnsupportedVersionError) as error:
-        _self_check.check(BLOCK)
+        self_check_of(HELD)
     assert str(error.value) == (
         'A tiny model was run in a block to see whether masks work here, and its variable '
         f'{variable} is held, and has a gradient. flax {flax.__version__} with jax '
@@ -38,14 +42,14 @@ def test_reads_that_pass_by_are_an_error(monkeypatch, owner, name, variable):
 
 def test_what_is_live_must_have_a_gradient():
     with pytest.raises(sg.UnsupportedVersionError, match='is not held, and has no gradient'):
-        _self_check.check(functools.partial(_scope.open_at, sg.stop_gradient(), None))
+        self_check_of(sg.stop_gradient())
 
 
 def test_an_error_of_the_check_is_told():
     def block():
         raise KeyError('new')
     with pytest.raises(sg.UnsupportedVersionError, match="and it raised KeyError: 'new'"):
-        _self_check.check(block)
+        self_check(block)
 
 
 def _uses():
@@ -67,17 +71,14 @@ def test_each_use_checks_once_and_after_a_failure_again(monkeypatch, use):
         if len(calls) == 1:
             raise sg.UnsupportedVersionError('planted')
 
-    monkeypatch.setattr(_self_check, 'check', check)
-    _transform.check_once.cache_clear()
-    try:
+    replace_self_check(monkeypatch, check)
+    with not_checked_yet():
         with pytest.raises(sg.UnsupportedVersionError, match='planted'):
             _uses()[use]()
-        assert not sg._active.state.stack
+        assert nothing_is_open()
         _uses()[use]()
         _uses()[use]()
         assert len(calls) == 2
-    finally:
-        _transform.check_once.cache_clear()
 
 
 def test_a_first_block_inside_a_running_module_and_a_trace():
@@ -95,8 +96,7 @@ def test_a_first_block_inside_a_running_module_and_a_trace():
 
     x = jax.numpy.ones((1, 2))
     params = Net().init(jax.random.key(0), x)
-    _transform.check_once.cache_clear()
-    with flax.linen.intercept_methods(intercept):
+    with not_checked_yet(), flax.linen.intercept_methods(intercept):
         grads = jax.jit(jax.grad(Net().apply))(params, x)['params']['Dense_0']
     assert set(seen) == {Net, nn.Dense}
     assert (grads['kernel'] == 0).all() and (grads['bias'] == 1).all()

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sharded_programs as programs
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharded_programs import ByHand, Case, Layer, Masked, Stack
 
 import flax_sg as sg
+import sharded_programs as programs
 from flax_sg import nn
+from sharded_programs import ByHand, Case, Layer, Masked, Stack
 
 
 @functools.cache

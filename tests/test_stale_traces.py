@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import flax_sg as sg
-from flax_sg import _active, _contexts, nn
+from flax_sg import nn
+from internals import context, fresh_contexts, owned_contexts
 
 MASKS = {'live': None, 'a': sg.stop_gradient('a'), 'b': sg.stop_gradient(lambda v: v.name == 'b')}
 WANT = {'live': (2, 3), 'a': (0, 3), 'b': (2, 0)}
@@ -90,7 +91,8 @@ def test_blocks_inside_a_module(name, order):
 
         def __call__(self, x):
             f = TRACERS[name](self.two)
-            held = {'a': sg.stop_gradient('two/a'), 'b': sg.stop_gradient(lambda v: v.name[-1] == 'b')}
+            held = {'a': sg.stop_gradient('two/a'),
+                    'b': sg.stop_gradient(lambda v: v.name[-1] == 'b')}
             out = []
             for mask in order:
                 if mask == 'live':
@@ -172,12 +174,6 @@ def meant(plan, held):
             yield from meant(item[1], held | set(item[0]))
 
 
-def fresh_contexts():
-    """Forget which blocks have contexts of JAX's caches of their own."""
-    _contexts._owned.clear()
-    _active.state.contexts = _contexts.Contexts()
-
-
 @pytest.fixture(params=['unclaimed', 'claimed'])
 def shared_key(request):
     """Begin with a shared key that no earlier test has claimed, or that is another's for good."""
@@ -186,7 +182,7 @@ def shared_key(request):
         with sg.stop_gradient('a'):
             jax.vmap(lambda x: Two().bind({'params': PARAMS})(x))(jnp.ones(1))
         jax.grad(lambda p: run_in('a', jax.jit(lambda: Two().apply({'params': p}, 1.0))))(PARAMS)
-        assert len(_contexts._owned)
+        assert owned_contexts()
 
 
 @pytest.mark.thinned(6)
@@ -414,7 +410,7 @@ def test_a_thread_takes_over_the_shared_key_of_one_that_has_ended():
         @nn.compact
         def __call__(self, x):
             with sg.stop_gradient('a'):
-                keys.add(_active.context())
+                keys.add(context())
                 return helper(Two(name='a')(x))
 
     def request():
@@ -539,7 +535,8 @@ LOOPS = {
 @pytest.mark.parametrize('inner', ['plain', 'helper before', 'helper after'])
 @pytest.mark.parametrize('loop', LOOPS)
 @pytest.mark.parametrize('order', [
-    ('held', 'scaled', 'live'), ('live', 'held', 'also scaled'), ('scaled', 'also scaled', 'scaled'),
+    ('held', 'scaled', 'live'), ('live', 'held', 'also scaled'),
+    ('scaled', 'also scaled', 'scaled'),
     ('scaled', 'live', 'held', 'live', 'scaled')], ids=' '.join)
 def test_one_jitted_function_read_by_methods_of_mirrors_in_loops(order, loop, inner):
     """It reads a module that it captured, in the block that the method opens in the body."""
@@ -575,7 +572,8 @@ def test_methods_of_mirrors_in_loops_do_not_trace_helpers_again(loop):
     def total(w):
         module = Runs().bind({'params': {'w': w}})
         # Blocks that others have claimed a context for have helpers of their own.
-        mirrors = [sg.scale_gradient('w', 11.0 + i + 0.1 * [*LOOPS].index(loop))(module) for i in range(3)]
+        factor = 11.0 + 0.1 * [*LOOPS].index(loop)
+        mirrors = [sg.scale_gradient('w', factor + i)(module) for i in range(3)]
         run = lambda m: lambda x: m.run(lambda x: counted(x) * m(), x)
         return sum(LOOPS[loop](run(m), 1.0) for m in (module, *mirrors))
 

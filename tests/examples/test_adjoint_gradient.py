@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loading import load
 
 from flax_sg import nn
+from loading import load
 
 example = load('adjoint_gradient')
 benchmark = load('adjoint', 'benchmarks')

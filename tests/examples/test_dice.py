@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from loading import load
 
 POINTS = [(0.4, 0.7), (0.15, 0.9), (0.5, 0.25), (0.85, 0.6)]

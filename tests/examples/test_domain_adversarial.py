@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loading import load
 from sklearn.datasets import load_digits
+
+from loading import load
 
 LAMBDAS = [0.0, 0.1, 0.7, 1.0, 2.5]
 

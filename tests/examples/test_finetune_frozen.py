@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from loading import load
 
 import flax_sg as sg
+from loading import load
 
 ft = load('finetune_frozen')
 WRONG = dataclasses.replace(ft.HEAD, batch_statistics=True)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loading import load
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import flax_sg as sg
+from loading import load
 
 PARTS = {'generator', 'discriminator'}
 

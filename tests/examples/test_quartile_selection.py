@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loading import load
 
 import flax_sg as sg
+from loading import load
 
 example = load('quartile_selection')
 example.ROWS = 100  # quicker

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loading import ROOT
 from matplotlib import pyplot as plt
 
 import flax_sg as sg
+from loading import ROOT
 
 # The parameters that each loss may move. All others have to stay exactly where they are.
 MOVES = {
@@ -340,8 +340,8 @@ def test_each_loss_reaches_its_own_parameters(modules, setting):
     spec = {'gln': 'encoding/gln', 'code': 'encoding/code_*', 'explanation': 'encoding/explanation',
             'reader': ['reader', 'retina']}
     for element in modules[0].COMPARED:
-        losses = lambda params, *rest, world=world.clone(element=element): world.apply(
-            {'params': params}, *rest)
+        compared = world.clone(element=element)
+        losses = lambda params, *rest, world=compared: world.apply({'params': params}, *rest)
         flow = sg.assert_flow(losses, spec)(params, *rest)
         assert flow['gln', 'encoding/explanation/Dense_0/kernel'].verdict == 'MASKED'
         with pytest.raises(AssertionError, match='LEAK'):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from loading import load
 
 from flax_sg import nn
+from loading import load
 
 SEEDS = [0, 1]
 GRADIENTS = {

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loading import load
 
 import flax_sg as sg
+from loading import load
 
 SEEDS = [0, 1]
 TRAINED = {'reconstruction': {'encoder', 'decoder'}, 'codebook': {'codebook'},

@@ -206,7 +206,7 @@ def test_lambdas_from_one_line_with_equal_closures_are_equal():
     assert sg.where(both[0]) != sg.where(both[1])
     same = [sg.where(lambda v, k=k: k in v.name) for k in 'aab']
     assert same[0] == same[1] != same[2]
-    outer = [sg.where(lambda v, f=make(k).fn: f(v)) for k in 'aab']
+    outer = [sg.where(lambda v, f=make(k).fn: f(v)) for k in 'aab']  # noqa: B008
     assert outer[0] == outer[1] != outer[2]
 
 
@@ -249,7 +249,8 @@ def test_partials_methods_and_objects_compare_by_their_parts():
     ('/', r"path\('/'\): an empty pattern."),
     ('a//b', r"path\('a//b'\): an empty name between, before or after '/'. Remove the extra '/'."),
     ('a/', r"path\('a/'\): an empty name"),
-    ('a**', r"path\('a\*\*'\): '\*\*' must be a whole name, got 'a\*\*'. Write '\*' within a name."),
+    ('a**',
+     r"path\('a\*\*'\): '\*\*' must be a whole name, got 'a\*\*'. Write '\*' within a name."),
     ('[a', r"path\('\[a'\): '\[a' has a '\[' without a '\]'. Close it, or write '\[\[\]'"),
     ('[b-a]', r"path\('\[b-a\]'\): bad character range"),
     (None, r'stop_gradient: got an object of type NoneType; expected a string \(a glob\), a comp'),
@@ -282,9 +283,12 @@ def test_what_is_no_predicate_is_refused(wrong, text):
     (lambda: sg.where(nn.Dense(1)), 'where: got an object of type Dense. A predicate says which'),
     (lambda: sg.path('a') | 3, 'predicate: got an object of type int; expected'),
     (lambda: sg.from_haiku(3), r'from_haiku: expected a callable of \(module_name, name, value\)'),
-    (lambda: sg.from_nnx(3.5), 'from_nnx: an object of type float is no NNX filter; expected a var'),
-    (lambda: sg.stop_gradient(True, collections=3), 'stop_gradient: collections=3; expected a coll'),
-    (lambda: sg.stop_gradient(True, collections=[3]), r'stop_gradient: collections=\[3\]; expected'),
+    (lambda: sg.from_nnx(3.5),
+     'from_nnx: an object of type float is no NNX filter; expected a var'),
+    (lambda: sg.stop_gradient(True, collections=3),
+     'stop_gradient: collections=3; expected a coll'),
+    (lambda: sg.stop_gradient(True, collections=[3]),
+     r'stop_gradient: collections=\[3\]; expected'),
     (lambda: sg.where(lambda v: sg.path('a')).selects(info('a')), 'returned .* expected a bool'),
 ])
 def test_other_bad_input_is_refused(make, text):
@@ -326,8 +330,8 @@ def test_labels_name_each_parameter_once():
 @pytest.mark.parametrize('predicates, kwargs, error, text', [
     ({'a': 'gln', 'b': '**/kernel'}, {}, sg.LabelError,
      r"labels: each parameter takes one label; gln/kernel \(a and b\). Make the predicates disj"),
-    ({'a': 'gln'}, {}, sg.LabelError, 'labels: no predicate selects code_value/kernel, code_presence'
-     '/kernel. Add one, or pass default=.'),
+    ({'a': 'gln'}, {}, sg.LabelError, 'labels: no predicate selects code_value/kernel, '
+     'code_presence/kernel. Add one, or pass default=.'),
     ({}, {}, sg.LabelError, 'labels: got no predicates and no default. Pass at least one of them.'),
     ({'a': 'glm'}, {'default': 'x'}, sg.UnmatchedPathError,
      r"labels\['a'\]: no variable of the tree matches 'glm'. Close: 'gln/...'"),
@@ -448,8 +452,9 @@ def test_integer_and_key_leaves_pass_through_a_trace():
 
 @pytest.mark.parametrize('target', [3, None, jnp.ones(2), [1.0], (1.0,), 'a', nnx.Linear, len])
 def test_a_transform_refuses_what_it_cannot_take(target):
-    with pytest.raises(sg.UsageError, match=r"stop_gradient\('a'\) was given an object of type .*; "
-                       'expected a flax.linen.Module class or instance, a method, or a nested dict'):
+    with pytest.raises(sg.UsageError, match=r"stop_gradient\('a'\) was given an object of type "
+                       '.*; expected a flax.linen.Module class or instance, a method, or a '
+                       'nested dict'):
         sg.stop_gradient('a')(target)
 
 

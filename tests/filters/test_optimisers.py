@@ -13,10 +13,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.core import freeze
-from loading import ROOT
 
 import flax_sg as sg
 from flax_sg import nn
+from loading import ROOT
 
 DOC = (ROOT / 'docs/optimisers.md').read_text()
 HELD = sg.path('encoder')

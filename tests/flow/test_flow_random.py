@@ -129,7 +129,8 @@ def test_verdicts_agree_with_gradients(seed):
         flow = sg.gradient_flow(loss)(points[0])
         # Not jacrev: jax 0.10 fails on a batched cotangent beside a rule that returns None.
         grads = jax.jit(lambda params: {
-            name: jax.grad(lambda params: loss(params)[name])(params) for name in flow.losses})
+            name: jax.grad(lambda params, name=name: loss(params)[name])(params)
+            for name in flow.losses})
         found = [grads(point) for point in points]
         for record in flow:
             ever = any(bool((g[record.loss][record.name] != 0).any()) for g in found)

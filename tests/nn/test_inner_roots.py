@@ -278,7 +278,8 @@ def test_one_jitted_function_that_applies_a_copy_while_its_module_runs_and_after
                 kept['f'] = jax.jit(lambda w: copy.apply({'params': {'w': w}}))
             return kept['f']
         ways = {'while': (lambda w: Below().apply({'params': {'w': w}}, jitted), 6),
-                'after': (lambda w: jitted(Below().bind({'params': {'w': w}}).evaluating_too())(w), 3)}
+                'after': (lambda w: jitted(
+                    Below().bind({'params': {'w': w}}).evaluating_too())(w), 3)}
         for name in order:
             f, want = ways[name]
             if order[0] == 'after' and name == 'while':
@@ -299,11 +300,13 @@ def test_a_user_may_have_a_clone_of_other_arguments():
 def test_a_property_that_applies_a_copy_is_read_from_outside():
     params = ByProperty().init(jax.random.key(0), IDS)['params']
     t = sg.scale_gradient('shared', 3.0)
-    plain, class_, mirror = (jax.grad(lambda p, use=use: (use(p).again ** 2).sum())(params) for use in (
+    grads = lambda use: jax.grad(lambda p: (use(p).again ** 2).sum())(params)
+    plain, class_, mirror = map(grads, (
         lambda p: ByProperty().bind({'params': p}), lambda p: t(ByProperty)().bind({'params': p}),
         lambda p: t(ByProperty().bind({'params': p}))))
     for got in (class_, mirror):
-        np.testing.assert_allclose(got['shared']['embedding'], 3 * plain['shared']['embedding'], 1e-5)
+        np.testing.assert_allclose(
+            got['shared']['embedding'], 3 * plain['shared']['embedding'], 1e-5)
 
 
 def test_a_copy_of_a_module_of_a_subclass_of_a_lifted_class():
@@ -458,7 +461,8 @@ def test_one_jitted_function_from_outside_and_in_a_function_that_is_applied(orde
         with t:
             return Tied().apply({'params': {'a': {'w': w}}},
                                 method=lambda m: apply(m.a.variables['params']['w']))
-    for run in (inside, outside, inside) if order == 'in a function' else (outside, inside, outside):
+    inside_first = order == 'in a function'
+    for run in (inside, outside, inside) if inside_first else (outside, inside, outside):
         assert jax.grad(run)(1.0) == 3
 
 

@@ -119,7 +119,7 @@ def test_each_function_under_nn_jit_has_its_own_answers():
 
 
 def test_a_function_inside_that_was_traced_before_tells_the_one_around_it():
-    """The inner trace is found in JAX's caches, so that nothing is asked while the outer is made."""
+    """The inner trace is found in JAX's caches, so nothing is asked while the outer is made."""
     class Inner(nn.Module):
         __call__ = nn.jit(nn.compact(block(ASK['path'])))
 

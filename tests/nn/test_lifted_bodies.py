@@ -1,4 +1,4 @@
-"""Blocks inside the bodies of Flax's lifted transforms and of RNN cells, against hand-written programs.
+"""Blocks in the bodies of Flax's lifted transforms and of RNN cells, against programs by hand.
 
 The cell is c' = tanh(w ⊙ c + ⊥(w) + v ⊙ x), with one read of w outside a block and one inside.
 """
@@ -8,10 +8,10 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import pytest
-from oracle import compare
 
 import flax_sg as sg
 from flax_sg import nn
+from oracle import compare
 
 N = 3
 X = jnp.array([0.3, -0.7])
@@ -137,7 +137,7 @@ def test_remat_scan():
 
     def two_copies(p, bar, c):
         for i in range(4):
-            at = lambda t: jax.tree.map(lambda a: a[i // 2, i % 2], t['layers'])
+            at = lambda t, i=i: jax.tree.map(lambda a: a[i // 2, i % 2], t['layers'])
             c = step(at(p), at(bar), c, c)[0]
         return c
 

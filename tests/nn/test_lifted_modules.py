@@ -1,4 +1,4 @@
-"""The transform on classes, instances and methods: names, parameters, sharing, and what they cover."""
+"""The transform on classes, instances, methods: names, parameters, sharing, what they cover."""
 
 import copy
 import dataclasses
@@ -59,7 +59,8 @@ ALL = 'a layers_0/b layers_1/b'
 
 def live(f, params=PARAMS):
     leaves = jax.tree_util.tree_leaves_with_path(jax.grad(f)(params)['params'])
-    return ' '.join(jax.tree_util.keystr(k, simple=True, separator='/') for k, g in leaves if g != 0)
+    return ' '.join(
+        jax.tree_util.keystr(k, simple=True, separator='/') for k, g in leaves if g != 0)
 
 
 def test_a_lifted_class_keeps_its_name_parameters_and_docs():
@@ -279,7 +280,8 @@ def test_lifted_modules_clone_copy_and_pickle():
 @pytest.mark.parametrize('lift', [
     nn.jit, nn.remat, functools.partial(nn.vmap, in_axes=None, axis_size=2, out_axes=0,
                                         variable_axes={'params': None},
-                                        split_rngs={'params': False})], ids=['jit', 'remat', 'vmap'])
+                                        split_rngs={'params': False})],
+                         ids=['jit', 'remat', 'vmap'])
 @pytest.mark.parametrize('first', ['mask', 'lift'])
 def test_lifted_by_flax_and_by_us_in_both_orders(lift, first):
     t = sg.stop_gradient('a')
@@ -597,7 +599,7 @@ def test_what_is_around_a_part_of_a_lifted_module(outer, inner, want):
             assert lifted.part.w == lifted.part() == want
 
 
-# Methods ---------------------------------------------------------------------------------------------
+# Methods ------------------------------------------------------------------------------------------
 
 
 class Sub(sg.stop_gradient('a')(Net)):
@@ -709,8 +711,8 @@ def test_a_decorated_function_wants_a_module_first():
         return x
 
     with pytest.raises(sg.UsageError, match=(
-            r"stop_gradient\('a'\) decorates 'f', whose first argument should be a flax.linen Module"
-            '; got float. Decorate a method of a Module, or open a block with `with`.')):
+            r"stop_gradient\('a'\) decorates 'f', whose first argument should be a flax.linen "
+            'Module; got float. Decorate a method of a Module, or open a block with `with`.')):
         f(1.0)
     with pytest.raises(sg.UsageError, match='got no argument'):
         f()
@@ -794,7 +796,8 @@ def test_a_helper_of_an_unbound_module_that_a_running_module_calls(how):
                 return part()
             values = {'params': part.variables['params']}
             helper = Decorated(parent=None)
-            return {'apply': lambda: t(helper.apply)(values), 'decorated': lambda: helper.loss(values),
+            return {'apply': lambda: t(helper.apply)(values),
+                    'decorated': lambda: helper.loss(values),
                     'bound': lambda: t(helper.bind)(values)()}[how]()
     params = Outer().init(jax.random.key(0))
     for _ in range(2):
@@ -916,7 +919,8 @@ def by_another_module(lifted):
 
 
 BELOW = [lambda lifted: lifted, functools.partial(by_descriptor, property), by_method, by_super,
-         by_subclass, by_compact_and_remat, functools.partial(by_descriptor, functools.cached_property),
+         by_subclass, by_compact_and_remat,
+         functools.partial(by_descriptor, functools.cached_property),
          by_alias, by_mixin, by_another_module]
 
 

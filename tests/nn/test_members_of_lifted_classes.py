@@ -1,4 +1,4 @@
-"""What a lifted class has, its subclasses and mixins have, is found as Python finds it, in the block.
+"""What a lifted class, its subclasses and mixins have is found as Python finds it, in the block.
 
 By hand: the plain class, whose part's gradient is scaled. The part is a module that the lifted one
 is handed: what reads it outside of the block reads it live.
@@ -240,8 +240,8 @@ class Described(Valued, Part):
 @pytest.mark.parametrize('build', [
     lambda lift: lift(Described), lambda lift: make(lift(Described)),
     lambda lift: lift(make(Described)),
-    lambda lift: make(Valued, lift(Part), **{name: member for name, member in vars(Described).items()
-                                     if name in NAMES})])
+    lambda lift: make(Valued, lift(Part), **{
+        name: member for name, member in vars(Described).items() if name in NAMES})])
 def test_descriptors_stay_what_they_are(build, read):
     check(build, read)
 
@@ -322,7 +322,8 @@ class Tied(nn.Module):
 TOUCHES = {
     'nothing': lambda m: None, 'the table': lambda m: m.table, 'a submodule': lambda m: m.leaf,
     'a number': lambda m: m.size, 'what is not there': lambda m: hasattr(m, 'other'),
-    'in remat': lambda m: nn.remat(lambda m: m.f())(m), 'in jit': lambda m: nn.jit(lambda m: m.f())(m),
+    'in remat': lambda m: nn.remat(lambda m: m.f())(m),
+    'in jit': lambda m: nn.jit(lambda m: m.f())(m),
     'a method': lambda m: m.f(), 'its variables': lambda m: m.variables}
 FORMS = {
     'class': lambda lift: lift(Tied),

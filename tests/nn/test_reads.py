@@ -104,7 +104,7 @@ class SetupClosure(nn.Module):
     def setup(self):
         w = self.param('w', near_one, (3,))
 
-        def only(x, *, w=jnp.sin(w)):
+        def only(x, *, w=jnp.sin(w)):  # noqa: B008
             return x * w
 
         def power(x, n=2):
@@ -606,7 +606,8 @@ def named(*forms):
 # Forms that are nothing but reads, and forms with a control flow or a size worth compiling once.
 SMALL = named(
     Param(), Variable(), GetVariable(), Variables(), SubTree(), SetupParam(), SetupDerived(),
-    SetupClosure(), SetupBuiltins(), SetupClasses(), SetupFills(), SetupPassesOn(), SetupDerivedBelow(), SetupShadowsDefault(), Embed(),
+    SetupClosure(), SetupBuiltins(), SetupClasses(), SetupFills(), SetupPassesOn(),
+    SetupDerivedBelow(), SetupShadowsDefault(), Embed(),
     LocalAttribute(), Dense(), Containers(), Deep(), LoraHost(), LoraChild(), NoWrap(), Property(),
     CachedProperty(), Field(), ByArgument(), MapVariables(), Norms(), BatchNorm(), Boxed(),
     Dropout(), RandomSetup(), VjpInput(), Jvp(), Grad(), JitMethod())
@@ -971,11 +972,13 @@ def test_what_setup_fills_a_list_with(by, order):
             with sg.stop_gradient(True) if way == 'held' else contextlib.nullcontext():
                 total += module(jnp.ones(3)).sum()
         return total
-    np.testing.assert_array_equal(jax.grad(run)(jnp.ones(3)), order.split().count('live') * jnp.ones(3))
+    np.testing.assert_array_equal(
+        jax.grad(run)(jnp.ones(3)), order.split().count('live') * jnp.ones(3))
 
 
 @pytest.mark.parametrize('t', [
-    sg.replace_values('w', {'w': jnp.ones(3)}), sg.map_gradient('w', lambda i, ct: ct * jnp.ones(3))])
+    sg.replace_values('w', {'w': jnp.ones(3)}),
+    sg.map_gradient('w', lambda i, ct: ct * jnp.ones(3))])
 def test_a_part_of_a_lifted_class_stays_the_same_module_in_a_block(t):
     class Whole(nn.Module):
         def setup(self):

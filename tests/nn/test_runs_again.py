@@ -16,7 +16,8 @@ import pytest
 from flax import struct
 
 import flax_sg as sg
-from flax_sg import _setup, nn
+from flax_sg import nn
+from internals import is_watched_by_setup, names_of_flax
 
 ones, one = nn.initializers.ones, jnp.ones(())
 held = sg.stop_gradient(True)
@@ -547,8 +548,8 @@ def test_setup_that_puts_a_value_into_an_object_of_a_field(put, first):
     with pytest.raises(sg.UsageError) as error:
         jax.grad(run)({'w': one})
     assert str(error.value) == (
-        "setup of '/' put what it reads inside a flax_sg block into the object in field 'registry': "
-        "code that holds the object would see the block's values after it. Set attributes of the "
+        "setup of '/' put what it reads inside a flax_sg block into the object in field 'registry'"
+        ": code that holds the object would see the block's values after it. Set attributes of the "
         'module itself.')
 
 
@@ -657,6 +658,6 @@ def test_attributes_that_flax_gives_a_module_are_none_of_setups():
     assert jax.grad(run)({'w': one})['w'] == 4
     assert len(runs) == 2  # and once in the block
     names = {'_state', '_id', '_parent_ref', 'name', 'parent', 'scope'}
-    assert names <= _setup._FLAX
-    assert not any(isinstance(inspect.getattr_static(Whole, name, None), _setup._SetupAttribute)
+    assert names <= names_of_flax()
+    assert not any(is_watched_by_setup(inspect.getattr_static(Whole, name, None))
                    for name in names)

@@ -32,8 +32,8 @@ def output(model, variables, *args, mutable=False, **kwargs):
 
 LIFTS = {
     'remat': lambda f: nn.remat(f), 'jit': lambda f: nn.jit(f),
-    'vmap': lambda f: nn.vmap(f, variable_axes={'params': None}, split_rngs={}, in_axes=(None, None),
-                              axis_size=1),
+    'vmap': lambda f: nn.vmap(f, variable_axes={'params': None}, split_rngs={},
+                              in_axes=(None, None), axis_size=1),
     'cond': lambda f: lambda d, t, x: nn.cond(x > 0, lambda m, x: f(*m, x), lambda m, x: 0 * x,
                                               (d, t), x)}
 
@@ -59,7 +59,7 @@ def test_two_roots_with_different_mutable_collections(lift, teacher, student):
         assert (float(grads[0]['d']['w']), float(grads[1]['w'])) == want
 
 
-# A stack of layers, and a function or a predicate that looks at all of it ----------------------------
+# A stack of layers, and a function or a predicate that looks at all of it -------------------------
 
 class Layer(nn.Module):
     boxed: bool = False
@@ -191,7 +191,7 @@ def test_a_step_that_writes_reads_what_it_wrote(mutable):
         jax.tree.map(np.testing.assert_allclose, got, want)
 
 
-# What is written back -------------------------------------------------------------------------------
+# What is written back -----------------------------------------------------------------------------
 
 class Norm(nn.Module):
     @nn.compact
@@ -240,9 +240,10 @@ def test_statistics_made_of_replaced_ones_are_not_written(lift, t):
         pytest.skip('the scan does not hand on another collection')
     if t.name == 'replace_values':
         variables['other'] = jax.tree.map(lambda v: v + 100, variables['batch_stats'])
-    with pytest.raises(sg.UsageError, match=r"'mean' of module '/.*bn' \(collection 'batch_stats'\) was "
-                       'to be written in this block, which reads something else in its place: what '
-                       'was made of that would replace what is stored. Write it outside'):
+    with pytest.raises(sg.UsageError, match=(
+            r"'mean' of module '/.*bn' \(collection 'batch_stats'\) was to be written in this "
+            'block, which reads something else in its place: what was made of that would replace '
+            'what is stored. Write it outside')):
         with t:
             model.apply(variables, *args, mutable=['batch_stats'])
     model.apply(variables, *args, mutable=['batch_stats'])
@@ -261,7 +262,8 @@ def test_a_value_that_was_not_read_may_be_written():
 
 
 @pytest.mark.parametrize('t', [
-    sg.stop_gradient(True, collections=True), sg.map_values(True, lambda i, v: v * 2, collections=True),
+    sg.stop_gradient(True, collections=True),
+    sg.map_values(True, lambda i, v: v * 2, collections=True),
     sg.scale_gradient(True, 2.0, collections=True), sg.constant(True, collections=True)], ids=repr)
 @pytest.mark.parametrize('lift', [lambda f: f, nn.remat, nn.jit])
 @pytest.mark.parametrize('boxed', [False, True])
@@ -343,7 +345,7 @@ def test_a_value_replaced_from_a_collection_follows_writes_in_nested_blocks():
     assert Net().apply(variables, mutable=['ema'])[0].tolist() == [3, 3, 3, 2, 20, 20]
 
 
-# Scopes that modules share ---------------------------------------------------------------------------
+# Scopes that modules share ------------------------------------------------------------------------
 
 T = sg.scale_gradient(True, 0.5)
 
@@ -386,7 +388,8 @@ def test_a_linen_module_made_of_an_nnx_one():
 
         @nn.compact
         def __call__(self, x):
-            lin = nnx.bridge.to_linen(nnx.Linear, 1, 1, use_bias=False, kernel_init=ones, name='lin')
+            lin = nnx.bridge.to_linen(
+                nnx.Linear, 1, 1, use_bias=False, kernel_init=ones, name='lin')
             with self.t:
                 a = lin(x)
             return (a + 3 * lin(x)).sum()

@@ -83,7 +83,8 @@ class Writer(nn.Module):
                     return self.w * x
             return inner(x)
         f = dict(zip(WRITTEN, (in_method, self.of_setup, outer, self.of_property), strict=True))
-        return CALLS[self.call](self.s, f[self.where], x) + self.s.wrapped(lambda x: self.s.w * x, x)
+        called = CALLS[self.call](self.s, f[self.where], x)
+        return called + self.s.wrapped(lambda x: self.s.w * x, x)
 
 
 @pytest.mark.parametrize('call', CALLS)
@@ -159,7 +160,7 @@ def test_however_deep_in_calls_the_block_is(kind, named):
     assert grads['s']['w'] == 0
 
 
-# Which module it is, where several could be meant ---------------------------------------------------
+# Which module it is, where several could be meant -------------------------------------------------
 
 class Node(nn.Module):
     """One class, at two places: the parent's function is called by the child."""

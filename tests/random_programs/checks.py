@@ -13,8 +13,8 @@ import numpy as np
 from flax import linen
 from flax.core import lift
 from jax import lax
-from oracle import assert_same, scalar
 
+from oracle import assert_same, scalar
 from random_programs.evaluation import traced
 from random_programs.machine import meaning
 from random_programs.masks import Mask

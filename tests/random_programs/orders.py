@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-from oracle import assert_same, tangents_of
 
+from oracle import assert_same, tangents_of
 from random_programs.evaluation import traced
 
 

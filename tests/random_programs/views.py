@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import jax
-from oracle import assert_same, scalar
 
+from oracle import assert_same, scalar
 from random_programs.checks import KEYS, X, application, around, blocks
 from random_programs.evaluation import traced
 from random_programs.filters import Bool, Combine

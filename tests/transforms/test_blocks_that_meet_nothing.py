@@ -103,7 +103,8 @@ def test_a_collection_that_does_not_exist(use, predicate, collections):
                 return Scale.__call__.__wrapped__(self, x)
     wrong = 'batchstats' if 'batchstats' in collections else 'param'
     with pytest.raises(sg.UnmatchedPathError, match=(
-            f"'/' has no collection '{wrong}'. There are: 'params'. Fix collections=, or pass allow")):
+            f"'/' has no collection '{wrong}'. There are: 'params'. Fix collections=, or pass "
+            'allow')):
         if use == 'around':
             with t:
                 Scale().apply(SCALE, 1.0)
@@ -131,7 +132,7 @@ def test_collections_that_are_made_in_the_block_or_need_not_exist():
         Sows().apply({}, 1.0, mutable=['state', 'losses'])
 
 
-# Blocks that read nothing --------------------------------------------------------------------------
+# Blocks that read nothing -------------------------------------------------------------------------
 
 def nothing_read():
     compiled = jax.jit(Scale().apply).lower(SCALE, 1.0).compile()
@@ -145,8 +146,8 @@ def nothing_read():
 def test_a_block_that_reads_nothing_warns_at_its_line(predicate, what):
     run = nothing_read()[what]
     t = sg.scale_gradient(predicate, 1.0 + len(what), allow_unmatched=False)  # not met before
-    with pytest.warns(sg.UnreadBlockWarning, match=r'scale_gradient\(.*\): no variable of a Flax Lin'
-                      'en model was read in this block, so that it did nothing.') as caught:
+    with pytest.warns(sg.UnreadBlockWarning, match=r'scale_gradient\(.*\): no variable of a Flax '
+                      'Linen model was read in this block, so that it did nothing.') as caught:
         with t:
             run()
     assert [w.filename for w in caught] == [__file__]

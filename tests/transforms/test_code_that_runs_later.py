@@ -5,7 +5,6 @@ Every program ends with a look at a plain model: nothing may be open any more.
 
 import asyncio
 import contextlib
-import functools
 import gc
 import itertools
 import threading
@@ -113,7 +112,8 @@ def test_a_generator_that_a_method_returns():
 
 
 LATER = {
-    'zip': lambda module, x: zip([module.a(x)], (module.a(v) for v in [x])),
+    'zip': lambda module, x: zip(
+        [module.a(x)], (module.a(v) for v in [x]), strict=True),
     'chain': lambda module, x: itertools.chain([module.a(x)], (module.a(v) for v in [x])),
     'enumerate': lambda module, x: enumerate(module.a(v) for v in [x]),
     'in a tuple': lambda module, x: ((module.a(v) for v in [x]), {'aux': x}),
@@ -157,7 +157,8 @@ def test_a_coroutine_function_is_refused_when_it_is_decorated(kind):
     async def generator(module, x):
         yield module.a(x)
     fn = coroutine if kind == 'coroutine' else generator
-    with pytest.raises(sg.UsageError, match='is a coroutine function: its body would run after the'):
+    with pytest.raises(
+            sg.UsageError, match='is a coroutine function: its body would run after the'):
         sg.stop_gradient('a')(fn)
     with pytest.raises(sg.UsageError, match='is a coroutine function'):
         sg.stop_gradient('a')(type('Net', (Base,), {'later': fn, '__module__': __name__}))
@@ -205,7 +206,8 @@ def test_a_generator_that_waits_in_a_block_when_the_one_around_it_ends(outer, en
     elif end == 'close':
         generator.close()
     else:
-        with pytest.raises(sg.UsageError, match='was closed before its end, with a block around it '):
+        with pytest.raises(
+                sg.UsageError, match='was closed before its end, with a block around it '):
             next(generator)
     assert slope() == 1
 
@@ -334,8 +336,9 @@ def test_a_block_that_could_stay_open_while_another_task_runs_is_an_error(way):
 
     async def main():
         await asyncio.gather(way(), other())
-    with pytest.raises(sg.UsageError, match=r"stop_gradient\('w'\) was to be opened in the coroutine "
-                       '.*: while it waits, other tasks of the thread would run inside of the block'):
+    with pytest.raises(sg.UsageError, match=r"stop_gradient\('w'\) was to be opened in the "
+                       'coroutine .*: while it waits, other tasks of the thread would run inside '
+                       'of the block'):
         asyncio.run(main())
     assert set(seen) <= {1.0}
 

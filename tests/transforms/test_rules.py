@@ -102,7 +102,8 @@ def test_a_pullback_that_runs_in_another_block_or_in_none(kind):
     live, pull = jax.vjp(lambda p: jax.jit(f)(p, 3 * one), PARAMS)
     with sg.stop_gradient('w', allow_unmatched=True):
         assert float(pull(one)[0]['params']['w']) == 3
-    masked_, pull = jax.vjp(lambda p: masked(jax.jit(f), sg.stop_gradient(True))(p, 3 * one), PARAMS)
+    masked_, pull = jax.vjp(
+        lambda p: masked(jax.jit(f), sg.stop_gradient(True))(p, 3 * one), PARAMS)
     with sg.scale_gradient('w', 10.0, allow_unmatched=True):
         assert float(pull(one)[0]['params']['w']) == 0
     assert live == masked_ == 6
@@ -111,7 +112,8 @@ def test_a_pullback_that_runs_in_another_block_or_in_none(kind):
 @pytest.mark.parametrize('kind', FUNCTIONS)
 def test_siblings_count_once(kind):
     f = FUNCTIONS[kind]()
-    for t, want in ((sg.scale_gradient('w', 10.0), 30), (sg.map_values('w', lambda i, w: w * 5), 15),
+    for t, want in ((sg.scale_gradient('w', 10.0), 30),
+                    (sg.map_values('w', lambda i, w: w * 5), 15),
                     (sg.map_gradient('w', lambda i, ct: ct * 7), 21)):
         got = jax.grad(masked(jax.jit(f), t))(PARAMS, 3 * one)
         assert float(got['params']['w']) == want
@@ -176,7 +178,7 @@ def test_a_rule_that_reads_a_module():
 
 
 def test_an_implicit_layer():
-    """z = w z / 2 + x, so that z = x / (1 - w/2), dz/dw = x / 2 / (1 - w/2)^2, dz/dx = 1/(1 - w/2)."""
+    """z = w z / 2 + x, so z = x / (1 - w/2), dz/dw = x / 2 / (1 - w/2)^2, dz/dx = 1/(1 - w/2)."""
     model = nn.Dense(1, use_bias=False)
     f = lambda p, x, z: 0.5 * model.apply(p, z) + x
 
@@ -197,8 +199,8 @@ def test_an_implicit_layer():
     p, x = {'params': {'kernel': jnp.ones((1, 1))}}, jnp.ones((1, 1))
     loss = lambda p, x: solve(f, p, x).sum()
     for way, want in ((masked(loss, sg.stop_gradient('kernel')), 0), (loss, 2)):
-        for way in (way, jax.jit(way)):
-            gp, gx = jax.grad(way, (0, 1))(p, x)
+        for run in (way, jax.jit(way)):
+            gp, gx = jax.grad(run, (0, 1))(p, x)
             assert float(gp['params']['kernel'][0, 0]) == pytest.approx(want)
             assert float(gx[0, 0]) == pytest.approx(2)
 
@@ -228,7 +230,7 @@ def test_the_function_itself_is_left_alone():
     assert dict(vars(f)) == before
 
 
-# What a rule leaves behind --------------------------------------------------------------------------
+# What a rule leaves behind ------------------------------------------------------------------------
 
 def scale_of(p):
     return float(jax.grad(lambda p: Scale().apply({'params': p}, 1.0))(p)['w'])
@@ -247,7 +249,8 @@ def test_a_rule_that_raises_leaves_nothing_open():
     assert scale_of({'w': one}) == 1
 
 
-TS = [sg.stop_gradient('w', allow_unmatched=True), sg.scale_gradient('w', 5.0, allow_unmatched=True),
+TS = [sg.stop_gradient('w', allow_unmatched=True),
+      sg.scale_gradient('w', 5.0, allow_unmatched=True),
       sg.scale_gradient('w', 7.0, allow_unmatched=True)]
 IDLE = sg.stop_gradient('zzz', allow_unmatched=True)
 
@@ -308,7 +311,8 @@ class Two(nn.Module):
 def test_predicates_of_one_line_in_rules_that_ask_more_than_the_call_did(order):
     second = jax.jit(lambda p: Two().apply({'params': p}, 1.0, method='second'))
     f = jax.custom_vjp(lambda p: Two().apply({'params': p}, 1.0, method='first'))
-    f.defvjp(lambda p: (f(p), p), lambda p, ct: (jax.tree.map(lambda g: g * ct, jax.grad(second)(p)),))
+    f.defvjp(lambda p: (f(p), p),
+             lambda p, ct: (jax.tree.map(lambda g: g * ct, jax.grad(second)(p)),))
     weights = dict(zip(order, (5, 3), strict=True))
 
     def loss(p):

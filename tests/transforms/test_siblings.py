@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import assert_same, scalar, tangents_of
-from random_programs import traced
 
 import flax_sg as sg
-from flax_sg import _active, nn
+from flax_sg import nn
+from internals import nothing_is_open, reads_kept
+from oracle import assert_same, scalar, tangents_of
+from random_programs import traced
 
 X = jnp.array([[0.3, -0.7, 0.2], [1.1, 0.4, -0.5]])
 
@@ -905,7 +906,7 @@ def test_an_error_of_the_function_leaves_nothing_open():
         Reads().apply({'params': AB})
     with pytest.raises(RuntimeError, match='^a'):
         grads_of(sg.map_gradient('a', fail))
-    assert not _active.state.stack and not _active.state.openings
+    assert nothing_is_open()
     assert grads_of(sg.stop_gradient(sg.nothing)) == {'a': 3, 'b': 3}
 
 
@@ -914,14 +915,13 @@ def test_reads_are_not_kept_beyond_a_block_or_an_application():
     for _ in range(3):
         with mask:
             reads(1.0)
-    assert _active.state.stack == ()
+    assert nothing_is_open()
     with mask:
-        entry = _active.state.stack[0]
         for _ in range(3):
             Reads().apply({'params': AB})
-        assert len(entry.reads) == 0
+        assert reads_kept() == [0]
         reads(1.0)
-        assert len(entry.reads) == 1
+        assert reads_kept() == [1]
 
 
 def test_no_tracer_is_left_behind(no_leaks):
@@ -1000,7 +1000,7 @@ def test_a_scaled_step_costs_what_it_costs_by_hand():
 def test_errors(make, text):
     with pytest.raises(sg.UsageError, match=text):
         make()
-    assert not _active.state.stack
+    assert nothing_is_open()
 
 
 @pytest.mark.parametrize('make', [

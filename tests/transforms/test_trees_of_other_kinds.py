@@ -14,7 +14,7 @@ from haiku._src.data_structures import frozendict as old_haiku_dict
 
 import flax_sg as sg
 from flax_sg import nn
-from flax_sg._mappings import children_of, rebuilt
+from internals import put_together_again
 
 W = jnp.array(3.0)
 
@@ -291,10 +291,10 @@ def test_a_mapping_that_cannot_be_made_anew_is_an_error(use, make, text):
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_mapping_put_together_from_its_children_is_equal(kind):
     tree = tree_of(kind, kind, 5.0, W)
-    out = rebuilt(tree, children_of(tree))
+    out = put_together_again(tree)
     assert same_kinds(out, tree) and jax.tree.structure(out) == jax.tree.structure(tree)
     empty = KINDS[kind]({})
-    assert same_kinds(rebuilt(empty, children_of(empty)), empty)
+    assert same_kinds(put_together_again(empty), empty)
 
 
 class Net(nnx.Module):

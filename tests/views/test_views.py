@@ -9,12 +9,16 @@ import threading
 
 import jax
 import jax.numpy as jnp
-import measure
 import optax
 import pytest
-import views as programs
 from flax.core import freeze
 from hypothesis import given, settings
+
+import flax_sg as sg
+import measure
+import views as programs
+from flax_sg import nn
+from internals import in_lanes, mark, nothing_is_open, watch_transposes
 from oracle import assert_same, scalar
 from random_programs import (
     check_views,
@@ -26,9 +30,6 @@ from random_programs import (
     shrink,
     traced,
 )
-
-import flax_sg as sg
-from flax_sg import _active, _lanes, _marks, _pull, nn
 
 X = jnp.array([[0.3, -0.7, 0.2], [1.1, 0.4, -0.5]])
 
@@ -823,7 +824,7 @@ def test_an_exception_leaves_nothing_behind():
             VIEWS_AB(fails)({'a': 1.0})
         with pytest.raises(KeyError, match='mine'):
             Net().apply({'params': {'a': 1.0}}, 1.0, method=VIEWS_AB(Net.__call__))
-        assert _marks.tracing.levels == 0 and _active.state.stack == ()
+        assert nothing_is_open()
     assert grads_of(lambda v: Two().apply(v, 1.0)) == {'a': 36, 'b': 12}
 
 
@@ -879,8 +880,8 @@ UNBOUND = Two()
      r"'apply' is a method of a module that is not bound. Pass method= to apply: model.apply\("
      r'variables, x, method=views\(Two.__call__\)\)'),
     *[(lambda target=target: target(UNBOUND.bind({'params': AB})), sg.UsageError,
-       r"what 'apply' reads is of another root than the module that it is a method of\. Pass method= "
-       r'to apply: model\.apply\(variables, x, method=views\(Two\.__call__\)\)')
+       r"what 'apply' reads is of another root than the module that it is a method of\. Pass "
+       r'method= to apply: model\.apply\(variables, x, method=views\(Two\.__call__\)\)')
       for target in (lambda two: VIEWS(two.apply)({'params': AB}, 1.0),
                      lambda two: VIEWS(type(two).apply)(two, {'params': AB}, 1.0))],
     (lambda: VIEWS(lambda x: x)(3), sg.UsageError, 'nested dict of parameters; got an object of '),
@@ -894,7 +895,7 @@ UNBOUND = Two()
 def test_errors(make, error, text):
     with pytest.raises(error, match=text):
         make()
-    assert not _active.state.stack
+    assert nothing_is_open()
 
 
 def test_a_derivative_inside_the_target():
@@ -959,8 +960,7 @@ def test_a_rule_that_reads_a_captured_module_is_an_error(kind, derivative):
             'the target, and give its value to the function as an argument.')
     with pytest.raises(error, match=text):
         derivative(loss)({'a': {'w': 2.0}, 'b': {'w': 3.0}})
-    assert _marks.tracing.levels == 0 and _active.state.stack == ()
-    assert not _marks.tracing.linearizing
+    assert nothing_is_open()
 
 
 def test_a_rule_may_apply_a_model_of_its_own():
@@ -1042,18 +1042,7 @@ def test_a_scan_around_the_views_stores_residuals_once():
     assert temporary('abcd') < 1.6 * temporary('a')  # 4 times as much if each stored its own
 
 
-# Transposed once for all entries --------------------------------------------------------------------
-
-
-def transposes(monkeypatch):
-    traced = []
-    original = _pull.LaneMaps._trace
-
-    def trace(self, *args):
-        traced.append(original(self, *args))
-        return traced[-1]
-    monkeypatch.setattr(_pull.LaneMaps, '_trace', trace)
-    return traced
+# Transposed once for all entries ------------------------------------------------------------------
 
 
 class Layers(nn.Module):
@@ -1068,7 +1057,7 @@ class Layers(nn.Module):
 
 @pytest.mark.parametrize('wrap', [lambda cls: cls, nn.jit])
 def test_entries_share_one_transpose(monkeypatch, wrap):
-    model, traced = Layers(wrap), transposes(monkeypatch)
+    model, traced = Layers(wrap), watch_transposes(monkeypatch)
     params = model.init(jax.random.key(0), X)['params']
     entries = {f'layer_{i}': f'layer_{i}' for i in range(3)}
     views = sg.gradient_views(entries)
@@ -1144,7 +1133,7 @@ def test_rules_of_cotangents_that_are_not_linear(tied, rule, form, target, order
     if not tied:
         params['b'] = jnp.array([0.4, -0.3, 0.2])
     both = lambda p: {'a': p['a'], 'b': p.get('b', p['a'])}
-    got, want = (RULE_ORDERS[order](lambda p: fn(both(p)))(params)
+    got, want = (RULE_ORDERS[order](lambda p, fn=fn: fn(both(p)))(params)
                  for fn in (lambda p: loss(views(run)(p)), by_hand))
     assert_same(got, want, 'gradients', rtol=1e-5)
 
@@ -1160,10 +1149,9 @@ def test_a_rule_in_a_call_is_not_asked_about_a_cotangent_that_there_is_not(form)
     def f(x, y):
         def run():
             a, b = both(x, y)
-            level = _marks.level()
-            return (_marks.mark(a, (True, False), level) * _marks.mark(b, (True, True), level)), None
-        return _lanes.in_lanes(run, ('a', 'b'))[0]
-    got = [jax.grad(lambda x, y: f(x, y)[lane], (0, 1))(0.3, 0.7) for lane in (0, 1)]
+            return (mark(a, (True, False)) * mark(b, (True, True))), None
+        return in_lanes(run, ('a', 'b'))[0]
+    got = [jax.grad(lambda x, y, lane=lane: f(x, y)[lane], (0, 1))(0.3, 0.7) for lane in (0, 1)]
     slope = 0.3 * jnp.cos(0.7)
     assert_same(got, [(jnp.sin(0.7) + 1, slope), (0 * slope, slope)], 'gradients', rtol=1e-6)
 
@@ -1181,14 +1169,14 @@ def test_a_rule_of_a_value_closed_over_that_gives_another_cotangent():
 
 
 def test_entries_share_no_transpose_where_marks_stand_in_a_call(monkeypatch):
-    traced = transposes(monkeypatch)
+    traced = watch_transposes(monkeypatch)
 
     def f(x):
         @jax.jit
         def inside(x):
-            return jnp.sin(_marks.mark(x, (True, False), _marks.level())) * x
-        return _lanes.in_lanes(lambda: (2 * inside(x), None), ('a', 'b'))[0]
-    grads = [jax.grad(lambda x: f(x)[lane])(0.3) for lane in (0, 1)]
+            return jnp.sin(mark(x, (True, False))) * x
+        return in_lanes(lambda: (2 * inside(x), None), ('a', 'b'))[0]
+    grads = [jax.grad(lambda x, lane=lane: f(x)[lane])(0.3) for lane in (0, 1)]
     assert_same(grads, [2 * (jnp.cos(0.3) * 0.3 + jnp.sin(0.3)), 2 * jnp.sin(0.3)], 'gradients',
                 rtol=1e-6)
     assert traced and not any(traced)
@@ -1205,10 +1193,11 @@ def mapped(fn):
 def test_what_comes_before_a_mark_gets_no_cotangent_where_it_does_not_count(before):
     def f(x, y):
         def run():
-            marked = _marks.mark(before(x), (True, False), _marks.level())
+            marked = mark(before(x), (True, False))
             return (marked * y + marked, before(y)), None
-        return _lanes.in_lanes(run, ('a', 'b'))[0]
-    grads = [jax.grad(lambda x, y: sum(f(x, y)[lane]), (0, 1))(0.3, 0.7) for lane in (0, 1)]
+        return in_lanes(run, ('a', 'b'))[0]
+    grads = [jax.grad(lambda x, y, lane=lane: sum(f(x, y)[lane]), (0, 1))(0.3, 0.7)
+             for lane in (0, 1)]
     want, slope = jax.grad(before)(0.3) * 1.7, before(0.3) + jax.grad(before)(0.7)
     assert_same(grads, [(want, slope), (jnp.zeros(()), slope)], 'gradients', rtol=1e-6)
 
@@ -1242,6 +1231,6 @@ def test_a_rule_around_views_is_not_asked_for_what_no_entry_trains(wrap, inside)
                 return outs
     params = {'params': {'a': jnp.float32(0.3), 'b': jnp.float32(0.7)}}
     for names in ('a', 'b', 'ab'):
-        got, want = (jax.grad(lambda p: sum(Net(use).apply(p, 2.0)[n] for n in names))(params)
-                     for use in ('views', 'by hand'))
+        got, want = (jax.grad(lambda p, use=use, names=names: sum(
+            Net(use).apply(p, 2.0)[n] for n in names))(params) for use in ('views', 'by hand'))
         assert_same(got, want, f'gradients of {names}', rtol=1e-6)

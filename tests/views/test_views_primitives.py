@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import checkify
-from oracle import assert_same
-from random_programs import traced
 
 import flax_sg as sg
-from flax_sg import _active, _marks, nn
-from flax_sg._lanes import in_lanes
+from flax_sg import nn
+from internals import in_lanes, mark, nothing_is_open, tangent_of_a_mark
+from oracle import assert_same
+from random_programs import traced
 
 stop = jax.lax.stop_gradient
 
@@ -377,7 +377,7 @@ OUTSIDE_TEXT = 'differentiated where the views cannot be told apart: .* Read the
 
 
 def through_its_own_mark():
-    return jax.grad(lambda x: _marks.mark(x, (True, False), _marks.level()) ** 2)(2.0), ()
+    return jax.grad(lambda x: mark(x, (True, False)) ** 2)(2.0), ()
 
 
 def in_a_rule(fun):
@@ -392,7 +392,7 @@ def taken_out():
     kept = []
 
     def fun():
-        read = lambda x: _marks.mark(x, (True, False), _marks.level()) ** 2
+        read = lambda x: mark(x, (True, False)) ** 2
         kept.append(jax.make_jaxpr(read)(2.0))
         return read(2.0), ()
 
@@ -404,13 +404,12 @@ def taken_out():
     (lambda: in_lanes(through_its_own_mark, ('x', 'y')), INSIDE_TEXT),
     (lambda: in_a_rule(lambda: in_lanes(through_its_own_mark, ('x', 'y'))[0][0]), INSIDE_TEXT),
     (taken_out, OUTSIDE_TEXT),
-    (lambda: _marks._tangent_p.bind(jnp.float32(1), lanes=(True, False), level=0), OUTSIDE_TEXT),
+    (lambda: tangent_of_a_mark(jnp.float32(1), (True, False)), OUTSIDE_TEXT),
 ], ids=['inside', 'in a rule', 'taken out', 'evaluated'])
 def test_a_mark_that_cannot_be_told_apart_is_an_error(run, text):
     with pytest.raises(sg.UsageError, match=text):
         run()
-    assert _marks.tracing.levels == 0 and not _marks.tracing.told_apart
-    assert not _marks.tracing.linearizing and not _active.state.stack
+    assert nothing_is_open()
 
 
 class Root(nn.Module):

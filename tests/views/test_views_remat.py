@@ -150,7 +150,8 @@ def test_barriers_are_those_of_the_model(form, prevent_cse):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='one flag for all operands')
 def test_barriers_for_some_operands():
     def barred(flags):
-        target = jax.checkpoint(lambda p, x: jnp.sin(p['a'] * p['b'] * jnp.sin(x)), prevent_cse=flags)
+        target = jax.checkpoint(
+            lambda p, x: jnp.sin(p['a'] * p['b'] * jnp.sin(x)), prevent_cse=flags)
         views = sg.gradient_views({'a': 'a', 'b': 'b'})(lambda p: jnp.sin(target(p, 2.0)))
         step = jax.grad(lambda p: sum(views(p).values()))
         text = jax.jit(step).lower({'a': 1.0, 'b': 1.0}).as_text()
