@@ -13,6 +13,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import pytest
 
+pytest.register_assert_rewrite('flow_truth')
+
 
 def pytest_addoption(parser):
     parser.addoption('--long', action='store_true', help='run the long tables of cases too')
