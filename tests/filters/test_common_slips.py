@@ -13,16 +13,11 @@ from flax import nnx
 
 import flax_sg as sg
 from flax_sg import nn
+from models import Scale
 
 ONE = jnp.ones(())
 TREE = {'encoding': {'gln': {'w': ONE, 'b': ONE}}, 'head': {'w': ONE}}
 LINE = __file__.rpartition('/')[2]
-
-
-class Scale(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return self.param('w', nn.initializers.ones, ()) * x
 
 
 class Encoder(nn.Module):

@@ -15,6 +15,7 @@ import pytest
 
 import flax_sg as sg
 from flax_sg import nn
+from models import Scale
 
 IDS = jnp.arange(5)
 
@@ -168,12 +169,6 @@ def test_a_block_that_a_module_opens_does_not_reach_the_root_it_applies():
             with nn.stop_gradient(True):
                 return Scale(parent=None).apply({'params': {'w': w}}, x)
     assert jax.grad(lambda p: Net().apply({'params': p}, 1.0))({'w': 1.0})['w'] == 1
-
-
-class Scale(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return self.param('w', nn.initializers.ones, ()) * x
 
 
 class Copies(nn.Module):

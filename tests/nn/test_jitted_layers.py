@@ -10,14 +10,9 @@ import pytest
 
 import flax_sg as sg
 from flax_sg import nn
+from models import Scale
 
 ones, one = nn.initializers.ones, jnp.ones(())
-
-
-class Scale(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return self.param('w', ones, ()) * x
 
 
 def net(layer):

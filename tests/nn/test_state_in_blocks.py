@@ -12,15 +12,10 @@ from flax.core import meta
 
 import flax_sg as sg
 from flax_sg import nn
+from models import Scale
 
 ones, one, S = nn.initializers.ones, jnp.ones(()), jax.lax.stop_gradient
 MUTABLE = [False, True, ['params'], ['intermediates']]
-
-
-class Scale(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return self.param('w', ones, ()) * x
 
 
 def output(model, variables, *args, mutable=False, **kwargs):

@@ -9,14 +9,9 @@ import pytest
 
 import flax_sg as sg
 from flax_sg import nn
+from models import Scale
 
 one = jnp.ones(())
-
-
-class Scale(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return self.param('w', nn.initializers.ones, ()) * x
 
 
 class Named(nn.Module):

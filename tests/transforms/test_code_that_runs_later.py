@@ -14,12 +14,7 @@ import pytest
 
 import flax_sg as sg
 from flax_sg import nn
-
-
-class Scale(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return self.param('w', nn.initializers.ones, ()) * x
+from models import Scale
 
 
 def slope():
