@@ -559,7 +559,6 @@ def test_one_jitted_function_read_by_methods_of_mirrors_in_loops(order, loop, in
     np.testing.assert_allclose(jax.jit(jax.jacrev(total))(1.0), want, rtol=1e-5)
 
 
-
 @pytest.mark.parametrize('loop', LOOPS)
 def test_methods_of_mirrors_in_loops_do_not_trace_helpers_again(loop):
     traced = []

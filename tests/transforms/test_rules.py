@@ -14,8 +14,6 @@ from flax_sg import nn
 from models import Scale
 
 one = jnp.ones(())
-
-
 PARAMS = {'params': {'w': 2 * one}}
 run = lambda p, x: Scale().apply(p, x)
 
