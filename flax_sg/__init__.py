@@ -1,12 +1,6 @@
 """Block-scoped gradient masks for Flax Linen: train some parameters with a loss, and not others."""
 
-from flax_sg import _cached as _cached  # taps Flax's modules and their setup
-from flax_sg import _lifts as _lifts  # taps what lifted transforms hand on; _scope taps reads
-from flax_sg import _rules as _rules  # taps functions with rules of the user's own
 from flax_sg import data_structures, nn
-from flax_sg._adaptors import from_haiku, from_nnx
-from flax_sg._assert_flow import assert_flow
-from flax_sg._constant import constant
 from flax_sg._errors import (
     FrozenVariableError,
     LabelError,
@@ -17,17 +11,20 @@ from flax_sg._errors import (
     UnsupportedVersionError,
     UsageError,
 )
-from flax_sg._filters import Filter, everything, nothing, path, regex, where
-from flax_sg._flow import gradient_flow
-from flax_sg._gradients import map_gradient, scale_gradient
-from flax_sg._info import VariableInfo
-from flax_sg._labels import labels
-from flax_sg._obstacles import Verdict
-from flax_sg._records import FlowRecord
-from flax_sg._report import Flow
-from flax_sg._transform import Transform, stop_gradient
-from flax_sg._values import map_values, replace_values
-from flax_sg._views import gradient_views
+from flax_sg._filters.adaptors import from_haiku, from_nnx
+from flax_sg._filters.filters import Filter, everything, nothing, path, regex, where
+from flax_sg._filters.labels import labels
+from flax_sg._filters.variables import VariableInfo
+from flax_sg._flow.assert_flow import assert_flow
+from flax_sg._flow.gradient_flow import gradient_flow
+from flax_sg._flow.records import FlowRecord, Verdict
+from flax_sg._flow.report import Flow
+from flax_sg._transforms import rules as _rules  # noqa: F401  (taps functions with rules)
+from flax_sg._transforms.gradients import map_gradient, scale_gradient
+from flax_sg._transforms.stop_gradient import constant, stop_gradient
+from flax_sg._transforms.transform import Transform
+from flax_sg._transforms.values import map_values, replace_values
+from flax_sg._views.gradient_views import gradient_views
 
 __version__ = '0.1.0'
 

@@ -1,0 +1,197 @@
+"""Verdicts of all parameters and losses, by sweeps along the graph, checked by the whole pullback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax_sg._flow.graph import Graph, Step, sweep
+from flax_sg._flow.losses import Program
+from flax_sg._flow.obstacles import NOT_SEEN, obstacle
+from flax_sg._flow.origin import line_of, within
+from flax_sg._flow.records import Obstacle, Verdict
+from flax_sg._flow.tangents import Differentiation
+from flax_sg._jax.jaxprs import moves
+
+__all__ = ['Findings']
+
+# What explains a gradient that is not there, first: what stands in the way is said to be a mask
+# only if there is one, and a mask can be taken away.
+_FIRST = {Verdict.UNKNOWN: 0, Verdict.MASKED: 1, Verdict.CUSTOM_ZERO: 2,
+          Verdict.PIECEWISE_CONSTANT: 3}
+
+
+class Findings:
+    """What is found for the parameters and losses of a jaxpr, which are numbered."""
+
+    def __init__(self, program: Program):
+        jaxpr, count = program.jaxpr, program.count
+        self.avals = jaxpr.in_avals[:count]
+        self.graph = graph = Graph(jaxpr, inside=False)
+        self.rules = rules = Differentiation()
+        self.params = graph.inputs[:count]
+        moving = [p for p in range(count) if moves(self.avals[p])]
+        outputs: dict[int, int] = {}
+        for k, node in enumerate(graph.outputs):
+            if node is not None:
+                outputs[node] = outputs.get(node, 0) | 1 << k
+        # Sets of parameters: whose tangents get to a node. Sets of losses: which need a node's
+        # value, and which its tangent.
+        self.live = sweep(graph, {self.params[p]: 1 << p for p in moving}, rules.moved)
+        self.need = sweep(graph, outputs, rules.computed, back=True)
+        alive = lambda step: [(i, o) for i, o in rules.moved(step) if self.live[i]]
+        self.alive = sweep(graph, outputs, lambda step: (
+            alive(step) if any(i is not None and self.live[i] for i in step.ins) else ()),
+            back=True)
+        self.outputs = outputs
+        self.users: dict[int, list[Step]] = {}
+        for step in graph.steps:
+            for i in step.ins:
+                if i is not None:
+                    self.users.setdefault(i, []).append(step)
+        # By parameter and loss; and whether the tangent goes on past it, see _past.
+        self.obstacles: dict[tuple[int, int], dict[tuple[bool, Obstacle], None]] = {}
+        self._find_obstacles()
+        self.lines: dict[tuple[int, int], str] = {}
+        self._find_lines()
+        self.checked = check_whole(program, self, moving)
+
+    def _find_obstacles(self) -> None:
+        for step in self.graph.steps:
+            if step.eqn is None:
+                continue
+            edges = [(i, o) for i, o in self.rules.computed(step) if self.live[i] and self.need[o]]
+            if not edges:
+                continue
+            moved, failures = set(self.rules.moved(step)), self.rules.failures(step)
+            for i, o in dict.fromkeys(edges):
+                if (i, o) not in moved:
+                    failure = next((f for at, f in failures.items() if step.ins[at] == i), '')
+                    self._add(step, step.outs.index(o), failure, self.live[i], self.need[o])
+
+    def _add(self, step: Step, output: int, failure: str, params: int, losses: int) -> None:
+        found = obstacle(step.eqn, step.context, output, failure)
+        past = self._past(step, output)
+        for p in _bits(params):
+            for k in _bits(losses):
+                self.obstacles.setdefault((p, k), {})[bool(past >> p & 1), found] = None
+
+    def _past(self, step: Step, output: int) -> int:
+        """Return the parameters whose tangents leave the function of JAX that a step is part of.
+
+        As softmax subtracts a constant maximum, and leaky_relu compares: that is how they are
+        computed, and their derivatives are right. So only the results count, which the output of
+        the step goes into.
+        """
+        function = within(step.eqn, step.context)
+        if function is None:
+            return 0
+        nodes, seen, past = [step.outs[output]], {step.outs[output]}, 0
+        while nodes:
+            node = nodes.pop()
+            for user in self.users.get(node, ()):
+                if within(user.at, user.context) != function:
+                    past |= self.live[node]
+                    continue
+                new = [o for i, o in self.rules.computed(user) if i == node and o not in seen]
+                seen.update(new)
+                nodes += new
+            if node in self.outputs:
+                past |= self.live[node]
+        return past
+
+    def _find_lines(self) -> None:
+        """Find where each parameter is first used on a path along which its gradient comes."""
+        first: dict[int, list[tuple[Step, int]]] = {}
+        params = {node: p for p, node in enumerate(self.params)}
+        for step in self.graph.steps:
+            if any(i in params for i in step.ins):
+                for i, o in self.rules.moved(step):
+                    if i in params:
+                        first.setdefault(params[i], []).append((step, self.alive[o]))
+        for p, uses in first.items():
+            for k in _bits(self.alive[self.params[p]]):
+                step = next((step for step, losses in uses if losses >> k & 1), None)
+                if step is not None:
+                    self.lines[p, k] = line_of(step.at, step.context)
+
+    def reached(self, p: int, k: int) -> bool:
+        return bool(moves(self.avals[p]) and self.alive[self.params[p]] >> k & 1)
+
+    def of(self, p: int, k: int) -> dict[str, Any]:
+        """Return verdict, operation, source, reason and obstacles for a parameter and a loss."""
+        found = sorted(self.obstacles.get((p, k), ()), key=lambda o: (o[0], _FIRST[o[1].verdict]))
+        obstacles = tuple(o for _, o in found)
+        reached = self.reached(p, k)
+        unknown = next((o for o in obstacles if o.verdict is Verdict.UNKNOWN and not (
+            reached and o.reason == NOT_SEEN)), None)
+        checked, reason = self.checked.get((p, k), (reached, ''))
+        if unknown is not None:
+            return _found(Verdict.UNKNOWN, unknown, obstacles)
+        if checked is not reached:
+            why = _found(Verdict.UNKNOWN, obstacles[0], obstacles) if obstacles else {}
+            return {**why, 'verdict': Verdict.UNKNOWN, 'reason': reason}
+        if reached:
+            line = self.lines.get((p, k)) or None
+            beside = next((o for past, o in found if not past), None)
+            if beside is not None:
+                found = _found(Verdict.REACHED_PARTLY, beside, obstacles, reason)
+                return {**found, 'used_at': line}
+            return {'verdict': Verdict.REACHED, 'source': line, 'used_at': line,
+                    'reason': reason, 'obstacles': obstacles}
+        if obstacles:
+            return _found(obstacles[0].verdict, obstacles[0], obstacles)
+        if not self.need[self.params[p]] >> k & 1:
+            return {'verdict': Verdict.UNUSED}
+        if not moves(self.avals[p]):
+            return {'verdict': Verdict.PIECEWISE_CONSTANT,
+                    'operation': f'its dtype, {self.avals[p].dtype}'}
+        return {'verdict': Verdict.UNKNOWN, 'reason': 'no operation was found that stops it'}
+
+
+def _found(verdict: Verdict, obstacle: Obstacle, obstacles: tuple, reason: str = ''
+           ) -> dict[str, Any]:
+    return {'verdict': verdict, 'operation': obstacle.operation, 'obstacles': obstacles,
+            'source': obstacle.source or None, 'reason': obstacle.reason or reason}
+
+
+def _bits(bits: int) -> Iterator[int]:
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low
+
+
+def check_whole(program: Program, findings: Findings, moving: list[int]
+           ) -> dict[tuple[int, int], tuple[bool | None, str]]:
+    """Ask JAX's derivative of the whole program which losses depend on which parameters.
+
+    Returns:
+      By parameter and loss, whether a gradient comes, or None if JAX does not say; and a remark.
+    """
+    failed = {p for (p, _), found in findings.obstacles.items()
+              if any(o.verdict is Verdict.UNKNOWN and o.reason != NOT_SEEN for _, o in found)}
+    looped = 0  # a tangent in the carry of a while loop, which has no reverse mode
+    for node in findings.graph.carried:
+        looped |= findings.live[node] if findings.alive[node] else 0
+    moving = [p for p in moving if p not in failed]
+    answers = program.depends([p for p in moving if not looped >> p & 1])
+    pushed = program.depends([p for p in moving if looped >> p & 1], forward=True)
+    checked: dict[tuple[int, int], tuple[bool | None, str]] = {}
+    for p in moving:
+        for k in range(len(program.losses)):
+            found, said = findings.reached(p, k), (answers | pushed)[p]
+            remark = ''
+            if isinstance(said, str):
+                says, remark = None, said
+            else:
+                says = bool(said >> k & 1)
+                if says is not found:
+                    words = {True: 'a path', False: 'no path'}
+                    remark = (f'the operations one by one have {words[found]} for its gradient, '
+                              f"JAX's derivative of the whole has {words[says]}")
+                elif found and p in pushed:
+                    remark = ('forward mode alone: jax.grad does not differentiate the while loop '
+                              'that it goes through')
+            checked[p, k] = says, remark
+    return checked

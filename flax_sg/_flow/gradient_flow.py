@@ -1,0 +1,101 @@
+"""Why is a gradient zero: a verdict, the operation and the line for each parameter and loss.
+
+The loss is traced, its jaxpr laid open as a graph (`_graph`), and three questions are asked of all
+its paths at once: which tangents get where, which values get where, and where a value goes on
+without its tangent (`_survival`, `_obstacles`). JAX's own pullback of the whole loss has to agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flax_sg._errors import UsageError
+from flax_sg._filters.variables import VariableInfo, names_of
+from flax_sg._flow.analysis import Findings
+from flax_sg._flow.losses import Program
+from flax_sg._flow.records import FlowRecord, Verdict
+from flax_sg._flow.report import Flow
+from flax_sg._jax.jaxprs import moves
+
+__all__ = ['gradient_flow']
+
+
+def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
+    """Say for each parameter and loss whether a gradient gets there, and if not, which line did it.
+
+    Use it when a parameter does not train, or trains when it should not. It works on any JAX
+    function, and looks at the program: the losses are traced, twice, and not run.
+
+    >>> import jax.numpy as jnp
+    >>> def loss(params, x):
+    ...     order = jnp.argsort(params['scores'])
+    ...     return (params['w'] * x[order]).sum()
+    >>> params = {'scores': jnp.ones(3), 'w': jnp.ones(3), 'old': jnp.ones(3)}
+    >>> flow = gradient_flow(loss)(params, jnp.arange(3.0))
+    >>> flow['loss', 'w'].verdict, flow['loss', 'old'].verdict
+    (<Verdict.REACHED: 'REACHED'>, <Verdict.UNUSED: 'UNUSED'>)
+    >>> record = flow['loss', 'scores']
+    >>> str(record.verdict), record.operation
+    ('PIECEWISE_CONSTANT', 'argsort (sort)')
+
+    Args:
+      losses: a dict of functions that return a scalar, a function that returns a dict of scalars,
+        or one that returns a scalar, which is called ``'loss'``.
+      norms: compile and run the losses once too, and give each record the norm of its gradient;
+        finds gradients that are zero on this input alone.
+
+    Returns:
+      A function of ``(params, *args, **kwargs)`` as the losses take them, that returns a
+      :class:`Flow` of records. ``params`` is any pytree; its arrays, and those of the arguments,
+      may be ``jax.ShapeDtypeStruct`` unless ``norms``.
+
+    Raises:
+      UsageError: ``losses`` are none, a loss does not return a real scalar, or two parameters have
+        one name, as 'a/b' and b in a.
+
+    Source: jax issue 10867, google/flax issue 1857.
+    """
+    if not callable(losses) and not (
+            isinstance(losses, Mapping) and losses and all(map(callable, losses.values()))):
+        raise UsageError(
+            f'gradient_flow was given an object of type {type(losses).__name__}; expected a '
+            'function of (params, *args), or a dict of such functions by name.')
+
+    def flow(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
+        infos, leaves, treedef = names_of(params)
+        twice = [name for name, n in Counter(info.name for info in infos).items() if n > 1]
+        if twice:
+            raise UsageError(f'gradient_flow: params has two leaves named {twice[0]!r}.')
+        programs = losses if isinstance(losses, Mapping) else {None: losses}
+        records: list[FlowRecord] = []
+        for name, fn in programs.items():
+            program = Program.trace(name, fn, leaves, treedef, args, kwargs)
+            records += _records(program, infos, leaves if norms else None)
+        return Flow(tuple(records), infos)
+
+    return flow
+
+
+def _records(program: Program, infos: list[VariableInfo], values: list[Any] | None
+             ) -> Iterator[FlowRecord]:
+    findings = Findings(program)
+    norms = None if values is None else program.norms(values)
+    for k, loss in enumerate(program.losses):
+        for p, info in enumerate(infos):
+            found = findings.of(p, k)
+            if norms is not None and moves(program.jaxpr.in_avals[p]):
+                found = _with_norm(found, float(norms[k][p]))
+            yield FlowRecord(loss=loss, name=info.name, **found)
+
+
+def _with_norm(found: dict[str, Any], norm: float) -> dict[str, Any]:
+    verdict = found['verdict']
+    if verdict in (Verdict.REACHED, Verdict.REACHED_PARTLY):
+        if norm == 0:
+            found = {**found, 'verdict': Verdict.NUMERIC_ZERO}
+    elif norm != 0 and verdict is not Verdict.UNKNOWN:
+        found = {**found, 'verdict': Verdict.UNKNOWN,
+                 'reason': f'the program says {verdict}, and the gradient has the norm {norm}'}
+    return {**found, 'norm': norm}

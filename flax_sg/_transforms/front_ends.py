@@ -1,0 +1,86 @@
+"""The libraries of modules that transforms know: each enters itself when it is imported.
+
+What is the same for all of them asks here what is not: which module's code opens a block, and what
+a transform or some views make of a target.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+from flax_sg._transforms.block import OpenBlock
+from flax_sg._transforms.change import Change
+
+__all__ = ['FrontEnd', 'block_of', 'check_once', 'enter', 'is_running', 'transformed', 'viewed',
+           'viewed_call']
+
+
+class FrontEnd(Protocol):
+    """What a library of modules says; it returns NotImplemented of what is not its own."""
+
+    def check(self) -> None:
+        """Raise UnsupportedVersionError if reads do not pass the taps."""
+
+    def is_running(self) -> bool:
+        """Say whether a module's code is running in this thread."""
+
+    def block(self, transform: Change, frame: FrameType) -> OpenBlock:
+        """Return an opening at the module whose code a frame runs."""
+
+    def transformed(self, transform: Any, target: Any) -> Any:
+        """Transform a class, an instance or a function."""
+
+    def viewed(self, views: Any, target: Any) -> Any:
+        """Return a class, an instance or a method with views for its output."""
+
+    def viewed_call(self, views: Any, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call a function that takes a module first, with views for its output."""
+
+
+_entered: list[FrontEnd] = []
+
+
+def enter(front_end: FrontEnd) -> None:
+    """Enter a front end, once."""
+    _entered.append(front_end)
+
+
+@functools.cache
+def check_once() -> None:
+    """Raise UnsupportedVersionError if blocks do not work with the libraries at hand."""
+    for front_end in _entered:
+        front_end.check()
+
+
+def is_running() -> bool:
+    """Say whether a module's code is running in this thread."""
+    return any(front_end.is_running() for front_end in _entered)
+
+
+def block_of(transform: Change, frame: FrameType) -> OpenBlock:
+    """Return an opening at the module whose code a frame runs, or outside all modules."""
+    made = _first('block', transform, frame)
+    return OpenBlock(transform, ()) if made is NotImplemented else made
+
+
+def transformed(transform: Any, target: Any) -> Any:
+    """Return a transformed target, or NotImplemented."""
+    return _first('transformed', transform, target)
+
+
+def viewed(views: Any, target: Any) -> Any:
+    """Return a target with views for its output, or NotImplemented."""
+    return _first('viewed', views, target)
+
+
+def viewed_call(views: Any, fn: Callable, args: tuple, kwargs: dict) -> Any:
+    """Return the views of a function's output, or NotImplemented where it takes no module."""
+    return _first('viewed_call', views, fn, args, kwargs)
+
+
+def _first(question: str, *args: Any) -> Any:
+    answers = (getattr(front_end, question)(*args) for front_end in _entered)
+    return next((answer for answer in answers if answer is not NotImplemented), NotImplemented)

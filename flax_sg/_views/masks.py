@@ -1,0 +1,210 @@
+"""Values that are differentiated in some lanes alone, and what becomes of them in one lane.
+
+A mark stands in the jaxpr of a function, in the bodies of its loops and calls too, and so in its
+linear map. `of_lane` makes the map of one lane of it. It knows JAX, and nothing of this library.
+
+A mark names its function by a *level*: how many such functions were being traced around it. JAX may
+keep a trace and use it again at any depth, so a level says nothing about where it is used. It is a
+bound name: the marks of a function are those with its level in its jaxpr, but for what stands in
+another function of the same level inside. What belongs to one lane has no level any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive
+from jax.interpreters import ad, batching
+
+from flax_sg._errors import UsageError
+from flax_sg._jax.primitives import define, runs
+
+__all__ = [
+    'BINDER', 'NO_LANE', 'absent', 'all_in_sight', 'counted_in', 'counts', 'during',
+    'inputs_of_lanes', 'is_mark', 'level', 'mark', 'marked', 'needed', 'of_lane', 'tracing',
+]
+
+NO_LANE = -1  # in which nothing marked is differentiated
+BINDER = 'flax_sg_lanes'  # the primitive that has such a function
+
+
+def _tangent(t: jax.Array, *, lanes: Any, level: int | None) -> jax.Array:
+    if level is not None:
+        raise UsageError(_OUTSIDE)
+    return t if lanes else jnp.zeros_like(t)
+
+
+_OUTSIDE = (
+    'gradient_views: a variable that its target reads is differentiated where the views cannot be '
+    'told apart: in a function that JAX keeps as an object, such as those given to '
+    'jax.lax.custom_root, or in a jaxpr that was taken out of the target. Read the variable '
+    'before, in the target, and give its value to that function.')
+_INSIDE = (
+    'gradient_views: its target differentiates, as with jax.grad, with respect to a variable that '
+    'it reads inside the derivative; the result would differ between the views. Read the variable '
+    'first, and differentiate a function of its value.')
+
+# The mark, and the same for tangents. `lanes` has a bool for each lane; in what belongs to one lane
+# it is that lane's, and `level` is None.
+_mark_p = define('flax_sg_lane')
+_tangent_p = define('flax_sg_lane_tangent', _tangent)
+
+
+def mark(x: jax.Array, lanes: tuple[bool, ...], level: int) -> jax.Array:
+    """Return x, which is a constant of differentiation in the lanes that are False."""
+    return _mark_p.bind(x, lanes=lanes, level=level)
+
+
+class _Tracing(threading.local):
+    """What this thread is doing.
+
+    Attributes:
+      levels: how many functions are being traced for their lanes, one inside another.
+      linearizing: such a function is being differentiated, after it was traced.
+      told_apart: the levels of the marks that may be differentiated, as `of_lane` will see them.
+    """
+
+    levels = 0
+    linearizing = False
+    told_apart: frozenset[int] = frozenset()
+
+
+tracing = _Tracing()
+
+
+@contextlib.contextmanager
+def during(**changes: Any) -> Iterator[None]:
+    """Run a block in which this thread does something else."""
+    before = {name: getattr(tracing, name) for name in changes}
+    vars(tracing).update(changes)
+    try:
+        yield
+    finally:
+        vars(tracing).update(before)
+
+
+def level() -> int:
+    """Return the level of the innermost function that is being traced."""
+    return tracing.levels - 1
+
+
+def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int | None) -> tuple:
+    (x,), (t,) = primals, tangents
+    if level is not None and level not in tracing.told_apart:
+        raise UsageError(_INSIDE if level < tracing.levels else _OUTSIDE)
+    out = _mark_p.bind(x, lanes=lanes, level=level)  # not x: its derivatives pass here too
+    return out, t if type(t) is ad.Zero else _tangent_p.bind(t, lanes=lanes, level=level)
+
+
+def _transpose(cotangent: jax.Array, *, lanes: Any, level: int | None) -> list:
+    return [None if lanes is False else _tangent_p.bind(cotangent, lanes=lanes, level=level)]
+
+
+ad.primitive_jvps[_mark_p] = _jvp
+ad.deflinear(_tangent_p, _transpose)
+
+
+# Zeros in place of a tangent that does not count. They are linear in another one: a rule of the
+# user's for what the tangent came from is not asked about a cotangent that there is not.
+_absent_p = Primitive('flax_sg_absent_tangent')
+
+
+def _absent_batched(args: tuple, dims: tuple, *, aval: Any) -> tuple:
+    return _absent_p.bind(*args, aval=aval), None
+
+
+runs(_absent_p, lambda _, *, aval: jnp.zeros(aval.shape, aval.dtype))
+_absent_p.def_abstract_eval(lambda _, *, aval: aval)
+ad.deflinear(_absent_p, lambda _, *, aval: [None])
+batching.primitive_batchers[_absent_p] = _absent_batched
+
+
+# Whether what does not count stays in sight, for `gradient_flow`, which says so. JAX's caches know.
+all_in_sight = jax.make_user_context(False)
+
+
+def absent(like: Any, other: Any) -> Any:
+    """Return zeros of a type in place of a tangent, linear in another one."""
+    return _absent_p.bind(other, aval=like)
+
+
+def counted_in(eqn: JaxprEqn, level: int) -> tuple[bool, ...] | None:
+    """Return in which lanes a mark of tangents of a level counts; None for other equations."""
+    return eqn.params['lanes'] if (
+        eqn.primitive is _tangent_p and eqn.params['level'] == level) else None
+
+
+def needed(jaxpr: Jaxpr, level: int, lane: int) -> list[bool]:
+    """Say on which inputs of a linear map its results depend in a lane."""
+    live = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if not live.isdisjoint(eqn.outvars):
+            lanes = counted_in(eqn, level)
+            if lanes is None or lanes[lane]:
+                live.update(var for var in eqn.invars if not isinstance(var, Literal))
+    return [var in live for var in jaxpr.invars]
+
+
+def inputs_of_lanes(operands: Any, shared: int, lanes: tuple) -> list[list]:
+    """Return the inputs of the function in each lane: what all have in common, and its own."""
+    own = (len(operands) - shared) // len(lanes)
+    return [[*operands[:shared], *operands[shared + i * own:shared + (i + 1) * own]]
+            for i in range(len(lanes))]
+
+
+def marked(jaxpr: Jaxpr, level: int) -> list[int]:
+    """Return the places of the equations that `of_lane` changes."""
+    return [i for i, eqn in enumerate(jaxpr.eqns) if _equation(eqn, level, NO_LANE) is not eqn]
+
+
+def of_lane(jaxpr: Jaxpr, level: int, lane: int, places: list[int] | None = None) -> Jaxpr:
+    """Say in a linear map which marks of a level count; `places` is what `marked` returns."""
+    places = marked(jaxpr, level) if places is None else places
+    eqns = list(jaxpr.eqns)
+    for i in places:
+        eqns[i] = _equation(eqns[i], level, lane)
+    return jaxpr.replace(eqns=eqns) if places else jaxpr
+
+
+def counts(eqn: JaxprEqn) -> bool | None:
+    """Say whether a mark of tangents counts in its lane; None for other equations."""
+    return eqn.params['lanes'] if (
+        eqn.primitive is _tangent_p and eqn.params['level'] is None) else None
+
+
+def is_mark(eqn: JaxprEqn) -> bool:
+    """Say whether an equation is a mark, and not one with marks inside."""
+    return eqn.primitive in (_mark_p, _tangent_p)
+
+
+def _equation(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:
+    if is_mark(eqn):
+        if eqn.params['level'] != level:
+            return eqn
+        lanes = eqn.params['lanes']
+        return eqn.replace(params={'level': None, 'lanes': lane != NO_LANE and lanes[lane]})
+    if eqn.primitive.name == BINDER and eqn.params['level'] == level:
+        return eqn
+    params = {k: _parameter(v, level, lane) for k, v in eqn.params.items()}
+    same = all(params[k] is v for k, v in eqn.params.items())
+    # What is kept of the maps of all lanes of another level has marks of this one in it.
+    return eqn if same else eqn.replace(params=params | dict.fromkeys(
+        {'maps'} & params.keys()))
+
+
+def _parameter(value: Any, level: int, lane: int) -> Any:
+    if isinstance(value, Jaxpr):
+        return of_lane(value, level, lane)
+    if isinstance(value, ClosedJaxpr):
+        jaxpr = of_lane(value.jaxpr, level, lane)
+        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
+    if type(value) in (tuple, list):  # the branches of a cond
+        parts = type(value)(_parameter(v, level, lane) for v in value)
+        return value if all(map(operator.is_, parts, value)) else parts
+    return value

@@ -1,0 +1,272 @@
+"""Reads of `flax.core` scopes under open transforms. It knows Scope, not nn.Module.
+
+Nothing is swapped or written: each read takes the stored value and returns what the transforms
+that cover it make of it. A lifted transform is a read too, of all that it hands to its body
+(`_lifts`); what it did and what is left to do in the body stands in the scopes' flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.core import meta
+
+from flax_sg._compat import jax as jax_compat
+from flax_sg._compat import linen as linen_compat
+from flax_sg._compat.linen import Module, Scope
+from flax_sg._errors import UsageError
+from flax_sg._filters.mappings import children_of, rebuilt
+from flax_sg._filters.variables import Path
+from flax_sg._transforms.block import OpenBlock
+from flax_sg._transforms.cache_keys import claim, in_body, read_from, set_context
+from flax_sg._transforms.thread_state import state, under
+from flax_sg._views.masks import tracing
+from flax_sg.nn._blocks import may_create
+from flax_sg.nn._scope_flags import FLAG, Mark, application_of, mark_of
+
+__all__ = ['identical', 'Reads', 'effective']
+
+
+_MISSING = object()
+
+
+def _inside(scope: Scope, mark: Mark, idle: bool) -> tuple[OpenBlock, ...]:
+    """Return the entries about a scope that no lifted transform has seen to.
+
+    A block that a module below a lifted one opens is inside the lifted one, whether that is running
+    or not; ``idle=False`` leaves out those that are neither running nor around a block.
+    """
+    inner, found = application_of(scope).inner, state.stack
+    if mark.own:
+        found = [e for block in found for e in (*(o for o in block.around if o in mark.own), block)]
+        found += mark.own * idle
+    return tuple(dict.fromkeys(
+        e for e in found if e not in mark.outer and e.covers(mark.family, inner)))
+
+
+def effective(scope: Scope) -> tuple[OpenBlock, ...]:
+    """Return the entries that apply to reads through the scope, outermost first."""
+    if linen_compat.in_scratch_root(scope):
+        return ()
+    mark = mark_of(scope)
+    if state.stack:
+        read_from(mark.trace)
+    return (*mark.outer, *_inside(scope, mark, idle=True))
+
+
+class Reads:
+    """Reads of a collection through a scope: what the open entries make of its variables.
+
+    Attributes:
+      idle: nothing is open that concerns them.
+    """
+
+    def __init__(self, scope: Scope, collection: str, *, idle: bool = True):
+        """Ask what is open; ``idle=False`` leaves out lifted modules that are not running."""
+        self.scope, self.collection = scope, collection
+        self.mark = mark_of(scope)
+        self.inside: tuple[OpenBlock, ...] = ()
+        self.idle = True
+        if linen_compat.in_scratch_root(scope):
+            return
+        if state.stack:
+            read_from(self.mark.trace)
+        self.inside = _inside(scope, self.mark, idle)
+        applied = collection in self.mark.applied
+        self.outer = () if applied else self.mark.outer
+        self.idle = not self.outer and not self.inside
+        if self.mark.trace is None:  # in a lifted body it was met on the way in
+            for entry in [e for e in self.inside if e.met is not None]:
+                entry.met.model(self.mark.family, self.mark.variables)
+
+    def of(self, path: Path, value: Any) -> Any:
+        """Return what a read gives of a stored variable, or of the variables below a name."""
+        if self.idle:
+            if self.collection not in self.mark.applied and in_body():
+                claim()
+            return value
+        if isinstance(value, Mapping):
+            return rebuilt(value, {
+                name: self.of((*path, name), child) for name, child in children_of(value).items()})
+        return self._of_variable(path, value)
+
+    def settle(self) -> None:
+        """Raise UnmatchedPathError for a lifted module that is read from outside its methods."""
+        for entry in self.mark.own:
+            if (not entry.settled and entry in self.inside and entry not in state.stack
+                    and not may_create(self.scope, entry.transform)):
+                entry.settled = True
+                entry.met.check()
+
+    def handed_in(self, path: Path, value: Any) -> tuple[Any, tuple[OpenBlock, ...]]:
+        """Return what a lifted transform made of a stored value, and what it left to do."""
+        stored, copy = self.mark.copies.get((self.collection, path), (_MISSING, None))
+        if stored is not _MISSING and identical(stored, value):  # boxes are made anew
+            return copy, self.inside
+        if self.collection not in self.mark.applied and in_body():
+            claim()  # a trace under nn.jit depends on the blocks around it
+        return value, (*self.outer, *self.inside)
+
+    def _of_variable(self, path: Path, value: Any) -> Any:
+        value, left = self.handed_in(path, value)
+        return self._apply(left, path, value)
+
+    def _apply(self, entries: tuple[OpenBlock, ...], path: Path, value: Any) -> Any:
+        initializing = self.scope.get_flag('initializing', False)
+        application = application_of(self.scope)
+        for entry in entries:
+            info = entry.info(path, self.collection, value)
+            if not entry.selects(info) or initializing and not entry.transform.at_init:
+                continue
+            other = functools.partial(self._other, entry, path)
+            read = functools.partial(entry.read, application, info, value, other)
+            part = initializing and self.mark.split and entry in self.mark.outer
+            value = _read_part(read, value) if part else read()
+        return value
+
+    def _other(self, entry: OpenBlock, path: Path, collection: str) -> Any:
+        """Read the variable at the same path in another collection, in the blocks around one.
+
+        Raises KeyError if there is none.
+        """
+        value = linen_compat.stored(self.scope, collection, path)
+        if isinstance(value, Mapping):
+            return value
+        order = (*self.mark.outer, *self.inside)
+        reads = Reads(self.scope, collection)
+        value, left = reads.handed_in(path, value)
+        around = order[:order.index(entry)]
+        return reads._apply(tuple(e for e in left if e in around), path, value)
+
+    def given(self, path: Path, stored: Any) -> Any:
+        """Return what a stored variable was last read as in this application."""
+        value, left = self.handed_in(path, stored)
+        for entry in left:
+            was = entry.has_read(application_of(self.scope), self.collection, path)
+            value = value if was is None else was
+        return value
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Say whether the arrays of two variables are the same objects; boxes are made anew."""
+    (a, kind_a), (b, kind_b) = jax.tree.flatten(a), jax.tree.flatten(b)
+    return kind_a == kind_b and all(map(operator.is_, a, b))
+
+
+def _read_part(read: Any, value: Any) -> Any:
+    """Read a part of a variable that is being created: there is no whole yet for a function."""
+    try:
+        out = read()
+    except Exception:  # of a function that needs the whole, as at each later read
+        return value
+    shapes = lambda tree: [jax.numpy.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    return out if shapes(out) == shapes(value) else value
+
+
+def _check_open(scope: Scope, collection: str, name: str) -> None:
+    """Raise UsageError if the target of some views is read where none of its blocks is open."""
+    if tracing.linearizing and not application_of(scope).linearizing:
+        path = '/'.join((*linen_compat.scope_path(scope), name))
+        raise UsageError(
+            f"gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads {collection} "
+            f"'/{path}' while the target of views is differentiated, after the target has run. "
+            'Read the variable in the target, and give its value to the function as an argument.')
+
+
+@jax_compat.tap(Scope, 'get_variable')
+def _get_variable(original, self, col, name, default=None):
+    _check_open(self, col, name)
+    if not state.stack and not state.setups and FLAG not in self.flags:
+        return original(self, col, name, default)
+    value = original(self, col, name, _MISSING)
+    path = (*linen_compat.scope_path(self), name)
+    for run in state.setups:
+        value = run.saw(self, col, path, value, _MISSING)
+    if value is _MISSING:
+        return default
+    if state.storing == (col, path):
+        return value
+    reads = Reads(self, col)
+    value = reads.of(path, value)
+    reads.settle()
+    return value
+
+
+@jax_compat.tap(Scope, 'param')
+def _param(original, self, /, name, *args, unbox=True, **kwargs):
+    created = not self.has_variable('params', name)
+    value = original(self, name, *args, unbox=unbox, **kwargs)
+    if created:  # Flax returns what it has just stored without reading it
+        value = self.get_variable('params', name)
+        value = meta.unbox(value) if unbox else value
+    return value
+
+
+@jax_compat.tap(Scope, 'variables')
+def _variables(original, self):
+    _check_open(self, 'variables of', '')
+    variables = original(self)
+    if not state.stack and not state.setups and FLAG not in self.flags:
+        return variables
+    out, path, changed = {}, linen_compat.scope_path(self), False
+    for col, tree in variables.items():
+        for run in state.setups:
+            tree = run.saw(self, col, path, tree, {})
+        reads = Reads(self, col)
+        out[col] = reads.of(path, tree)
+        reads.settle()
+        changed |= out[col] is not variables[col]
+    return type(variables)(out) if changed else variables
+
+
+# From here on a model that is applied is the module's own affair: traces depend on that.
+
+@jax_compat.tap(Scope, 'temporary')
+@contextlib.contextmanager
+def _applied(original, self):
+    around = state.stack
+    try:
+        with original(self) as root, under(inside=True):
+            if around:
+                set_context()
+            yield root
+    finally:
+        if around:
+            set_context()
+
+
+@jax_compat.tap(Module, '_call_wrapped_method')
+def _call(original, self, *args):
+    running = state.inside or linen_compat.current_module() is not None
+    if not state.stack or running or self.scope is None:
+        return original(self, *args)
+    set_context(inside=True)
+    try:
+        return original(self, *args)
+    finally:
+        set_context()
+
+
+# Both read a variable in order to store it: that read gives what is stored.
+
+@jax_compat.tap(Module, 'sow')
+def _sow(original, self, /, col, name, *args, **kwargs):
+    with _storing(self.scope, col, name):
+        return original(self, col, name, *args, **kwargs)
+
+
+@linen_compat.tap_value
+def _set_value(original, self, value):
+    with _storing(self.scope, self.collection, self.name):
+        original(self, value)
+
+
+def _storing(scope: Scope | None, collection: str, name: str) -> contextlib.AbstractContextManager:
+    if scope is None or not state.stack and FLAG not in scope.flags:
+        return contextlib.nullcontext()
+    return under(storing=(collection, (*linen_compat.scope_path(scope), name)))
