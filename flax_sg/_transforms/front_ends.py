@@ -14,12 +14,19 @@ from typing import Any, Protocol
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.change import Change
 
-__all__ = ['FrontEnd', 'block_of', 'check_once', 'enter', 'is_running', 'transformed', 'viewed',
+__all__ = ['FrontEnd', 'block_of', 'check_once', 'enter', 'is_running', 'modules',
+           'transformed', 'viewed',
            'viewed_call']
 
 
 class FrontEnd(Protocol):
-    """What a library of modules says; it returns NotImplemented of what is not its own."""
+    """What a library of modules says; it returns NotImplemented of what is not its own.
+
+    Attributes:
+      module: what its modules are called, in messages.
+    """
+
+    module: str
 
     def check(self) -> None:
         """Raise UnsupportedVersionError if reads do not pass the taps."""
@@ -53,6 +60,11 @@ def check_once() -> None:
     """Raise UnsupportedVersionError if blocks do not work with the libraries at hand."""
     for front_end in _entered:
         front_end.check()
+
+
+def modules() -> str:
+    """Return what modules are called, in messages."""
+    return ' or '.join(front_end.module for front_end in _entered)
 
 
 def is_running() -> bool:

@@ -113,9 +113,8 @@ class Transform:
             'For a single array use jax.lax.stop_gradient; for model code open a block with '
             '`with`.')
         raise UsageError(
-            f'{self!r} was given {kind_of(target)}; expected a '
-            'flax.linen.Module class or instance, a method, or a nested dict of parameters. '
-            f'{way_out}')
+            f'{self!r} was given {kind_of(target)}; expected a {front_ends.modules()} class or '
+            f'instance, a method, or a nested dict of parameters. {way_out}')
 
     def _map(self, tree: Any) -> Any:
         if not self.allow_unmatched:

@@ -72,7 +72,7 @@ class GradientViews:
         if callable(target) and not inspect.isclass(target):
             return self.of_function(target)
         raise UsageError(
-            f'{self!r} was given {kind_of(target)}; expected a flax.linen.Module class or '
+            f'{self!r} was given {kind_of(target)}; expected a {front_ends.modules()} class or '
             'instance, a method, or a function that takes a module or a nested dict of parameters first.')
 
     def of_function(self, fn: Callable) -> Callable:
@@ -91,7 +91,7 @@ class GradientViews:
     def wrong_argument(self, fn: Callable, got: str) -> str:
         """Return what to say of a function whose first argument is of no use."""
         return (f'{self!r} is around {getattr(fn, "__name__", fn)!r}, whose first argument should '
-                f'be a bound flax.linen Module or a nested dict of parameters; got {got}.')
+                f'be a bound {front_ends.modules()} or a nested dict of parameters; got {got}.')
 
     def marked(self) -> Marked:
         """Return the transform in whose block the target is to run."""

@@ -25,6 +25,7 @@ __all__: list[str] = []  # it enters itself
 
 
 class _Linen:
+    module = 'flax.linen.Module'
 
     def check(self) -> None:
         _self_check.check(lambda: open_at(stop_gradient('**/held'), None))
