@@ -1,6 +1,6 @@
 """Common slips with predicates: what was handed over instead of one, and the way out.
 
-Nothing here selects anything; `_filters.py` asks before it makes a filter, and when one was asked.
+Nothing here selects anything; `filters` asks before it makes a filter, and when one was asked.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from flax_sg._flow.obstacles import NOT_SEEN, obstacle
 from flax_sg._flow.origin import line_of, within
 from flax_sg._flow.records import Obstacle, Verdict
 from flax_sg._flow.tangents import Differentiation
-from flax_sg._jax.jaxprs import moves
+from flax_sg._jax.jaxprs import has_tangent
 
-__all__ = ['Findings']
+__all__ = ['Analysis']
 
 # What explains a gradient that is not there, first: what stands in the way is said to be a mask
 # only if there is one, and a mask can be taken away.
@@ -21,7 +21,7 @@ _FIRST = {Verdict.UNKNOWN: 0, Verdict.MASKED: 1, Verdict.CUSTOM_ZERO: 2,
           Verdict.PIECEWISE_CONSTANT: 3}
 
 
-class Findings:
+class Analysis:
     """What is found for the parameters and losses of a jaxpr, which are numbered."""
 
     def __init__(self, program: Program):
@@ -30,7 +30,7 @@ class Findings:
         self.graph = graph = Graph(jaxpr, inside=False)
         self.rules = rules = Differentiation()
         self.params = graph.inputs[:count]
-        moving = [p for p in range(count) if moves(self.avals[p])]
+        moving = [p for p in range(count) if has_tangent(self.avals[p])]
         outputs: dict[int, int] = {}
         for k, node in enumerate(graph.outputs):
             if node is not None:
@@ -49,7 +49,7 @@ class Findings:
             for i in step.ins:
                 if i is not None:
                     self.users.setdefault(i, []).append(step)
-        # By parameter and loss; and whether the tangent goes on past it, see _past.
+        # By parameter and loss; and whether the tangent goes on past it, see _tangent_escapes.
         self.obstacles: dict[tuple[int, int], dict[tuple[bool, Obstacle], None]] = {}
         self._find_obstacles()
         self.lines: dict[tuple[int, int], str] = {}
@@ -71,12 +71,12 @@ class Findings:
 
     def _add(self, step: Step, output: int, failure: str, params: int, losses: int) -> None:
         found = obstacle(step.eqn, step.context, output, failure)
-        past = self._past(step, output)
+        past = self._tangent_escapes(step, output)
         for p in _bits(params):
             for k in _bits(losses):
                 self.obstacles.setdefault((p, k), {})[bool(past >> p & 1), found] = None
 
-    def _past(self, step: Step, output: int) -> int:
+    def _tangent_escapes(self, step: Step, output: int) -> int:
         """Return the parameters whose tangents leave the function of JAX that a step is part of.
 
         As softmax subtracts a constant maximum, and leaky_relu compares: that is how they are
@@ -116,7 +116,7 @@ class Findings:
                     self.lines[p, k] = line_of(step.at, step.context)
 
     def reached(self, p: int, k: int) -> bool:
-        return bool(moves(self.avals[p]) and self.alive[self.params[p]] >> k & 1)
+        return bool(has_tangent(self.avals[p]) and self.alive[self.params[p]] >> k & 1)
 
     def of(self, p: int, k: int) -> dict[str, Any]:
         """Return verdict, operation, source, reason and obstacles for a parameter and a loss."""
@@ -143,7 +143,7 @@ class Findings:
             return _found(obstacles[0].verdict, obstacles[0], obstacles)
         if not self.need[self.params[p]] >> k & 1:
             return {'verdict': Verdict.UNUSED}
-        if not moves(self.avals[p]):
+        if not has_tangent(self.avals[p]):
             return {'verdict': Verdict.PIECEWISE_CONSTANT,
                     'operation': f'its dtype, {self.avals[p].dtype}'}
         return {'verdict': Verdict.UNKNOWN, 'reason': 'no operation was found that stops it'}
@@ -162,7 +162,7 @@ def _bits(bits: int) -> Iterator[int]:
         bits ^= low
 
 
-def check_whole(program: Program, findings: Findings, moving: list[int]
+def check_whole(program: Program, findings: Analysis, moving: list[int]
            ) -> dict[tuple[int, int], tuple[bool | None, str]]:
     """Ask JAX's derivative of the whole program which losses depend on which parameters.
 

@@ -2,7 +2,7 @@
 
 The loss is traced, its jaxpr laid open as a graph (`_graph`), and three questions are asked of all
 its paths at once: which tangents get where, which values get where, and where a value goes on
-without its tangent (`_survival`, `_obstacles`). JAX's own pullback of the whole loss has to agree.
+without its tangent (`tangents`, `obstacles`). JAX's own pullback of the whole loss has to agree.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from flax_sg._errors import UsageError
 from flax_sg._filters.variables import VariableInfo, names_of
-from flax_sg._flow.analysis import Findings
+from flax_sg._flow.analysis import Analysis
 from flax_sg._flow.losses import Program
 from flax_sg._flow.records import FlowRecord, Verdict
 from flax_sg._flow.report import Flow
-from flax_sg._jax.jaxprs import moves
+from flax_sg._jax.jaxprs import has_tangent
 
 __all__ = ['gradient_flow']
 
@@ -80,12 +80,12 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
 
 def _records(program: Program, infos: list[VariableInfo], values: list[Any] | None
              ) -> Iterator[FlowRecord]:
-    findings = Findings(program)
+    findings = Analysis(program)
     norms = None if values is None else program.norms(values)
     for k, loss in enumerate(program.losses):
         for p, info in enumerate(infos):
             found = findings.of(p, k)
-            if norms is not None and moves(program.jaxpr.in_avals[p]):
+            if norms is not None and has_tangent(program.jaxpr.in_avals[p]):
                 found = _with_norm(found, float(norms[k][p]))
             yield FlowRecord(loss=loss, name=info.name, **found)
 

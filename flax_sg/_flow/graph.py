@@ -15,7 +15,7 @@ from typing import Any
 from jax.extend.core import JaxprEqn, Literal
 
 from flax_sg._compat import jax as jax_compat
-from flax_sg._views.masks import NO_LANE, inputs_of_lanes, of_lane
+from flax_sg._views.masks import NO_VIEW, for_view, inputs_of_views
 
 __all__ = ['Call', 'Context', 'Edge', 'Graph', 'Step', 'sweep']
 
@@ -180,22 +180,22 @@ class Graph:
         branches = [self._inline(b, ins[1:], inner) for b in eqn.params['branches']]
         return [self._join(eqn, context, *outs, ins[0]) for outs in zip(*branches, strict=True)]
 
-    def _flax_sg_lanes(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
+    def _flax_sg_views(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
                        ) -> list[Node]:
         params = eqn.params
-        jaxpr, count, level = params['jaxpr'].jaxpr, params['count'], params['level']
+        jaxpr, count, nesting = params['jaxpr'].jaxpr, params['count'], params['nesting']
         outs: list[Node] = []
-        inputs = inputs_of_lanes(ins, params['shared'], params['lanes'])
-        for lane, name in enumerate(params['lanes']):
+        inputs = inputs_of_views(ins, params['shared'], params['views'])
+        for view, name in enumerate(params['views']):
             entry = dataclasses.replace(inner, entry=name)
-            outs += self._inline(of_lane(jaxpr, level, lane), inputs[lane], entry)[:count]
-        return outs + self._inline(of_lane(jaxpr, level, NO_LANE), inputs[0], inner)[count:]
+            outs += self._inline(for_view(jaxpr, nesting, view), inputs[view], entry)[:count]
+        return outs + self._inline(for_view(jaxpr, nesting, NO_VIEW), inputs[0], inner)[count:]
 
 
 # A longer loop counts as one of any number of steps: what needs just so many, as two values that
 # change places do, is taken to be possible.
 _UNROLLED = 4
-_SPECIAL = frozenset({'scan', 'while', 'cond', 'flax_sg_lanes'})
+_SPECIAL = frozenset({'scan', 'while', 'cond', 'flax_sg_views'})
 
 
 def _open(jaxpr: Any) -> Any:

@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr
 
 from flax_sg._errors import UsageError
 from flax_sg._flow.tangents import dependence
-from flax_sg._jax.jaxprs import moves
+from flax_sg._jax.jaxprs import has_tangent
 from flax_sg._views.masks import all_in_sight
 
 __all__ = ['Program']
@@ -65,7 +65,7 @@ class Program:
 
     def norms(self, values: list[Any]) -> list[list[Any]]:
         """Run the losses, and return the norm of the gradient of each for each parameter."""
-        moving = [i for i, aval in enumerate(self.jaxpr.in_avals[:self.count]) if moves(aval)]
+        moving = [i for i, aval in enumerate(self.jaxpr.in_avals[:self.count]) if has_tangent(aval)]
 
         @jax.jit
         def run(values: list[Any]) -> list[list[Any]]:

@@ -17,7 +17,7 @@ from flax_sg._flow.graph import Context
 from flax_sg._flow.origin import calls_of_jax, line_of
 from flax_sg._flow.records import Obstacle, Verdict
 from flax_sg._jax.block_names import block_of
-from flax_sg._jax.jaxprs import moves
+from flax_sg._jax.jaxprs import has_tangent
 from flax_sg._jax.lines import call_into_jax, caller, frames_of, owner
 
 __all__ = ['NOT_SEEN', 'obstacle']
@@ -33,11 +33,11 @@ def obstacle(eqn: JaxprEqn, context: Context, output: int, failure: str) -> Obst
     (name, rules), source = jax_compat.operation_of(eqn), line_of(eqn, context)
     if failure:
         return Obstacle(Verdict.UNKNOWN, _operation(eqn, context), source, failure)
-    if name in ('stop_gradient', 'flax_sg_lane', 'flax_sg_lane_tangent'):
+    if name in ('stop_gradient', 'flax_sg_view', 'flax_sg_view_tangent'):
         return _stop(eqn, context, source)
     if rules:
         kind = Verdict.CUSTOM_ZERO
-        if not moves(eqn.outvars[output].aval):
+        if not has_tangent(eqn.outvars[output].aval):
             kind = Verdict.PIECEWISE_CONSTANT
         return Obstacle(kind, _operation(eqn, context), source)
     block = block_of(eqn)

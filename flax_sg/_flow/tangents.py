@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec
 
 from flax_sg._compat import jax as jax_compat
 from flax_sg._flow.graph import Context, Edge, Graph, Step, sweep
-from flax_sg._jax.jaxprs import moves
+from flax_sg._jax.jaxprs import has_tangent
 
-__all__ = ['Answer', 'Differentiation', 'dependence', 'joined']
+__all__ = ['Answer', 'Differentiation', 'dependence', 'value_edges']
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ _SEPARATE = frozenset({
 })
 
 
-def joined(step: Step) -> Iterable[Edge]:
+def value_edges(step: Step) -> Iterable[Edge]:
     """Return from which nodes a step computes which."""
     name = None if step.eqn is None else step.eqn.primitive.name
     if name in _SEPARATE:
@@ -61,15 +61,15 @@ def dependence(jaxpr: Any) -> list[int]:
     """Return from which inputs each output is computed, as bits."""
     graph = Graph(jaxpr, inside=True)
     start = {node: 1 << i for i, node in enumerate(graph.inputs)}
-    sets = sweep(graph, start, lambda step: () if _is_zero(step) else joined(step))
+    sets = sweep(graph, start, lambda step: () if _is_zero(step) else value_edges(step))
     return [0 if node is None else sets[node] for node in graph.outputs]
 
 
 def _is_zero(step: Step) -> bool:
     """Say whether a step is the tangent of what another entry of some views marks."""
     eqn = step.eqn
-    return (eqn is not None and eqn.primitive.name == 'flax_sg_lane_tangent'
-            and eqn.params['lanes'] is False)
+    return (eqn is not None and eqn.primitive.name == 'flax_sg_view_tangent'
+            and eqn.params['views'] is False)
 
 
 class Differentiation:
@@ -88,7 +88,7 @@ class Differentiation:
         eqn = step.eqn
         body = None if eqn is None else eqn.params.get('call_jaxpr')
         if body is None or len(getattr(body, 'jaxpr', body).invars) != len(eqn.invars):
-            return joined(step)
+            return value_edges(step)
         if id(body) not in self._bodies:  # a function with a rule of its own
             self._bodies[id(body)] = body, dependence(body)
         return [(i, o) for o, bits in zip(step.outs, self._bodies[id(body)][1], strict=True)
@@ -97,7 +97,7 @@ class Differentiation:
     def moved(self, step: Step) -> Iterable[Edge]:
         """Return from which nodes to which tangents get in a step."""
         if step.eqn is None:
-            return joined(step)
+            return value_edges(step)
         return [(step.ins[place], o)
                 for o, places in zip(step.outs, self._answer(step).live, strict=True)
                 for place in places if step.ins[place] is not None]
@@ -128,15 +128,15 @@ def _ask(eqn: JaxprEqn, context: Context) -> Answer:
     for v in eqn.invars:
         if not isinstance(v, Literal) and v not in inputs:
             inputs.append(v)
-    moving = [i for i, v in enumerate(inputs) if moves(v.aval)]
+    moving = [i for i, v in enumerate(inputs) if has_tangent(v.aval)]
     live: list[set[int]] = [set() for _ in eqn.outvars]
     failures: dict[int, str] = {}
-    if not any(moves(v.aval) for v in eqn.outvars):
+    if not any(has_tangent(v.aval) for v in eqn.outvars):
         moving = []
     places = [[i for i, v in enumerate(eqn.invars) if v is var] for var in inputs]
 
     def ask(moving: list[int]) -> None:
-        bits, failure = _survive(_Alone(eqn, inputs, moving), context)
+        bits, failure = _survive(SingleEquation(eqn, inputs, moving), context)
         if failure and len(moving) > 1:
             for i in moving:
                 ask([i])
@@ -151,7 +151,7 @@ def _ask(eqn: JaxprEqn, context: Context) -> Answer:
     return Answer(tuple(map(frozenset, live)), failures)
 
 
-def _survive(alone: _Alone, context: Context) -> tuple[list[int], str]:
+def _survive(alone: SingleEquation, context: Context) -> tuple[list[int], str]:
     """Return which of the moving inputs each output moves with, as bits; or why it is not known."""
     # A custom_vjp has a rule in reverse mode alone, though jax.jvp may be traced through it.
     holds = any(True for _ in jaxprs_in_params(alone.eqn.params))
@@ -166,12 +166,12 @@ def _survive(alone: _Alone, context: Context) -> tuple[list[int], str]:
     return [], failures[-1] if context.manual else failures[0]
 
 
-class _Alone:
+class SingleEquation:
     """An equation as a function of its inputs, of which some move."""
 
     def __init__(self, eqn: JaxprEqn, inputs: list[Var], moving: list[int]):
         self.eqn, self.inputs, self.moving = eqn, inputs, moving
-        self.moved = [i for i, v in enumerate(eqn.outvars) if moves(v.aval)]
+        self.moved = [i for i, v in enumerate(eqn.outvars) if has_tangent(v.aval)]
         self.outputs = eqn.outvars
         self._jaxpr = Jaxpr(
             constvars=[], invars=inputs, outvars=list(eqn.outvars), eqns=[eqn],
@@ -221,7 +221,7 @@ class _Alone:
         return jax.make_jaxpr(mapped)(whole(self.inputs), whole(ins))
 
 
-def _forward(alone: _Alone, trace: Callable) -> list[int]:
+def _forward(alone: SingleEquation, trace: Callable) -> list[int]:
     moving = [alone.inputs[i] for i in alone.moving]
     outs = [alone.outputs[i] for i in alone.moved]
 
@@ -233,7 +233,7 @@ def _forward(alone: _Alone, trace: Callable) -> list[int]:
     return _spread(bits, alone)
 
 
-def _reverse(alone: _Alone, trace: Callable) -> list[int]:
+def _reverse(alone: SingleEquation, trace: Callable) -> list[int]:
     moving = [alone.inputs[i] for i in alone.moving]
     outs = [alone.outputs[i] for i in alone.moved]
 
@@ -246,7 +246,7 @@ def _reverse(alone: _Alone, trace: Callable) -> list[int]:
     return _spread(bits, alone)
 
 
-def _spread(bits: list[int], alone: _Alone) -> list[int]:
+def _spread(bits: list[int], alone: SingleEquation) -> list[int]:
     """Put zeros where an output cannot move."""
     found = dict(zip(alone.moved, bits, strict=True))
     return [found.get(i, 0) for i in range(len(alone.outputs))]

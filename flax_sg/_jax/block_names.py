@@ -13,7 +13,7 @@ from flax_sg._jax.lines import Frame
 
 __all__ = ['AT', 'NAME', 'block_of', 'named']
 
-# By this name an equation of a jaxpr tells which block made it, and where; see _obstacles.
+# By this name an equation of a jaxpr tells which block made it, and where.
 NAME, AT = 'flax_sg: ', ' @@ '
 
 

@@ -11,10 +11,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from flax_sg._compat.jax import traced, varying
 
-__all__ = ['closed_over', 'evaluate', 'moves', 'moves_out', 'moving_among', 'opened', 'varied']
+__all__ = ['closed_over', 'evaluate', 'has_tangent', 'moves_out', 'moving_among', 'opened', 'varied']
 
 
-def moves(aval: Any) -> bool:
+def has_tangent(aval: Any) -> bool:
     """Say whether values of a type have tangents."""
     return jnp.issubdtype(getattr(aval, 'dtype', jnp.int32), jnp.inexact)
 

@@ -18,7 +18,7 @@ from flax_sg._jax.lines import here
 from flax_sg._transforms.answers import Answers, answers_of, note
 from flax_sg._transforms.change import Change
 from flax_sg._transforms.jitted_bodies import Question, WatchedInfo
-from flax_sg._transforms.matches import Met
+from flax_sg._transforms.matches import Matches
 from flax_sg._transforms.thread_state import state
 
 __all__ = ['Application', 'OpenBlock']
@@ -34,15 +34,15 @@ class Application:
     Attributes:
       trace: the JAX trace in which it began.
       life: its identity.
-      linearizing: it began while the target of views was differentiated, in a rule of the user's.
+      reads_closed: it began while the target of views was differentiated, in a rule of the user's.
       inner: a running module applies the model by itself, so that it is that module's own affair.
     """
 
-    __slots__ = ('inner', 'life', 'linearizing', 'trace')
+    __slots__ = ('inner', 'life', 'reads_closed', 'trace')
 
-    def __init__(self, *, inner: bool = False, linearizing: bool = False) -> None:
+    def __init__(self, *, inner: bool = False, reads_closed: bool = False) -> None:
         self.trace, self.life = jax_compat.trace_state(), _Life()
-        self.inner, self.linearizing = inner, linearizing
+        self.inner, self.reads_closed = inner, reads_closed
 
     def __eq__(self, other: object) -> bool:  # it is in the flags of scopes, a key of nn.jit
         return isinstance(other, Application) and self.inner == other.inner
@@ -57,11 +57,11 @@ class OpenBlock:
     Attributes:
       transform: what is applied.
       opener: the absolute path of the module that opened it; paths are relative to it.
-      family: the identity of the root it covers, or None to cover every root that is applied from
+      root_id: the identity of the root it covers, or None to cover every root that is applied from
         outside all modules.
       line: where in the user's code that was.
       attached: it belongs to the lifted class `owner`, and is open whenever its module is used.
-      around: the attached entries of the lifted modules that its opener lies in.
+      around: the attached blocks of the lifted modules that its opener lies in.
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
       staging: the trace to a jaxpr in which that was, which JAX may keep.
@@ -73,34 +73,34 @@ class OpenBlock:
     """
 
     __slots__ = (
-        '__weakref__', 'answers', 'around', 'attached', 'bodies', 'family', 'kept', 'key', 'line',
-        'met', 'opener', 'owner', 'reads', 'said', 'settled', 'staging', 'trace', 'transform')
+        '__weakref__', 'answers', 'around', 'of_module', 'bodies', 'root_id', 'setup_replays', 'key', 'line',
+        'matches', 'opener', 'owner', 'reads', 'said', 'settled', 'staging', 'trace', 'transform')
 
-    def __init__(self, transform: Change, opener: Path, family: Any = None, *,
+    def __init__(self, transform: Change, opener: Path, root_id: Any = None, *,
                  variables: dict | None = None, around: tuple[OpenBlock, ...] = (),
                  owner: Any = None, initializing: bool = False):
         self.transform = transform
         self.opener = opener
-        self.family = family
+        self.root_id = root_id
         self.owner = owner
-        self.attached = owner is not None
+        self.of_module = owner is not None
         self.around = around
         self.line = here()
         self.trace, self.staging = jax_compat.trace_state(), jax_compat.staging_trace()
         self.bodies = state.bodies
         self.said: dict[VariableInfo, Hashable] = {}
         self.answers: Answers | None = None
-        source = (transform.key(callable_source), opener, family is None,
-                  *(entry.key for entry in around))
+        source = (transform.key(callable_source), opener, root_id is None,
+                  *(block.key for block in around))
         if transform.asks():
             self.answers = answers_of(source, self)
             source = (*source, self.answers)
         self.key = source
-        self.kept: dict[int, tuple] = {}  # see _setup
+        self.setup_replays: dict[int, tuple] = {}  # of attributes of setup
         # A module may create a variable after its block, so blocks inside do not check at init.
-        quiet = transform.allow_unmatched or (initializing and family is not None)
-        self.met: Met | None = Met(
-            transform, opener, variables, self.key, self.line, quiet=quiet)
+        may_be_unmatched = transform.allow_unmatched or (initializing and root_id is not None)
+        self.matches: Matches | None = Matches(
+            transform, opener, variables, self.key, self.line, may_be_unmatched=may_be_unmatched)
         self.reads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.settled = False
 
@@ -142,9 +142,9 @@ class OpenBlock:
         around = tuple(body for body in state.bodies if body in self.bodies)
         return WatchedInfo.of(info, inside, around)
 
-    def covers(self, family: Any, inner: bool) -> bool:
+    def covers(self, root_id: Any, inner: bool) -> bool:
         """Say whether the block is about a root."""
-        return not inner if self.family is None else self.family is family
+        return not inner if self.root_id is None else self.root_id is root_id
 
     def info(self, path: Path, collection: str, value: Any) -> VariableInfo:
         return VariableInfo.of(relative(path, self.opener), path, collection, value)
@@ -153,8 +153,8 @@ class OpenBlock:
         """Say whether the transform applies, and cross off the patterns it meets."""
         if not self.transform.in_collections(info.collection):
             return False
-        if self.met is not None:
-            self.met.variable(info)
+        if self.matches is not None:
+            self.matches.note_variable(info)
         if self.answers is not None or state.bodies:
             answer = self.says(info)
             for body in state.bodies:
@@ -184,11 +184,11 @@ class OpenBlock:
 
     def closed(self) -> None:
         """Forget what was only of use while the block was open."""
-        self.kept.clear()
-        if self.attached:  # it is opened again by each method
+        self.setup_replays.clear()
+        if self.of_module:  # it is opened again by each method
             return
         self.reads.clear()
-        self.met = None
+        self.matches = None
         self.release()
 
     def release(self) -> None:

@@ -10,7 +10,7 @@ from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.contexts import Context, no_blocks
 from flax_sg._transforms.thread_state import state
 
-__all__ = ['claim', 'context', 'in_body', 'read_from', 'set_context']
+__all__ = ['own_cache_key', 'context', 'in_body', 'note_read', 'set_context']
 
 
 def context() -> Context:
@@ -48,22 +48,22 @@ def _at_opening() -> bool:
 def _key(stack: tuple[OpenBlock, ...], inside: bool | None = None) -> tuple:
     if inside is None:
         inside = state.inside or front_ends.is_running()
-    return (inside, *(entry.key for entry in stack))
+    return (inside, *(block.key for block in stack))
 
 
 def _first_group() -> tuple[OpenBlock, ...]:
-    """Return the outermost entries, those that were opened in one trace to a jaxpr."""
+    """Return the outermost blocks, those that were opened in one trace to a jaxpr."""
     stagings = _stagings()
     end = next((i for i, s in enumerate(stagings) if s != stagings[0]), len(stagings))
     return state.stack[:end]
 
 
 def _stagings() -> list[Any]:
-    """Return the traces to a jaxpr in which the entries of the stack were opened."""
+    """Return the traces to a jaxpr in which the blocks of the stack were opened."""
     return [each.staging for each in (*state.around, *state.openings)]
 
 
-def claim() -> None:
+def own_cache_key() -> None:
     """Say that traces in progress, other than that of the blocks, depend on the open blocks."""
     if state.around:  # a rule has contexts of its own, and its call has claimed what is around it
         return
@@ -79,7 +79,7 @@ def in_body() -> bool:
     return bool(state.stack) and state.stack[0].bodies != state.bodies
 
 
-def read_from(trace: Any) -> None:
+def note_read(trace: Any) -> None:
     """Say that a variable is read in the current trace.
 
     Args:
@@ -87,4 +87,4 @@ def read_from(trace: Any) -> None:
     """
     now = jax_compat.staging_trace()
     if trace != now and _stagings()[0] != now:
-        claim()
+        own_cache_key()

@@ -1,4 +1,4 @@
-"""Transforms of cotangents: scaled, or given to a function. `_transform.py` has the one that stops.
+"""Transforms of cotangents: scaled, or given to a function. `stop_gradient` has the one that stops.
 
 Values do not change. Where nothing is differentiated nothing is done.
 """
@@ -43,10 +43,10 @@ class ScaleGradient(Transform):
             return map_traced(jax.lax.stop_gradient, value)
         return map_traced(lambda leaf: _scaled(leaf, self.factor), value)
 
-    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
+    def arguments(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         return (value_key(self.factor),)
 
-    def shown(self) -> tuple[str, ...]:
+    def shown_arguments(self) -> tuple[str, ...]:
         return (repr(self.factor),)
 
 

@@ -22,10 +22,10 @@ from flax_sg._filters.variables import Path, VariableInfo, relative, walk
 from flax_sg._jax.lines import Frame
 from flax_sg._transforms.change import Change
 
-__all__ = ['Met']
+__all__ = ['Matches']
 
 
-class Met:
+class Matches:
     """What one block has met.
 
     Attributes:
@@ -34,39 +34,39 @@ class Met:
       there: the collections that they have.
     """
 
-    __slots__ = ('family', 'key', 'line', 'models', 'names', 'opener', 'patterns', 'quiet', 'seen',
+    __slots__ = ('root_id', 'key', 'line', 'models', 'seen', 'opener', 'patterns', 'may_be_unmatched', 'roots_seen',
                  'there', 'transform')
 
-    def __init__(self, transform: Change, opener: Path, family: dict | None, key: Hashable,
-                 line: Frame | None, *, quiet: bool):
-        self.transform, self.opener, self.family, self.key = transform, opener, family, key
-        self.line, self.quiet = line, quiet
-        self.patterns = () if quiet else tuple(dict.fromkeys(transform.filter.patterns()))
-        self.names: dict[VariableInfo, None] = {}
+    def __init__(self, transform: Change, opener: Path, root_id: dict | None, key: Hashable,
+                 line: Frame | None, *, may_be_unmatched: bool):
+        self.transform, self.opener, self.root_id, self.key = transform, opener, root_id, key
+        self.line, self.may_be_unmatched = line, may_be_unmatched
+        self.patterns = () if may_be_unmatched else tuple(dict.fromkeys(transform.filter.patterns()))
+        self.seen: dict[VariableInfo, None] = {}
         self.models: set[Any] = set()
         self.there: set[str] = set()
-        self.seen: weakref.WeakSet = weakref.WeakSet()
+        self.roots_seen: weakref.WeakSet = weakref.WeakSet()
 
-    def variable(self, info: VariableInfo) -> None:
+    def note_variable(self, info: VariableInfo) -> None:
         """Cross off the patterns that a variable meets."""
         if self.patterns:
-            self.names[info] = None
+            self.seen[info] = None
             self.patterns = tuple(p for p in self.patterns if not may_select(p, info))
 
-    def model(self, life: Any, variables: dict[str, Any]) -> None:
+    def note_model(self, life: Any, variables: dict[str, Any]) -> None:
         """Note that a model is read, and what there is in it.
 
         Nothing of it is kept, as it may hold values of a trace that ends before the block does.
         """
-        if self.family is not None or self.quiet:
+        if self.root_id is not None or self.may_be_unmatched:
             return
         self.there.update(variables)
-        if life not in self.seen:
-            self.seen.add(life)
+        if life not in self.roots_seen:
+            self.roots_seen.add(life)
             self.models.add(jax.tree.structure(variables))
-            self._cross_off(variables)
+            self._note_matches(variables)
 
-    def _cross_off(self, variables: dict[str, Any]) -> None:
+    def _note_matches(self, variables: dict[str, Any]) -> None:
         """Cross off what stored variables meet, read or not; look first where patterns point."""
         starts = [pattern.start(self.opener) for pattern in self.patterns]
         for start in dict.fromkeys((*starts, ())):
@@ -74,26 +74,26 @@ class Met:
                 if not self.patterns:
                     return
                 if self.transform.in_collections(collection):
-                    self._cross_off_below(start, variables[collection], collection)
+                    self._note_matches_below(start, variables[collection], collection)
 
-    def _cross_off_below(self, start: Path, tree: Any, collection: str) -> None:
+    def _note_matches_below(self, start: Path, tree: Any, collection: str) -> None:
         for name in start:
             if not isinstance(tree, Mapping) or name not in tree:
                 return
             tree = tree[name]
         for info, value in walk(tree, collection, start):
             path = info.absolute_path
-            self.variable(VariableInfo.of(relative(path, self.opener), path, collection, value))
+            self.note_variable(VariableInfo.of(relative(path, self.opener), path, collection, value))
             if not self.patterns:
                 return
 
     def check(self) -> None:
         """Raise UnmatchedPathError if a pattern selects nothing, or warn if nothing was read."""
-        if self.quiet:
+        if self.may_be_unmatched:
             return
-        if self.family is not None:
-            self.there.update(self.family)
-            self._cross_off(self.family)
+        if self.root_id is not None:
+            self.there.update(self.root_id)
+            self._note_matches(self.root_id)
             error = self._error()
         else:
             error = self._error() if self.models else None
@@ -105,7 +105,7 @@ class Met:
 
     def failed(self) -> None:
         """Remember a block that an exception has left: what it ran may be in JAX's caches."""
-        if not self.quiet and self.family is None and self.models:
+        if not self.may_be_unmatched and self.root_id is None and self.models:
             right = self._error() is None
             _memory.note(self.key, frozenset(self.models) if right else None)
 
@@ -115,7 +115,7 @@ class Met:
             if name not in self.there:
                 return unmatched_collection(name, sorted(self.there), where=where, of=of)
         if self.patterns:
-            return unmatched(self.patterns[0], self.names, where=where, of=of)
+            return unmatched(self.patterns[0], self.seen, where=where, of=of)
         return None
 
     def _warn(self) -> None:

@@ -22,29 +22,29 @@ _STACK = object()  # stands for the frames of an ExitStack, which enters and lea
 
 
 class Opening:
-    """An entry on the stack of a thread, until it is left.
+    """A block on the stack of a thread, until it is left.
 
     Attributes:
-      entry: the entry.
+      block: the block.
       left: it is not on the stack any more.
       by: the transform whose `with` opened it, or None.
       place: the frame of the `with`, or _STACK.
-      staging: the trace to a jaxpr in which it was opened; a lifted module's entry is older.
-      context: the context in force while it is the innermost one, see _contexts, as far as traces
+      staging: the trace to a jaxpr in which it was opened; a lifted module's block is older.
+      context: the context in force while it is the innermost one, see `contexts`, as far as traces
         that begin in its own trace can tell; and the key of that context.
     """
 
-    __slots__ = ('by', 'context', 'entry', 'left', 'place', 'staging')
+    __slots__ = ('by', 'context', 'block', 'left', 'place', 'staging')
 
-    def __init__(self, entry: OpenBlock, by: Change | None, place: Any):
-        self.entry, self.by, self.place, self.left = entry, by, place, False
-        self.staging = jax_compat.staging_trace() if entry.attached else entry.staging
+    def __init__(self, block: OpenBlock, by: Change | None, place: Any):
+        self.block, self.by, self.place, self.left = block, by, place, False
+        self.staging = jax_compat.staging_trace() if block.of_module else block.staging
         self.context: tuple[Context | None, Hashable] = (None, None)
 
 
-def enter(entry: OpenBlock, by: Change | None = None, frame: FrameType | None = None) -> Opening:
+def enter(block: OpenBlock, by: Change | None = None, frame: FrameType | None = None) -> Opening:
     """Open a block; it has to be left with `close`."""
-    opening = Opening(entry, by, frame and _place(frame))
+    opening = Opening(block, by, frame and _place(frame))
     state.openings.append(opening)
     _restack()
     return opening
@@ -86,13 +86,13 @@ def close(opening: Opening, *, failed: bool) -> None:
     if opening.left:
         if not failed:
             raise UsageError(
-                f'{opening.entry.transform!r} was closed before its end, with a block around it '
+                f'{opening.block.transform!r} was closed before its end, with a block around it '
                 'that was left first. Leave blocks in the reverse order of entry: a generator that '
                 'yields inside a block must be finished before the block around it ends.')
         return
     if opening not in state.openings:
         raise UsageError(
-            f'{opening.entry.transform!r} was left in another thread than it was opened in. Leave '
+            f'{opening.block.transform!r} was left in another thread than it was opened in. Leave '
             'it where it was entered.')
     start = state.openings.index(opening)
     gone, state.openings[start:] = state.openings[start:], []
@@ -103,35 +103,35 @@ def close(opening: Opening, *, failed: bool) -> None:
     try:
         if failed:
             for each in gone:
-                _note_failed(each.entry)
+                _note_failed(each.block)
         else:
             _check_closed(gone)
     finally:
         for each in gone:
-            each.entry.closed()
+            each.block.closed()
 
 
 def _check_closed(gone: list[Opening]) -> None:
     opening = gone[0]
     if len(gone) > 1:
         raise UsageError(
-            f'{opening.entry.transform!r} was left while {gone[-1].entry.transform!r} was still '
+            f'{opening.block.transform!r} was left while {gone[-1].block.transform!r} was still '
             'open inside of it; both are closed now. Leave blocks in the reverse order of entry: '
             'a generator that yields inside a block must be finished before the block around it '
             'ends.')
-    if not opening.entry.attached:
-        opening.entry.met.check()
+    if not opening.block.of_module:
+        opening.block.matches.check()
 
 
-def _note_failed(entry: OpenBlock) -> None:
-    if not entry.attached:
-        entry.met.failed()
+def _note_failed(block: OpenBlock) -> None:
+    if not block.of_module:
+        block.matches.failed()
 
 
 @contextlib.contextmanager
-def opened(entry: OpenBlock) -> Iterator[None]:
-    """Run a block inside the entry; an UnmatchedPathError gives way to the block's own error."""
-    opening = enter(entry)
+def opened(block: OpenBlock) -> Iterator[None]:
+    """Run a part in an opened block; an UnmatchedPathError gives way to the part's own error."""
+    opening = enter(block)
     try:
         yield
     except BaseException:
@@ -143,7 +143,7 @@ def opened(entry: OpenBlock) -> Iterator[None]:
 @contextlib.contextmanager
 def reopened(stack: tuple[OpenBlock, ...], *, inside: bool) -> Iterator[None]:
     """Run a rule in the blocks in which its function was called, and in no others."""
-    resumed = [entry for entry in stack if entry.resume()]
+    resumed = [block for block in stack if block.resume()]
     try:
         with under(around=stack, openings=[], inside=inside, setups=[], publishing=None):
             _restack()
@@ -153,12 +153,12 @@ def reopened(stack: tuple[OpenBlock, ...], *, inside: bool) -> Iterator[None]:
                 for opening in state.openings:
                     opening.left = True
     finally:
-        for entry in resumed:
-            entry.release()
+        for block in resumed:
+            block.release()
         _restack()
 
 
 def _restack() -> None:
     """Set what follows from what is open: the stack, and the key of JAX's caches."""
-    state.stack = (*state.around, *(opening.entry for opening in state.openings))
+    state.stack = (*state.around, *(opening.block for opening in state.openings))
     set_context()

@@ -14,7 +14,7 @@ from typing import Any
 
 from flax_sg._compat import jax as jax_compat
 from flax_sg._transforms import front_ends
-from flax_sg._transforms.cache_keys import read_from
+from flax_sg._transforms.cache_keys import note_read
 from flax_sg._transforms.open_blocks import reopened
 from flax_sg._transforms.thread_state import state
 
@@ -27,7 +27,7 @@ def _in_blocks(rule: Callable | None) -> Callable | None:
         return None
     stack = state.stack
     if stack:
-        read_from(None)  # a trace of the call has the rule in it
+        note_read(None)  # a trace of the call has the rule in it
     inside = state.inside or front_ends.is_running()
 
     @functools.wraps(rule)

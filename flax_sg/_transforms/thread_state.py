@@ -19,9 +19,9 @@ class _State(threading.local):
         self.around: tuple = ()  # of a rule: what was open at the call
         self.openings: list = []
         self.left: list = []  # with a block around them; their own `with` is still to end
-        self.stack: tuple = ()  # the entries of both, the outermost first
+        self.stack: tuple = ()  # the blocks of both, the outermost first
         self.inside = False  # in a rule: its function was called by a running module
-        self.setups: list = []  # runs of `setup` in progress, see _setup
+        self.setups: list = []  # runs of `setup` in progress
         self.bodies: tuple = ()  # of nn.jit, which JAX is tracing
         self.writes = 0  # how many, ever
         self.storing: tuple | None = None  # a variable that is read in order to be stored

@@ -89,13 +89,13 @@ class Transform:
           of_function: makes one of what else the user gave.
         """
         return (type(self), self.filter.key(of_predicate), self.collections, self.allow_unmatched,
-                *self.more(of_predicate, of_function))
+                *self.arguments(of_predicate, of_function))
 
-    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
+    def arguments(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         """Return what else the transform says, as values."""
         return ()
 
-    def shown(self) -> tuple[str, ...]:
+    def shown_arguments(self) -> tuple[str, ...]:
         """Return what else the transform says, for people."""
         return ()
 
@@ -145,7 +145,7 @@ class Transform:
         return hash(self.key())
 
     def __repr__(self) -> str:
-        parts = [written(self.filter), *self.shown()]
+        parts = [written(self.filter), *self.shown_arguments()]
         if self.collections != 'params':
             parts.append(f'collections={self.collections!r}')
         if self.allow_unmatched:
@@ -193,10 +193,10 @@ class Mapped(Transform):
 
     fn: Callable[[VariableInfo, jax.Array], jax.Array]
 
-    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
+    def arguments(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         return (of_function(self.fn),)
 
-    def shown(self) -> tuple[str, ...]:
+    def shown_arguments(self) -> tuple[str, ...]:
         return (describe_callable(self.fn),)
 
 

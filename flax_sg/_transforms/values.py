@@ -123,7 +123,7 @@ class ReplaceValues(Transform):
     def read_from(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else ()
 
-    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
+    def arguments(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         if isinstance(self.source, str):
             return (self.source,)
         if of_function is not value_key:
@@ -131,7 +131,7 @@ class ReplaceValues(Transform):
         leaves, structure = jax.tree.flatten(self.source)
         return (structure, tuple(map(value_key, leaves)))
 
-    def shown(self) -> tuple[str, ...]:
+    def shown_arguments(self) -> tuple[str, ...]:
         return (repr(self.source) if isinstance(self.source, str) else '<tree>',)
 
 

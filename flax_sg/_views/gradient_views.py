@@ -1,6 +1,6 @@
 """gradient_views: one forward pass, and one output for each of several losses.
 
-The target runs once, in a block whose transform marks what each entry differentiates; `_lanes` does
+The target runs once, in a block whose transform marks what each entry differentiates; `shared_primal` does
 the rest. A module is lifted as any transform of Flax lifts it, so that state is updated, random
 numbers are drawn and values are sown once.
 """
@@ -22,8 +22,8 @@ from flax_sg._filters.slips import kind_of
 from flax_sg._filters.variables import VariableInfo
 from flax_sg._transforms import front_ends
 from flax_sg._transforms.transform import Transform, check_collections, map_traced
-from flax_sg._views.masks import level, mark
-from flax_sg._views.shared_primal import in_lanes
+from flax_sg._views.masks import mark, nesting
+from flax_sg._views.shared_primal import in_views
 
 __all__ = ['GradientViews', 'gradient_views']
 
@@ -33,14 +33,14 @@ class Marked(Transform):
     """Marks what each entry of some views differentiates, while their target is traced."""
 
     views: GradientViews
-    level: int
+    nesting: int
     name = 'gradient_views'
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
-        lanes = tuple(filter.selects(info) for _, filter in self.views.entries)
-        if not any(lanes):
+        views = tuple(filter.selects(info) for _, filter in self.views.entries)
+        if not any(views):
             return map_traced(jax.lax.stop_gradient, value)
-        return map_traced(lambda leaf: mark(leaf, lanes, self.level), value)
+        return map_traced(lambda leaf: mark(leaf, views, self.nesting), value)
 
     def says(self, info: VariableInfo) -> Hashable:
         return tuple(filter.selects(info) for _, filter in self.views.entries)
@@ -48,8 +48,8 @@ class Marked(Transform):
     def asks(self) -> bool:
         return any(filter.asks for _, filter in self.views.entries)
 
-    def more(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
-        return (self.level, *(filter.key(of_predicate) for _, filter in self.views.entries))
+    def arguments(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
+        return (self.nesting, *(filter.key(of_predicate) for _, filter in self.views.entries))
 
     def __repr__(self) -> str:
         return repr(self.views)
@@ -96,11 +96,11 @@ class GradientViews:
     def marked(self) -> Marked:
         """Return the transform in whose block the target is to run."""
         union = functools.reduce(operator.or_, (filter for _, filter in self.entries))
-        return Marked(union, self.collections, self.allow_unmatched, self, level())
+        return Marked(union, self.collections, self.allow_unmatched, self, nesting())
 
-    def in_lanes(self, call: Callable[[], tuple[Any, Any]]) -> tuple[dict[str, Any], Any]:
-        """Run a function of no argument in lanes; it returns the output and what it has written."""
-        outs, written = in_lanes(call, tuple(name for name, _ in self.entries))
+    def in_views(self, call: Callable[[], tuple[Any, Any]]) -> tuple[dict[str, Any], Any]:
+        """Run a function of no argument in views; it returns the output and what it has written."""
+        outs, written = in_views(call, tuple(name for name, _ in self.entries))
         return self.named(outs), written
 
     def named(self, outs: list[Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class GradientViews:
         return {name: out for (name, _), out in zip(self.entries, outs, strict=True)}
 
     def _of_tree(self, fn: Callable, params: Any, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.in_lanes(lambda: (fn(self.marked()(params), *args, **kwargs), None))[0]
+        return self.in_views(lambda: (fn(self.marked()(params), *args, **kwargs), None))[0]
 
     def __repr__(self) -> str:
         entries = ', '.join(f'{name!r}: {written(filter)}' for name, filter in self.entries)

@@ -1,4 +1,4 @@
-"""A linear map as one operation, so that what JAX does to a lane's map it does to one equation.
+"""A linear map as one operation, so that what JAX does to a view's map it does to one equation.
 
 A map inlined would be looked at equation by equation each time that JAX splits what surrounds it
 by what is known. Its transpose, and its derivative in what it is not linear in, are those of the
@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching
 from flax_sg._compat import jax as jax_compat
 from flax_sg._jax.jaxprs import evaluate
 from flax_sg._jax.primitives import runs
-from flax_sg._views.pullbacks import LaneMaps
+from flax_sg._views.pullbacks import ViewMaps
 
 __all__ = ['push']
 
@@ -26,11 +26,11 @@ _push_p = Primitive('flax_sg_push')
 _push_p.multiple_results = True
 
 
-def push(jaxpr: Jaxpr, residuals: list, tangents: list, maps: LaneMaps | None = None, lane: int = 0
+def push(jaxpr: Jaxpr, residuals: list, tangents: list, maps: ViewMaps | None = None, view: int = 0
          ) -> list:
-    """Apply a linear map of tangents, a jaxpr without constants; that of a lane of some maps."""
+    """Apply a linear map of tangents, a jaxpr without constants; that of a view of some maps."""
     return _push_p.bind(*residuals, *tangents, jaxpr=ClosedJaxpr(jaxpr, []), count=len(residuals),
-                        maps=maps, lane=lane)
+                        maps=maps, view=view)
 
 
 def _run(*operands: Any, jaxpr: ClosedJaxpr, **_: Any) -> list:
@@ -57,9 +57,9 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, **p
     return jax.jvp(of_moved, [primals[i] for i in moved], [tangents[i] for i in moved])
 
 
-def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: LaneMaps | None,
-               lane: int, **_: Any) -> list:
-    made = maps and maps.transposed(lane, operands, cotangents)
+def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: ViewMaps | None,
+               view: int, **_: Any) -> list:
+    made = maps and maps.transposed(view, operands, cotangents)
     if not made:
         return jax_compat.pulled_back(jaxpr, operands, cotangents)
     transposed, inputs, reached = made
@@ -73,7 +73,7 @@ def _batched(axis: Any, operands: list, dims: list, *, jaxpr: ClosedJaxpr, count
     operands = [x if front is None else batching.bdim_at_front(x, dim, axis.size)
                 for x, dim, front in zip(operands, dims, fronts, strict=True)]
     jaxpr, varies = jax_compat.batched(jaxpr, axis, fronts)
-    made = _push_p.bind(*operands, jaxpr=jaxpr, count=count, maps=None, lane=0)
+    made = _push_p.bind(*operands, jaxpr=jaxpr, count=count, maps=None, view=0)
     return made, [0 if v else None for v in varies]
 
 
@@ -86,7 +86,7 @@ batching.fancy_primitive_batchers[_push_p] = _batched
 
 def _checked(jaxpr: ClosedJaxpr, errors: list, *operands: Any, count: int, **_: Any) -> list:
     return _push_p.bind(*errors, *operands, jaxpr=jaxpr, count=len(errors) + count, maps=None,
-                        lane=0)
+                        view=0)
 
 
 jax_compat.checked(_push_p, lambda *operands, **_: list(operands), _checked)

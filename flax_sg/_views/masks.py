@@ -1,12 +1,12 @@
-"""Values that are differentiated in some lanes alone, and what becomes of them in one lane.
+"""Values that are differentiated in some views alone, and what becomes of them in one view.
 
 A mark stands in the jaxpr of a function, in the bodies of its loops and calls too, and so in its
-linear map. `of_lane` makes the map of one lane of it. It knows JAX, and nothing of this library.
+linear map. `for_view` makes the map of one view of it. It knows JAX, and nothing of this library.
 
-A mark names its function by a *level*: how many such functions were being traced around it. JAX may
-keep a trace and use it again at any depth, so a level says nothing about where it is used. It is a
-bound name: the marks of a function are those with its level in its jaxpr, but for what stands in
-another function of the same level inside. What belongs to one lane has no level any more.
+A mark names its function by a *nesting*: how many such functions were being traced around it. JAX may
+keep a trace and use it again at any depth, so a nesting says nothing about where it is used. It is a
+bound name: the marks of a function are those with its nesting in its jaxpr, but for what stands in
+another function of the same nesting inside. What belongs to one view has no nesting any more.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from flax_sg._errors import UsageError
 from flax_sg._jax.primitives import define, runs
 
 __all__ = [
-    'BINDER', 'NO_LANE', 'absent', 'all_in_sight', 'counted_in', 'counts', 'during',
-    'inputs_of_lanes', 'is_mark', 'level', 'mark', 'marked', 'needed', 'of_lane', 'tracing',
+    'BINDER', 'NO_VIEW', 'absent', 'all_in_sight', 'counted_in', 'counts', 'during',
+    'inputs_of_views', 'is_mark', 'nesting', 'mark', 'marked', 'needed', 'for_view', 'tracing',
 ]
 
-NO_LANE = -1  # in which nothing marked is differentiated
-BINDER = 'flax_sg_lanes'  # the primitive that has such a function
+NO_VIEW = -1  # in which nothing marked is differentiated
+BINDER = 'flax_sg_views'  # the primitive that has such a function
 
 
-def _tangent(t: jax.Array, *, lanes: Any, level: int | None) -> jax.Array:
-    if level is not None:
+def _tangent(t: jax.Array, *, views: Any, nesting: int | None) -> jax.Array:
+    if nesting is not None:
         raise UsageError(_OUTSIDE)
-    return t if lanes else jnp.zeros_like(t)
+    return t if views else jnp.zeros_like(t)
 
 
 _OUTSIDE = (
@@ -50,28 +50,28 @@ _INSIDE = (
     'it reads inside the derivative; the result would differ between the views. Read the variable '
     'first, and differentiate a function of its value.')
 
-# The mark, and the same for tangents. `lanes` has a bool for each lane; in what belongs to one lane
-# it is that lane's, and `level` is None.
-_mark_p = define('flax_sg_lane')
-_tangent_p = define('flax_sg_lane_tangent', _tangent)
+# The mark, and the same for tangents. `views` has a bool for each view; in what belongs to one view
+# it is that view's, and `nesting` is None.
+_mark_p = define('flax_sg_view')
+_tangent_p = define('flax_sg_view_tangent', _tangent)
 
 
-def mark(x: jax.Array, lanes: tuple[bool, ...], level: int) -> jax.Array:
-    """Return x, which is a constant of differentiation in the lanes that are False."""
-    return _mark_p.bind(x, lanes=lanes, level=level)
+def mark(x: jax.Array, views: tuple[bool, ...], nesting: int) -> jax.Array:
+    """Return x, which is a constant of differentiation in the views that are False."""
+    return _mark_p.bind(x, views=views, nesting=nesting)
 
 
 class _Tracing(threading.local):
     """What this thread is doing.
 
     Attributes:
-      levels: how many functions are being traced for their lanes, one inside another.
-      linearizing: such a function is being differentiated, after it was traced.
-      told_apart: the levels of the marks that may be differentiated, as `of_lane` will see them.
+      nestings: how many functions are being traced for their views, one inside another.
+      reads_closed: such a function is being differentiated, after it was traced.
+      told_apart: the nestings of the marks that may be differentiated, as `for_view` will see them.
     """
 
-    levels = 0
-    linearizing = False
+    nestings = 0
+    reads_closed = False
     told_apart: frozenset[int] = frozenset()
 
 
@@ -89,21 +89,21 @@ def during(**changes: Any) -> Iterator[None]:
         vars(tracing).update(before)
 
 
-def level() -> int:
-    """Return the level of the innermost function that is being traced."""
-    return tracing.levels - 1
+def nesting() -> int:
+    """Return the nesting of the innermost function that is being traced."""
+    return tracing.nestings - 1
 
 
-def _jvp(primals: tuple, tangents: tuple, *, lanes: Any, level: int | None) -> tuple:
+def _jvp(primals: tuple, tangents: tuple, *, views: Any, nesting: int | None) -> tuple:
     (x,), (t,) = primals, tangents
-    if level is not None and level not in tracing.told_apart:
-        raise UsageError(_INSIDE if level < tracing.levels else _OUTSIDE)
-    out = _mark_p.bind(x, lanes=lanes, level=level)  # not x: its derivatives pass here too
-    return out, t if type(t) is ad.Zero else _tangent_p.bind(t, lanes=lanes, level=level)
+    if nesting is not None and nesting not in tracing.told_apart:
+        raise UsageError(_INSIDE if nesting < tracing.nestings else _OUTSIDE)
+    out = _mark_p.bind(x, views=views, nesting=nesting)  # not x: its derivatives pass here too
+    return out, t if type(t) is ad.Zero else _tangent_p.bind(t, views=views, nesting=nesting)
 
 
-def _transpose(cotangent: jax.Array, *, lanes: Any, level: int | None) -> list:
-    return [None if lanes is False else _tangent_p.bind(cotangent, lanes=lanes, level=level)]
+def _transpose(cotangent: jax.Array, *, views: Any, nesting: int | None) -> list:
+    return [None if views is False else _tangent_p.bind(cotangent, views=views, nesting=nesting)]
 
 
 ad.primitive_jvps[_mark_p] = _jvp
@@ -134,48 +134,48 @@ def absent(like: Any, other: Any) -> Any:
     return _absent_p.bind(other, aval=like)
 
 
-def counted_in(eqn: JaxprEqn, level: int) -> tuple[bool, ...] | None:
-    """Return in which lanes a mark of tangents of a level counts; None for other equations."""
-    return eqn.params['lanes'] if (
-        eqn.primitive is _tangent_p and eqn.params['level'] == level) else None
+def counted_in(eqn: JaxprEqn, nesting: int) -> tuple[bool, ...] | None:
+    """Return in which views a mark of tangents of a nesting counts; None for other equations."""
+    return eqn.params['views'] if (
+        eqn.primitive is _tangent_p and eqn.params['nesting'] == nesting) else None
 
 
-def needed(jaxpr: Jaxpr, level: int, lane: int) -> list[bool]:
-    """Say on which inputs of a linear map its results depend in a lane."""
+def needed(jaxpr: Jaxpr, nesting: int, view: int) -> list[bool]:
+    """Say on which inputs of a linear map its results depend in a view."""
     live = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
     for eqn in reversed(jaxpr.eqns):
         if not live.isdisjoint(eqn.outvars):
-            lanes = counted_in(eqn, level)
-            if lanes is None or lanes[lane]:
+            views = counted_in(eqn, nesting)
+            if views is None or views[view]:
                 live.update(var for var in eqn.invars if not isinstance(var, Literal))
     return [var in live for var in jaxpr.invars]
 
 
-def inputs_of_lanes(operands: Any, shared: int, lanes: tuple) -> list[list]:
-    """Return the inputs of the function in each lane: what all have in common, and its own."""
-    own = (len(operands) - shared) // len(lanes)
+def inputs_of_views(operands: Any, shared: int, views: tuple) -> list[list]:
+    """Return the inputs of the function in each view: what all have in common, and its own."""
+    own = (len(operands) - shared) // len(views)
     return [[*operands[:shared], *operands[shared + i * own:shared + (i + 1) * own]]
-            for i in range(len(lanes))]
+            for i in range(len(views))]
 
 
-def marked(jaxpr: Jaxpr, level: int) -> list[int]:
-    """Return the places of the equations that `of_lane` changes."""
-    return [i for i, eqn in enumerate(jaxpr.eqns) if _equation(eqn, level, NO_LANE) is not eqn]
+def marked(jaxpr: Jaxpr, nesting: int) -> list[int]:
+    """Return the places of the equations that `for_view` changes."""
+    return [i for i, eqn in enumerate(jaxpr.eqns) if _equation(eqn, nesting, NO_VIEW) is not eqn]
 
 
-def of_lane(jaxpr: Jaxpr, level: int, lane: int, places: list[int] | None = None) -> Jaxpr:
-    """Say in a linear map which marks of a level count; `places` is what `marked` returns."""
-    places = marked(jaxpr, level) if places is None else places
+def for_view(jaxpr: Jaxpr, nesting: int, view: int, places: list[int] | None = None) -> Jaxpr:
+    """Say in a linear map which marks of a nesting count; `places` is what `marked` returns."""
+    places = marked(jaxpr, nesting) if places is None else places
     eqns = list(jaxpr.eqns)
     for i in places:
-        eqns[i] = _equation(eqns[i], level, lane)
+        eqns[i] = _equation(eqns[i], nesting, view)
     return jaxpr.replace(eqns=eqns) if places else jaxpr
 
 
 def counts(eqn: JaxprEqn) -> bool | None:
-    """Say whether a mark of tangents counts in its lane; None for other equations."""
-    return eqn.params['lanes'] if (
-        eqn.primitive is _tangent_p and eqn.params['level'] is None) else None
+    """Say whether a mark of tangents counts in its view; None for other equations."""
+    return eqn.params['views'] if (
+        eqn.primitive is _tangent_p and eqn.params['nesting'] is None) else None
 
 
 def is_mark(eqn: JaxprEqn) -> bool:
@@ -183,28 +183,28 @@ def is_mark(eqn: JaxprEqn) -> bool:
     return eqn.primitive in (_mark_p, _tangent_p)
 
 
-def _equation(eqn: JaxprEqn, level: int, lane: int) -> JaxprEqn:
+def _equation(eqn: JaxprEqn, nesting: int, view: int) -> JaxprEqn:
     if is_mark(eqn):
-        if eqn.params['level'] != level:
+        if eqn.params['nesting'] != nesting:
             return eqn
-        lanes = eqn.params['lanes']
-        return eqn.replace(params={'level': None, 'lanes': lane != NO_LANE and lanes[lane]})
-    if eqn.primitive.name == BINDER and eqn.params['level'] == level:
+        views = eqn.params['views']
+        return eqn.replace(params={'nesting': None, 'views': view != NO_VIEW and views[view]})
+    if eqn.primitive.name == BINDER and eqn.params['nesting'] == nesting:
         return eqn
-    params = {k: _parameter(v, level, lane) for k, v in eqn.params.items()}
+    params = {k: _parameter(v, nesting, view) for k, v in eqn.params.items()}
     same = all(params[k] is v for k, v in eqn.params.items())
-    # What is kept of the maps of all lanes of another level has marks of this one in it.
+    # What is kept of the maps of all views of another nesting has marks of this one in it.
     return eqn if same else eqn.replace(params=params | dict.fromkeys(
         {'maps'} & params.keys()))
 
 
-def _parameter(value: Any, level: int, lane: int) -> Any:
+def _parameter(value: Any, nesting: int, view: int) -> Any:
     if isinstance(value, Jaxpr):
-        return of_lane(value, level, lane)
+        return for_view(value, nesting, view)
     if isinstance(value, ClosedJaxpr):
-        jaxpr = of_lane(value.jaxpr, level, lane)
+        jaxpr = for_view(value.jaxpr, nesting, view)
         return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
     if type(value) in (tuple, list):  # the branches of a cond
-        parts = type(value)(_parameter(v, level, lane) for v in value)
+        parts = type(value)(_parameter(v, nesting, view) for v in value)
         return value if all(map(operator.is_, parts, value)) else parts
     return value

@@ -1,7 +1,7 @@
-"""The pullbacks of several lanes, of which JAX transposes one.
+"""The pullbacks of several views, of which JAX transposes one.
 
-The linear maps of the lanes are one but for the marks in it, and so are their transposes. So it is
-transposed with its marks, once, and each lane gets what is left where its own marks count.
+The linear maps of the views are one but for the marks in it, and so are their transposes. So it is
+transposed with its marks, once, and each view gets what is left where its own marks count.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from jax.interpreters import ad
 
 from flax_sg._compat import jax as jax_compat
 from flax_sg._jax.jaxprs import moving_among, opened
-from flax_sg._views.masks import counts, is_mark, marked, of_lane
+from flax_sg._views.masks import counts, for_view, is_mark, marked
 
-__all__ = ['LaneMaps']
+__all__ = ['ViewMaps']
 
 
-class LaneMaps:
-    """The linear maps of all lanes: one jaxpr, without constants, with marks of a level in it.
+class ViewMaps:
+    """The linear maps of all views: one jaxpr, without constants, with marks of a nesting in it.
 
     No rule of the user's is in it: that need not be linear, nor depend on cotangents.
     """
 
-    def __init__(self, jaxpr: Jaxpr, level: int):
-        self.jaxpr, self.level, self._places = jaxpr, level, marked(jaxpr, level)
+    def __init__(self, jaxpr: Jaxpr, nesting: int):
+        self.jaxpr, self.nesting, self._places = jaxpr, nesting, marked(jaxpr, nesting)
         self._transposes: dict[tuple, _Transpose | None] = {}
 
     def __repr__(self) -> str:  # jaxprs print it
-        return f'maps of level {self.level}'
+        return f'maps of nesting {self.nesting}'
 
-    def of(self, lane: int) -> Jaxpr:
-        """Return the map of a lane."""
-        return of_lane(self.jaxpr, self.level, lane, self._places)
+    def of(self, view: int) -> Jaxpr:
+        """Return the map of a view."""
+        return for_view(self.jaxpr, self.nesting, view, self._places)
 
-    def transposed(self, lane: int, inputs: list, cotangents: list
+    def transposed(self, view: int, inputs: list, cotangents: list
                    ) -> tuple[Jaxpr, list, list[bool]] | None:
-        """Return the transpose of the map of a lane, where one can serve all lanes.
+        """Return the transpose of the map of a view, where one can serve all views.
 
         Args:
           inputs: the inputs of the map; those that it is transposed in are `ad.UndefinedPrimal`.
@@ -58,7 +58,7 @@ class LaneMaps:
             self._transposes[key] = self._trace(inputs, cotangents, given, moving)
         if (made := self._transposes[key]) is None:
             return None
-        part, zero = _without_zeros(of_lane(made.jaxpr, self.level, lane, made.places), made.moving)
+        part, zero = _without_zeros(for_view(made.jaxpr, self.nesting, view, made.places), made.moving)
         part, used = jax_compat.pruned(part, [not z for z in zero], [False] * len(part.invars))
         operands = [x for x, u in zip([*made.consts, *given, *moving], used, strict=True) if u]
         zeros = iter(zero)
@@ -77,7 +77,7 @@ class LaneMaps:
             reached[:] = [ct is not None and type(ct) is not ad.Zero for ct in found]
             return [ct for ct, r in zip(found, reached, strict=True) if r]
         jaxpr, consts = opened(jax_compat.traced(pull, *given, *moving))
-        places = marked(jaxpr, self.level)
+        places = marked(jaxpr, self.nesting)
         if not all(is_mark(jaxpr.eqns[i]) for i in places):
             return None
         moved, names = set(jaxpr.invars[len(consts) + len(given):]), []
@@ -88,7 +88,7 @@ class LaneMaps:
 
 
 class _Transpose(NamedTuple):
-    """The transpose of the maps of all lanes.
+    """The transpose of the maps of all views.
 
     Attributes:
       jaxpr: it, with marks.

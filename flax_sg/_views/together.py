@@ -1,9 +1,9 @@
-"""The linear maps of several lanes, applied together where they compute something again.
+"""The linear maps of several views, applied together where they compute something again.
 
-A pullback of a rematerialised function computes its residuals again. Those of all lanes are equal,
-so they are computed once here: one checkpoint for all lanes computes what it has to, and applies
-each lane's own linear map to that; a loop, a branch or a call around it is one for all lanes too.
-A map that computes nothing again is applied in each lane by itself.
+A pullback of a rematerialised function computes its residuals again. Those of all views are equal,
+so they are computed once here: one checkpoint for all views computes what it has to, and applies
+each view's own linear map to that; a loop, a branch or a call around it is one for all views too.
+A map that computes nothing again is applied in each view by itself.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_par
 from flax_sg._compat import jax as jax_compat
 from flax_sg._jax.jaxprs import closed_over, moves_out, moving_among, opened
 from flax_sg._views.linear_map import push
-from flax_sg._views.masks import absent, all_in_sight, counted_in, needed, of_lane
-from flax_sg._views.pullbacks import LaneMaps
+from flax_sg._views.masks import absent, all_in_sight, counted_in, for_view, needed
+from flax_sg._views.pullbacks import ViewMaps
 
 __all__ = ['Maps', 'once']
 
 
 class Maps:
-    """Linear maps, which are one but for the marks that count in each lane.
+    """Linear maps, which are one but for the marks that count in each view.
 
     Args:
-      level: that of these marks.
-      share: computes a function once, whose inputs are equal in all lanes; it gets a jaxpr and the
-        inputs of each lane, and returns the results in each.
+      nesting: that of these marks.
+      share: computes a function once, whose inputs are equal in all views; it gets a jaxpr and the
+        inputs of each view, and returns the results in each.
     """
 
-    def __init__(self, level: int, share: Callable[[ClosedJaxpr, list[list]], list[list]]):
-        self.level, self.share = level, share
+    def __init__(self, nesting: int, share: Callable[[ClosedJaxpr, list[list]], list[list]]):
+        self.nesting, self.share = nesting, share
 
     def apply(self, jaxpr: Jaxpr, operands: list[list], moving: list[bool]) -> list[list]:
-        """Apply the map in each lane, and return the results in each.
+        """Apply the map in each view, and return the results in each.
 
         Args:
           jaxpr: the map, without constants.
-          operands: those of each lane.
-          moving: which of these the map is linear in; the others are equal in all lanes.
+          operands: those of each view.
+          moving: which of these the map is linear in; the others are equal in all views.
         """
         if any(moving) and not all_in_sight.value:
-            operands = [self._thinned(jaxpr, lane, values, moving)
-                        for lane, values in enumerate(operands)]
+            operands = [self._thinned(jaxpr, view, values, moving)
+                        for view, values in enumerate(operands)]
         if not any(moving) or not _computes_again(jaxpr) and not _asks_the_user(jaxpr):
             return self._each(jaxpr, operands, moving)
         envs = [dict(zip(jaxpr.invars, values, strict=True)) for values in operands]
@@ -56,7 +56,7 @@ class Maps:
         for eqn in jaxpr.eqns:
             values = [[_read(env, var) for var in eqn.invars] for env in envs]
             flags = moving_among(eqn.invars, moved)
-            counts = None if all_in_sight.value else counted_in(eqn, self.level)
+            counts = None if all_in_sight.value else counted_in(eqn, self.nesting)
             rule = _RULES.get(eqn.primitive.name)
             if counts is not None:
                 outs = [[of[0] if c else absent(eqn.outvars[0].aval, other)]
@@ -72,12 +72,12 @@ class Maps:
             moved.update(eqn.outvars * any(flags))
         return [[_read(env, var) for var in jaxpr.outvars] for env in envs]
 
-    def _thinned(self, jaxpr: Jaxpr, lane: int, values: list, moving: list[bool]) -> list:
-        """Let nothing depend on the tangents that do not count in a lane.
+    def _thinned(self, jaxpr: Jaxpr, view: int, values: list, moving: list[bool]) -> list:
+        """Let nothing depend on the tangents that do not count in a view.
 
         JAX would not see it, and ask a rule of the user's for what such a tangent came from.
         """
-        used = needed(jaxpr, self.level, lane)
+        used = needed(jaxpr, self.nesting, view)
         pairs = list(zip(moving, used, strict=True))
         if all(u or not m for m, u in pairs):
             return values
@@ -89,24 +89,24 @@ class Maps:
 
     def _each(self, jaxpr: Jaxpr, operands: list[list], moving: list[bool]) -> list[list]:
         if len(jaxpr.eqns) < 2 or not any(moving):
-            return [jax.core.eval_jaxpr(of_lane(jaxpr, self.level, lane), (), *values)
-                    for lane, values in enumerate(operands)]
+            return [jax.core.eval_jaxpr(for_view(jaxpr, self.nesting, view), (), *values)
+                    for view, values in enumerate(operands)]
         if moving != sorted(moving):
             order = sorted(range(len(moving)), key=lambda i: moving[i])
             jaxpr = jaxpr.replace(invars=[jaxpr.invars[i] for i in order],
                                   debug_info=jaxpr.debug_info.with_unknown_names())
             operands = [[values[i] for i in order] for values in operands]
         count = moving.count(False)
-        maps = LaneMaps(jaxpr, self.level)
-        return [push(maps.of(lane), values[:count], values[count:], maps, lane)
-                for lane, values in enumerate(operands)]
+        maps = ViewMaps(jaxpr, self.nesting)
+        return [push(maps.of(view), values[:count], values[count:], maps, view)
+                for view, values in enumerate(operands)]
 
     def _checkpoint(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
         known, push = jax_compat.split(eqn.params['jaxpr'], moving)
-        flat, of_lanes = once(operands)
+        flat, of_views = once(operands)
 
         def body(*flat: Any) -> list:
-            parts = [_parted(values, moving) for values in of_lanes(flat)]
+            parts = [_parted(values, moving) for values in of_views(flat)]
             kept = self.share(known, [inputs for inputs, _ in parts]) if known.jaxpr.eqns else [
                 jax.core.eval_jaxpr(known.jaxpr, known.consts, *inputs) for inputs, _ in parts]
             outs = self.apply(push.jaxpr, [
@@ -134,11 +134,11 @@ class Maps:
             if moving[consts:consts + carry] == before:
                 break
 
-        sliced, of_lanes = once([of[consts + carry:] for of in operands])
+        sliced, of_views = once([of[consts + carry:] for of in operands])
 
         def step(carries: list[list], xs: list) -> tuple[list[list], list[list]]:
             values = [[*closed_consts, *of[:consts], *c, *x]
-                      for of, c, x in zip(operands, carries, of_lanes(xs), strict=True)]
+                      for of, c, x in zip(operands, carries, of_views(xs), strict=True)]
             outs = self.apply(body, values, [*[False] * len(closed_consts), *moving])
             return [out[:carry] for out in outs], [out[carry:] for out in outs]
 
@@ -148,17 +148,17 @@ class Maps:
         return [[*c, *y] for c, y in zip(carries, ys, strict=True)]
 
     def _cond(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
-        flat, of_lanes = once([values[1:] for values in operands])
+        flat, of_views = once([values[1:] for values in operands])
 
         def of_branch(closed: Any) -> Callable:
-            return lambda flat: self.apply(*_with_consts(closed, of_lanes(flat), moving[1:]))
+            return lambda flat: self.apply(*_with_consts(closed, of_views(flat), moving[1:]))
         return jax.lax.switch(operands[0][0], list(map(of_branch, eqn.params['branches'])), flat)
 
     def _call(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
-        flat, of_lanes = once(operands)
+        flat, of_views = once(operands)
 
         def call(flat: list) -> list[list]:
-            return self.apply(*_with_consts(eqn.params['jaxpr'], of_lanes(flat), moving))
+            return self.apply(*_with_consts(eqn.params['jaxpr'], of_views(flat), moving))
         call.__name__ = eqn.params['name']
         return jax.jit(call)(flat)
 
@@ -213,19 +213,19 @@ def _parted(values: Any, moving: list[bool]) -> tuple[list, list]:
 
 
 def once(operands: list[list]) -> tuple[list, Callable[[Any], list[list]]]:
-    """Return the operands of all lanes, each value once; and a function from these to each lane's.
+    """Return the operands of all views, each value once; and a function from these to each view's.
 
-    What lanes have in common then has one cotangent, the sum of theirs, in a loop too.
+    What views have in common then has one cotangent, the sum of theirs, in a loop too.
     """
     flat = {id(x): x for values in operands for x in values}
     place = {key: i for i, key in enumerate(flat)}
     places = [[place[id(x)] for x in values] for values in operands]
-    return [*flat.values()], lambda flat: [[flat[i] for i in of_lane] for of_lane in places]
+    return [*flat.values()], lambda flat: [[flat[i] for i in for_view] for for_view in places]
 
 
-def _grouped(values: list, lanes: int) -> list[list]:
-    count = len(values) // lanes
-    return [values[i * count:(i + 1) * count] for i in range(lanes)]
+def _grouped(values: list, views: int) -> list[list]:
+    count = len(values) // views
+    return [values[i * count:(i + 1) * count] for i in range(views)]
 
 
 def _with_consts(closed: ClosedJaxpr, operands: list[list], moving: list[bool]) -> tuple:

@@ -1,7 +1,7 @@
 """Functions on trees of nested mappings: split, filter, map, merge and walk them.
 
 A node is any ``Mapping``; everything else is a leaf: an array, None, a tuple of arrays, or a box
-such as ``nn.Partitioned``, which is handed over as it is stored. `_filters.py` decides by patterns
+such as ``nn.Partitioned``, which is handed over as it is stored. `_filters` decides by patterns
 and knows no values; the functions here call a plain ``fn(module_name, name, value)``, where
 ``module_name`` is the '/'-joined path of the parent ('' at the top) and ``name`` the last key.
 `_tree_kinds.py` measures and converts; `data_structures.py` is the public face of both.

@@ -61,16 +61,16 @@ class Kept:
       names: of the attributes; the first run's values are the module's own.
     """
 
-    def __init__(self, names: tuple[str, ...], entries: tuple[OpenBlock, ...], run: Run):
-        self.names, self.entries, self.run = names, entries, run.first or run
+    def __init__(self, names: tuple[str, ...], blocks: tuple[OpenBlock, ...], run: Run):
+        self.names, self.blocks, self.run = names, blocks, run.first or run
         self.trace = jax_compat.trace_state()
-        self.kept: dict[int, tuple] = {}
+        self.setup_replays: dict[int, tuple] = {}
 
     def read(self, module: Module, name: str, again: Callable[[], dict[str, Any]]) -> Any:
         """Return the first run's value, or that of a run ``again`` under the open transforms."""
-        entries, now, values = effective(module.scope), jax_compat.trace_state(), vars(module)
+        blocks, now, values = effective(module.scope), jax_compat.trace_state(), vars(module)
         # A tracer computed in a function that JAX traced, the body of a scan, stays in there.
-        if entries == self.entries and (
+        if blocks == self.blocks and (
                 self.trace in (now, application_of(module.scope).trace) or not any(
                     isinstance(leaf, jax.core.Tracer) for name in self.names
                     for leaf in jax.tree.leaves(values[name]))):
@@ -78,12 +78,12 @@ class Kept:
         # Values computed here are tracers of the current trace. They are kept only where what
         # keeps them cannot outlive it: by the innermost block, or by a module of the same trace.
         keeper = state.stack[-1] if state.stack else self
-        kept = keeper.kept if keeper.trace == now else {}
-        if kept.get(id(self), _NOTHING)[:2] != (self, entries):
+        kept = keeper.setup_replays if keeper.trace == now else {}
+        if kept.get(id(self), _NOTHING)[:2] != (self, blocks):
             with running(Run(self.run), module.scope):
                 new = again()
             merged = {name: _merge(values[name], new[name]) for name in self.names}
-            kept[id(self)] = (self, entries, merged)
+            kept[id(self)] = (self, blocks, merged)
         return kept[id(self)][2][name]
 
 
@@ -220,10 +220,10 @@ def note_run(module: Module, what: str, run: Run) -> None:
 def _try_setup(original, self, shallow=False):
     if shallow or not linen_compat.setup_pending(self):
         return original(self, shallow)
-    before, entries = _values(self), effective(self.scope)
+    before, blocks = _values(self), effective(self.scope)
     # A module and its mirrors see the same state and draw the same numbers: the first is set up.
     run = Run(first_run(self, 'setup'))
-    in_block = _told_of_objects(self, run) if entries else contextlib.nullcontext()
+    in_block = _told_of_objects(self, run) if blocks else contextlib.nullcontext()
     with running(run, self.scope), in_block:
         original(self, shallow)
     if run.first is None:
@@ -235,7 +235,7 @@ def _try_setup(original, self, shallow=False):
         for name in names:
             _intercept(type(self), name)
         if names:
-            object.__setattr__(self, _TABLE, Kept(names, entries, run))
+            object.__setattr__(self, _TABLE, Kept(names, blocks, run))
 
 
 def _values(module: Module) -> dict[str, tuple[Any, list]]:

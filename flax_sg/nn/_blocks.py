@@ -11,13 +11,13 @@ from flax_sg._compat import linen as linen_compat
 from flax_sg._compat.linen import Scope
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.open_blocks import opened
-from flax_sg.nn._scope_flags import mark_of, set_mark
+from flax_sg.nn._scope_flags import flags_of, set_flags
 
 if TYPE_CHECKING:
     pass
 
 __all__ = [
-    'attach', 'attached_entry', 'block_at', 'may_create', 'open_at', 'without',
+    'attach', 'module_block', 'block_at', 'may_create', 'open_at', 'without',
 ]
 
 
@@ -40,23 +40,23 @@ def block_at(transform: Any, scope: Scope | None, by: Scope | None) -> OpenBlock
 
     ``by`` is the scope of the module whose code opens it.
     """
-    return OpenBlock(transform, ()) if scope is None else entry_of(transform, scope, around_of(scope, by))
+    return OpenBlock(transform, ()) if scope is None else _opened_at(transform, scope, around_of(scope, by))
 
 
-def entry_of(transform: Any, scope: Scope, around: tuple[OpenBlock, ...], owner: Any = None) -> OpenBlock:
-    mark = mark_of(scope)
-    return OpenBlock(transform, linen_compat.scope_path(scope), mark.family, variables=mark.variables,
+def _opened_at(transform: Any, scope: Scope, around: tuple[OpenBlock, ...], owner: Any = None) -> OpenBlock:
+    flags = flags_of(scope)
+    return OpenBlock(transform, linen_compat.scope_path(scope), flags.root_id, variables=flags.variables,
                  around=around, owner=owner,
                  initializing=bool(scope.get_flag('initializing', False)))
 
 
 def around_of(scope: Scope, by: Scope | None) -> tuple[OpenBlock, ...]:
-    """Return those of a scope's attached entries in which the module that opens a block lies too.
+    """Return those of a scope's attached blocks in which the module that opens a block lies too.
 
     The block is inside them, and around the others.
     """
-    own = mark_of(scope).own
-    return () if by is None else tuple(entry for entry in own if entry in mark_of(by).own)
+    own = flags_of(scope).module_blocks
+    return () if by is None else tuple(block for block in own if block in flags_of(by).module_blocks)
 
 
 def running_scope() -> Scope | None:
@@ -71,26 +71,26 @@ def attach(scope: Scope, owner: Any, transform: Any, *, mirror: bool = False) ->
     owner's transform already, as inside a lifted method, is returned as it is. That of a mirror is
     around what was attached to the scope before.
     """
-    if linen_compat.in_scratch_root(scope) or attached_entry(scope, owner) is not None:
+    if linen_compat.in_scratch_root(scope) or module_block(scope, owner) is not None:
         return scope
-    mark = mark_of(scope)
-    around = around_of(scope, running_scope()) if mirror else mark.own
-    inside = tuple(entry for entry in mark.own if entry not in around)
+    flags = flags_of(scope)
+    around = around_of(scope, running_scope()) if mirror else flags.module_blocks
+    inside = tuple(block for block in flags.module_blocks if block not in around)
     view = scope.rewound()
     view.reservations = scope.reservations
-    set_mark(view, mark.with_own((*around, entry_of(transform, scope, around, owner), *inside)))
+    set_flags(view, flags.with_module_blocks((*around, _opened_at(transform, scope, around, owner), *inside)))
     return view
 
 
-def attached_entry(scope: Scope, owner: Any) -> OpenBlock | None:
-    """Return the entry that `attach` gave the scope for an owner, or None."""
-    mark, path = mark_of(scope), linen_compat.scope_path(scope)
-    return next((e for e in mark.own if e.owner == owner and e.opener == path
-                 and e.family is mark.family), None)
+def module_block(scope: Scope, owner: Any) -> OpenBlock | None:
+    """Return the block that `attach` gave the scope for an owner, or None."""
+    flags, path = flags_of(scope), linen_compat.scope_path(scope)
+    return next((e for e in flags.module_blocks if e.owner == owner and e.opener == path
+                 and e.root_id is flags.root_id), None)
 
 
 def without(scope: Scope, owners: set) -> Scope:
     """Return a view of the scope that carries nothing of some owners."""
-    view, mark = scope.rewound(), mark_of(scope)
-    set_mark(view, mark.with_own(tuple(e for e in mark.own if e.owner not in owners)))
+    view, flags = scope.rewound(), flags_of(scope)
+    set_flags(view, flags.with_module_blocks(tuple(e for e in flags.module_blocks if e.owner not in owners)))
     return view

@@ -51,13 +51,13 @@ class CachedProperty:
         if module.scope is None:
             values[self.name] = self.wrapped.func(module)
             return
-        run, entries = Run(first_run(module, self.slot)), effective(module.scope)
+        run, blocks = Run(first_run(module, self.slot)), effective(module.scope)
         with running(run, module.scope):
             values[self.name] = self.wrapped.func(module)
         if run.first is None:
             note_run(module, self.slot, run)
         if run.read:
-            values[self.slot] = Kept((self.name,), entries, run), values[self.name]
+            values[self.slot] = Kept((self.name,), blocks, run), values[self.name]
 
     def __set__(self, module: Module, value: Any) -> None:
         vars(module)[self.name] = value

@@ -18,19 +18,19 @@ from flax_sg._errors import UsageError
 from flax_sg._filters.callables import identity_key, lasting_key
 from flax_sg._transforms.thread_state import state, under
 from flax_sg.nn._blocks import attach, without
-from flax_sg.nn._members import entries_of, has_members, lift_members
+from flax_sg.nn._members import blocks_of, has_members, lift_members
 from flax_sg.nn._scope_flags import application_of
 
 if TYPE_CHECKING:
     from flax_sg._transforms.transform import Transform
 
-__all__ = ['lift_class']
+__all__ = ['transformed_class']
 
 # Of a lifted class: its base and transform, all lifted classes among it and its bases, the identity
 # of what it was made of, and its key once equal callables share it.
 _LAYER, _LIFTED = '_flax_sg_layer', '_flax_sg_lifted'
 _MADE_OF, _SHARED = '_flax_sg_made_of', '_flax_sg_shared'
-_MADE_IN = '_flax_sg_made_in'  # of a copy: the entries of the running module that made it
+_MADE_IN = '_flax_sg_made_in'  # of a copy: the blocks of the running module that made it
 _READS = ('get_variable', 'variables')  # methods of Module itself that read
 # Lifted transforms of classes in whose bodies a variable is what it is around them; and none.
 _ONE_VALUE = ('checkpoint', 'jit', None)
@@ -39,7 +39,7 @@ _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, typ
     weakref.WeakKeyDictionary())
 
 
-def lift_class(transform: Transform, base: type[Module]) -> type[Module]:
+def transformed_class(transform: Transform, base: type[Module]) -> type[Module]:
     """Return a subclass of the same name whose every read goes through the transform.
 
     Equal transforms of one class give one class, so that caches stay warm.
@@ -91,17 +91,17 @@ def _lifted(cls: type[Module]) -> tuple[type[Module], ...]:
 
 
 def _clone(base: type[Module]) -> Callable:
-    """Make `clone` of a lifted class, which notes the running entries in which a copy was made.
+    """Make `clone` of a lifted class, which notes the running blocks in which a copy was made.
 
     A copy that a running module makes of itself, and applies, gets what the module has read. That
-    has gone through its entries already.
+    has gone through its blocks already.
     """
     @functools.wraps(base.clone)
     def clone(self, *args, **kwargs):
-        made_in = vars(self).get(_MADE_IN, _Entries())
+        made_in = vars(self).get(_MADE_IN, _Blocks())
         if self.scope is not None:
-            running = (e for e in entries_of(self, _lifted(type(self))) if e in state.stack)
-            made_in = _Entries((*made_in, *map(weakref.ref, running)))
+            running = (e for e in blocks_of(self, _lifted(type(self))) if e in state.stack)
+            made_in = _Blocks((*made_in, *map(weakref.ref, running)))
         with under(copied_in=made_in):
             copy = base.clone(self, *args, **kwargs)
         if made_in:
@@ -112,14 +112,14 @@ def _clone(base: type[Module]) -> Callable:
     return clone
 
 
-class _Entries(tuple):
-    """Weak references to entries, which a copy of their holder shares and a pickled one has not."""
+class _Blocks(tuple):
+    """Weak references to blocks, which a copy of their holder shares and a pickled one has not."""
 
-    def __deepcopy__(self, memo: dict) -> _Entries:
+    def __deepcopy__(self, memo: dict) -> _Blocks:
         return self
 
     def __reduce__(self) -> tuple:
-        return _Entries, ()
+        return _Blocks, ()
 
 
 def _unbind(base: type[Module]) -> Callable:
@@ -156,8 +156,8 @@ class _AttachedScope:
                     'closes over was bound anew since, and an equal one shares the class. Lift the '
                     'class again, or let the callable look at an object that changes.')
             if application_of(scope).inner and any(
-                    entry in state.stack and entry.owner[0] is owner
-                    for entry in (made_in() for made_in in state.copied_in)):
+                    block in state.stack and block.owner[0] is owner
+                    for block in (made_in() for made_in in state.copied_in)):
                 continue
             scope = attach(scope, (owner, module.name), transform)
         vars(module)['scope'] = scope
@@ -172,7 +172,7 @@ def _init_subclass(lifted: type[Module], cls: type[Module], **kwargs: Any) -> No
 
 
 def _opened_by(cls: type[Module]) -> tuple[type[Module], ...]:
-    """Return the lifted classes whose entries the methods of a class open, the innermost first.
+    """Return the lifted classes whose blocks the methods of a class open, the innermost first.
 
     Where `nn.scan` or its like transforms a class in between, these are opened in its body: one
     layer is what they see.
@@ -196,5 +196,5 @@ _reduce.nowrap = True  # Flax would run setup first
 
 
 def _rebuild(base: type[Module], transforms: list[Transform]) -> Module:
-    cls = functools.reduce(lambda cls, transform: lift_class(transform, cls), transforms, base)
+    cls = functools.reduce(lambda cls, transform: transformed_class(transform, cls), transforms, base)
     return cls.__new__(cls)

@@ -15,9 +15,9 @@ from flax_sg._transforms.stop_gradient import stop_gradient
 from flax_sg._transforms.transform import Transform
 from flax_sg.nn import _self_check
 from flax_sg.nn._blocks import block_at, open_at
-from flax_sg.nn._classes import lift_class
-from flax_sg.nn._methods import lift_function
-from flax_sg.nn._mirrors import lift_instance
+from flax_sg.nn._classes import transformed_class
+from flax_sg.nn._methods import transformed_function
+from flax_sg.nn._mirrors import mirror_of
 from flax_sg.nn._running_code import module_of
 from flax_sg.nn._views import views_of, views_of_call
 
@@ -41,11 +41,11 @@ class _Linen:
 
     def transformed(self, transform: Transform, target: Any) -> Any:
         if inspect.isclass(target) and issubclass(target, Module):
-            return lift_class(transform, target)
+            return transformed_class(transform, target)
         if isinstance(target, Module):
-            return lift_instance(transform, target)
+            return mirror_of(transform, target)
         if inspect.isfunction(target) or inspect.ismethod(target):
-            return lift_function(transform, target)
+            return transformed_function(transform, target)
         return NotImplemented
 
     def viewed(self, views: Any, target: Any) -> Any:

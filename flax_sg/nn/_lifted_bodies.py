@@ -33,11 +33,11 @@ from flax_sg.nn._reads import Reads, identical
 from flax_sg.nn._scope_flags import (
     APPLICATION,
     FLAG,
-    Mark,
+    ScopeFlags,
     application_of,
-    mark_of,
+    flags_of,
     new_application,
-    set_mark,
+    set_flags,
 )
 
 __all__ = []
@@ -144,7 +144,7 @@ class _Lifted:
         self.split = name in _SPLITS
         self.open = [self._open_about(scope) for scope in self.packed]
         self.given = self._given(in_filters[0]) if name in _DERIVES else frozenset()
-        self.applied: list[frozenset[str]] = [frozenset() for _ in self.packed]
+        self.transformed_collections: list[frozenset[str]] = [frozenset() for _ in self.packed]
         # What is transformed at each read inside, as a step of a loop, or the body, writes it.
         self.left: list[frozenset[str]] = [frozenset() for _ in self.packed]
         # Of what it may write: the values, and in what reads of them differ.
@@ -161,15 +161,15 @@ class _Lifted:
     def _given(self, differentiated: Any) -> frozenset[str]:
         """Return the collections that a derivative is taken of, and that open blocks look into."""
         return frozenset(
-            collection for scope, entries in zip(self.packed, self.open, strict=True)
+            collection for scope, blocks in zip(self.packed, self.open, strict=True)
             if not scope.get_flag('initializing', False)
             for collection in linen_compat.root_variables(scope)
             if in_filter(differentiated, collection)
-            and any(entry.transform.in_collections(collection) for entry in entries))
+            and any(block.transform.in_collections(collection) for block in blocks))
 
     def _open_about(self, scope: Scope) -> tuple:
         reads = Reads(scope, '', idle=False)
-        return (*reads.mark.outer, *reads.inside)
+        return (*reads.flags.outer, *reads.inside)
 
     def _writable(self, scope: Scope, collection: str) -> bool:
         # A derivative in a block is one with respect to what the block hands in, and that cannot be
@@ -199,7 +199,7 @@ class _Lifted:
                 self.left[i] |= {collection}
                 continue
             if not writable:
-                self.applied[i] |= {collection}
+                self.transformed_collections[i] |= {collection}
             reads = Reads(scope, collection, idle=False)
             if reads.idle:
                 continue
@@ -213,9 +213,9 @@ class _Lifted:
 
     def _follows(self, i: int, collection: str) -> bool:
         """Say whether reads of a collection give what the body may write elsewhere meanwhile."""
-        return any(entry.transform.in_collections(collection) and self._writable(
-            self.packed[i], source) for entry in self.open[i]
-            for source in entry.transform.read_from())
+        return any(block.transform.in_collections(collection) and self._writable(
+            self.packed[i], source) for block in self.open[i]
+            for source in block.transform.read_from())
 
     def bind(self, scope_fn: Callable) -> Callable:
         """Make ``scope_fn`` mark the body's scopes with what was done and what is left to do."""
@@ -233,12 +233,12 @@ class _Lifted:
         return bound
 
     def _mark(self, i: int, root: Scope) -> None:
-        """Mark a scope that was handed in, and all below it."""
-        outer = mark_of(self.packed[i])
-        mark = Mark(outer.family, outer.variables, self.applied[i], self._copies(i, root),
+        """Set the flags of a scope that was handed in, and all below it."""
+        outer = flags_of(self.packed[i])
+        flags = ScopeFlags(outer.root_id, outer.variables, self.transformed_collections[i], self._copies(i, root),
                     self.open[i], trace=jax_compat.staging_trace(), split=outer.split or self.split)
         inner = application_of(self.packed[i]).inner
-        root.flags = root.flags.copy({FLAG: mark, APPLICATION: new_application(inner)})
+        root.flags = root.flags.copy({FLAG: flags, APPLICATION: new_application(inner)})
 
     def _copies(self, i: int, root: Scope) -> dict[tuple, tuple]:
         """Take what lies beside the stored variables out of a body's scope."""
@@ -249,7 +249,7 @@ class _Lifted:
         start = linen_compat.scope_path(root)
         for collection in [name for name in variables if not name.startswith(_BESIDE)]:
             beside = variables.pop(_BESIDE + collection, {})
-            if beside == _LEFT or collection in self.applied[i] | self.left[i]:
+            if beside == _LEFT or collection in self.transformed_collections[i] | self.left[i]:
                 continue
             for info, stored in walk(variables[collection], collection, start):
                 path = info.absolute_path
@@ -261,11 +261,11 @@ class _Lifted:
         while scope is not root:
             scope.flags = scope.flags.copy({name: root.flags[name] for name in (FLAG, APPLICATION)})
             scope = scope.parent
-        own = mark_of(outer).own
+        own = flags_of(outer).module_blocks
         if own:
             # The same scope may be handed in twice, as a live module's and as its mirror's.
             inner = inner.rewound()
-            set_mark(inner, mark_of(root).with_own(own))
+            set_flags(inner, flags_of(root).with_module_blocks(own))
         return inner
 
     def _values(self, i: int, root: Scope) -> dict[tuple, Any]:
@@ -391,7 +391,7 @@ class _Jitted:
 
 def _ask(question: Question) -> Hashable:
     """Ask the block that is open now, or the one that was open in the body."""
-    for entry in state.stack:
-        if entry.key == question.key:
-            return entry.says(question.info)
+    for block in state.stack:
+        if block.key == question.key:
+            return block.says(question.info)
     return question.says(question.info)

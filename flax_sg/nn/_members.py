@@ -20,16 +20,16 @@ from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.open_blocks import opened
 from flax_sg._transforms.run_inside import run_inside
 from flax_sg._transforms.thread_state import state
-from flax_sg.nn._blocks import attached_entry, may_create
+from flax_sg.nn._blocks import may_create, module_block
 from flax_sg.nn._cached_properties import CachedProperty
 
-__all__ = ['ROOTS', 'entries_of', 'has_members', 'lift_members']
+__all__ = ['ROOTS', 'blocks_of', 'has_members', 'lift_members']
 
 # Methods of Module that make another root of the module's, or a module for one.
 ROOTS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate',
          'unbind')
 _MEMBERS = '_flax_sg_members'  # of a class: names of what is lifted in it, and who defined it
-_OPENS = '_flax_sg_opens'  # of a class: the lifted classes whose entries these open
+_OPENS = '_flax_sg_opens'  # of a class: the lifted classes whose blocks these open
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
 _OVERRIDDEN = frozenset({'__call__', '__getattr__'})
 _NOT_OF_INSTANCES = (staticmethod, classmethod, types.MemberDescriptorType,
@@ -46,7 +46,7 @@ def lift_members(cls: type[Module], owners: Sequence[type[Module]], more: Sequen
     """Let what instances of a class have that may read run in their block.
 
     Args:
-      owners: the lifted classes whose entries it opens, the innermost first.
+      owners: the lifted classes whose blocks it opens, the innermost first.
       more: names of methods of Module itself.
     """
     members: dict[str, type] = {}
@@ -87,7 +87,7 @@ def _may_read(name: str, member: Any) -> bool:
 
 def _opens(cls: type[Module], name: str, definer: type, owners: Sequence[type[Module]]
            ) -> list[type[Module]]:
-    """Return the lifted classes whose entries a member has to open in a class."""
+    """Return the lifted classes whose blocks a member has to open in a class."""
     holder = next(of for of in cls.__mro__ if name in vars(of))
     if vars(holder).get(_MEMBERS, {}).get(name) is definer and (
             vars(holder)[_OPENS] >= vars(cls)[_OPENS]):
@@ -160,22 +160,22 @@ class _DataMember(_Member):
 
 @contextlib.contextmanager
 def _own_block(owners: Sequence[type[Module]], is_done: bool, module: Module) -> Iterator[None]:
-    """Open a lifted module's own entries, unless one of its methods is running already.
+    """Open a lifted module's own blocks, unless one of its methods is running already.
 
     After its setup it is not done: what is selected may be made by a method.
     """
-    own = () if module.scope is None else entries_of(module, owners)
-    new = [entry for entry in own if entry not in state.stack]
+    own = () if module.scope is None else blocks_of(module, owners)
+    new = [block for block in own if block not in state.stack]
     with contextlib.ExitStack() as stack:
-        for entry in new:
-            stack.enter_context(opened(entry))
+        for block in new:
+            stack.enter_context(opened(block))
         yield
-    for entry in new:
-        if is_done or not may_create(module.scope, entry.transform):
-            entry.met.check()
+    for block in new:
+        if is_done or not may_create(module.scope, block.transform):
+            block.matches.check()
 
 
-def entries_of(module: Module, owners: Sequence[type[Module]]) -> list[OpenBlock]:
-    """Return the entries that a bound module has of lifted classes, the outermost first."""
-    return [entry for owner in reversed(owners)
-            if (entry := attached_entry(module.scope, (owner, module.name))) is not None]
+def blocks_of(module: Module, owners: Sequence[type[Module]]) -> list[OpenBlock]:
+    """Return the blocks that a bound module has of lifted classes, the outermost first."""
+    return [block for owner in reversed(owners)
+            if (block := module_block(module.scope, (owner, module.name))) is not None]

@@ -13,22 +13,22 @@ from flax_sg._errors import UsageError
 from flax_sg._transforms.run_inside import run_inside
 from flax_sg.nn._blocks import open_at
 from flax_sg.nn._members import ROOTS
-from flax_sg.nn._mirrors import lift_instance
+from flax_sg.nn._mirrors import mirror_of
 
 if TYPE_CHECKING:
     from flax_sg._transforms.transform import Transform
 
-__all__ = ['lift_function', 'makes_root']
+__all__ = ['transformed_function', 'makes_root']
 
 
-def lift_function(transform: Transform, fn: Callable) -> Callable:
+def transformed_function(transform: Transform, fn: Callable) -> Callable:
     """Wrap a method, or a function that takes a module first, to run inside the block.
 
     What `apply` and its like read is of another root than the module's, and a module that is not
     bound has no place to open a block at. There it is the method of the transformed module.
     """
     if inspect.ismethod(fn):
-        return types.MethodType(lift_function(transform, fn.__func__), fn.__self__)
+        return types.MethodType(transformed_function(transform, fn.__func__), fn.__self__)
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
@@ -39,9 +39,9 @@ def lift_function(transform: Transform, fn: Callable) -> Callable:
                 f'should be a flax.linen Module; got {got}. Decorate a method of a Module, or open '
                 'a block with `with`.')
         if makes_root(fn):
-            return getattr(lift_instance(transform, args[0]), fn.__name__)(*args[1:], **kwargs)
+            return getattr(mirror_of(transform, args[0]), fn.__name__)(*args[1:], **kwargs)
         if args[0].scope is None:
-            return fn(lift_instance(transform, args[0]), *args[1:], **kwargs)
+            return fn(mirror_of(transform, args[0]), *args[1:], **kwargs)
         return inside(*args, **kwargs)
 
     inside = run_inside(fn, lambda module: open_at(transform, module.scope))

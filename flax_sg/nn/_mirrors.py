@@ -11,17 +11,17 @@ from flax_sg._compat import linen as linen_compat
 from flax_sg._compat.linen import Module, Scope
 from flax_sg.nn._attributes import LIVE
 from flax_sg.nn._blocks import attach
-from flax_sg.nn._classes import lift_class
+from flax_sg.nn._classes import transformed_class
 
 if TYPE_CHECKING:
     from flax_sg._transforms.transform import Transform
 
-__all__ = ['fields_of', 'lift_instance']
+__all__ = ['fields_of', 'mirror_of']
 
 
-def lift_instance(transform: Transform, module: Module) -> Module:
+def mirror_of(transform: Transform, module: Module) -> Module:
     """Return a mirror of a module: the same fields, parameters and random streams, transformed."""
-    cls = lift_class(transform, type(module))
+    cls = transformed_class(transform, type(module))
     if module.scope is None:
         return cls(parent=None, **fields_of(module))
     scope = attach(module.scope.rewound(), (cls, module.name), transform, mirror=True)

@@ -2,7 +2,7 @@
 
 Nothing is swapped or written: each read takes the stored value and returns what the transforms
 that cover it make of it. A lifted transform is a read too, of all that it hands to its body
-(`_lifts`); what it did and what is left to do in the body stands in the scopes' flags.
+(`_lifted_bodies`); what it did and what is left to do in the body stands in the scopes' flags.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from flax_sg._errors import UsageError
 from flax_sg._filters.mappings import children_of, rebuilt
 from flax_sg._filters.variables import Path
 from flax_sg._transforms.block import OpenBlock
-from flax_sg._transforms.cache_keys import claim, in_body, read_from, set_context
+from flax_sg._transforms.cache_keys import in_body, note_read, own_cache_key, set_context
 from flax_sg._transforms.thread_state import state, under
 from flax_sg._views.masks import tracing
 from flax_sg.nn._blocks import may_create
-from flax_sg.nn._scope_flags import FLAG, Mark, application_of, mark_of
+from flax_sg.nn._scope_flags import FLAG, ScopeFlags, application_of, flags_of
 
 __all__ = ['identical', 'Reads', 'effective']
 
@@ -35,32 +35,32 @@ __all__ = ['identical', 'Reads', 'effective']
 _MISSING = object()
 
 
-def _inside(scope: Scope, mark: Mark, idle: bool) -> tuple[OpenBlock, ...]:
-    """Return the entries about a scope that no lifted transform has seen to.
+def _inside(scope: Scope, flags: ScopeFlags, idle: bool) -> tuple[OpenBlock, ...]:
+    """Return the blocks about a scope that no lifted transform has seen to.
 
     A block that a module below a lifted one opens is inside the lifted one, whether that is running
     or not; ``idle=False`` leaves out those that are neither running nor around a block.
     """
     inner, found = application_of(scope).inner, state.stack
-    if mark.own:
-        found = [e for block in found for e in (*(o for o in block.around if o in mark.own), block)]
-        found += mark.own * idle
+    if flags.module_blocks:
+        found = [e for block in found for e in (*(o for o in block.around if o in flags.module_blocks), block)]
+        found += flags.module_blocks * idle
     return tuple(dict.fromkeys(
-        e for e in found if e not in mark.outer and e.covers(mark.family, inner)))
+        e for e in found if e not in flags.outer and e.covers(flags.root_id, inner)))
 
 
 def effective(scope: Scope) -> tuple[OpenBlock, ...]:
-    """Return the entries that apply to reads through the scope, outermost first."""
+    """Return the blocks that apply to reads through the scope, outermost first."""
     if linen_compat.in_scratch_root(scope):
         return ()
-    mark = mark_of(scope)
+    flags = flags_of(scope)
     if state.stack:
-        read_from(mark.trace)
-    return (*mark.outer, *_inside(scope, mark, idle=True))
+        note_read(flags.trace)
+    return (*flags.outer, *_inside(scope, flags, idle=True))
 
 
 class Reads:
-    """Reads of a collection through a scope: what the open entries make of its variables.
+    """Reads of a collection through a scope: what the open blocks make of its variables.
 
     Attributes:
       idle: nothing is open that concerns them.
@@ -69,26 +69,26 @@ class Reads:
     def __init__(self, scope: Scope, collection: str, *, idle: bool = True):
         """Ask what is open; ``idle=False`` leaves out lifted modules that are not running."""
         self.scope, self.collection = scope, collection
-        self.mark = mark_of(scope)
+        self.flags = flags_of(scope)
         self.inside: tuple[OpenBlock, ...] = ()
         self.idle = True
         if linen_compat.in_scratch_root(scope):
             return
         if state.stack:
-            read_from(self.mark.trace)
-        self.inside = _inside(scope, self.mark, idle)
-        applied = collection in self.mark.applied
-        self.outer = () if applied else self.mark.outer
+            note_read(self.flags.trace)
+        self.inside = _inside(scope, self.flags, idle)
+        done = collection in self.flags.transformed_collections
+        self.outer = () if done else self.flags.outer
         self.idle = not self.outer and not self.inside
-        if self.mark.trace is None:  # in a lifted body it was met on the way in
-            for entry in [e for e in self.inside if e.met is not None]:
-                entry.met.model(self.mark.family, self.mark.variables)
+        if self.flags.trace is None:  # in a lifted body it was met on the way in
+            for block in [e for e in self.inside if e.matches is not None]:
+                block.matches.note_model(self.flags.root_id, self.flags.variables)
 
     def of(self, path: Path, value: Any) -> Any:
         """Return what a read gives of a stored variable, or of the variables below a name."""
         if self.idle:
-            if self.collection not in self.mark.applied and in_body():
-                claim()
+            if self.collection not in self.flags.transformed_collections and in_body():
+                own_cache_key()
             return value
         if isinstance(value, Mapping):
             return rebuilt(value, {
@@ -97,39 +97,39 @@ class Reads:
 
     def settle(self) -> None:
         """Raise UnmatchedPathError for a lifted module that is read from outside its methods."""
-        for entry in self.mark.own:
-            if (not entry.settled and entry in self.inside and entry not in state.stack
-                    and not may_create(self.scope, entry.transform)):
-                entry.settled = True
-                entry.met.check()
+        for block in self.flags.module_blocks:
+            if (not block.settled and block in self.inside and block not in state.stack
+                    and not may_create(self.scope, block.transform)):
+                block.settled = True
+                block.matches.check()
 
     def handed_in(self, path: Path, value: Any) -> tuple[Any, tuple[OpenBlock, ...]]:
         """Return what a lifted transform made of a stored value, and what it left to do."""
-        stored, copy = self.mark.copies.get((self.collection, path), (_MISSING, None))
+        stored, copy = self.flags.copies.get((self.collection, path), (_MISSING, None))
         if stored is not _MISSING and identical(stored, value):  # boxes are made anew
             return copy, self.inside
-        if self.collection not in self.mark.applied and in_body():
-            claim()  # a trace under nn.jit depends on the blocks around it
+        if self.collection not in self.flags.transformed_collections and in_body():
+            own_cache_key()  # a trace under nn.jit depends on the blocks around it
         return value, (*self.outer, *self.inside)
 
     def _of_variable(self, path: Path, value: Any) -> Any:
         value, left = self.handed_in(path, value)
         return self._apply(left, path, value)
 
-    def _apply(self, entries: tuple[OpenBlock, ...], path: Path, value: Any) -> Any:
+    def _apply(self, blocks: tuple[OpenBlock, ...], path: Path, value: Any) -> Any:
         initializing = self.scope.get_flag('initializing', False)
         application = application_of(self.scope)
-        for entry in entries:
-            info = entry.info(path, self.collection, value)
-            if not entry.selects(info) or initializing and not entry.transform.at_init:
+        for block in blocks:
+            info = block.info(path, self.collection, value)
+            if not block.selects(info) or initializing and not block.transform.at_init:
                 continue
-            other = functools.partial(self._other, entry, path)
-            read = functools.partial(entry.read, application, info, value, other)
-            part = initializing and self.mark.split and entry in self.mark.outer
+            other = functools.partial(self._other, block, path)
+            read = functools.partial(block.read, application, info, value, other)
+            part = initializing and self.flags.split and block in self.flags.outer
             value = _read_part(read, value) if part else read()
         return value
 
-    def _other(self, entry: OpenBlock, path: Path, collection: str) -> Any:
+    def _other(self, block: OpenBlock, path: Path, collection: str) -> Any:
         """Read the variable at the same path in another collection, in the blocks around one.
 
         Raises KeyError if there is none.
@@ -137,17 +137,17 @@ class Reads:
         value = linen_compat.stored(self.scope, collection, path)
         if isinstance(value, Mapping):
             return value
-        order = (*self.mark.outer, *self.inside)
+        order = (*self.flags.outer, *self.inside)
         reads = Reads(self.scope, collection)
         value, left = reads.handed_in(path, value)
-        around = order[:order.index(entry)]
+        around = order[:order.index(block)]
         return reads._apply(tuple(e for e in left if e in around), path, value)
 
     def given(self, path: Path, stored: Any) -> Any:
         """Return what a stored variable was last read as in this application."""
         value, left = self.handed_in(path, stored)
-        for entry in left:
-            was = entry.has_read(application_of(self.scope), self.collection, path)
+        for block in left:
+            was = block.has_read(application_of(self.scope), self.collection, path)
             value = value if was is None else was
         return value
 
@@ -170,7 +170,7 @@ def _read_part(read: Any, value: Any) -> Any:
 
 def _check_open(scope: Scope, collection: str, name: str) -> None:
     """Raise UsageError if the target of some views is read where none of its blocks is open."""
-    if tracing.linearizing and not application_of(scope).linearizing:
+    if tracing.reads_closed and not application_of(scope).reads_closed:
         path = '/'.join((*linen_compat.scope_path(scope), name))
         raise UsageError(
             f"gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads {collection} "

@@ -16,62 +16,64 @@ from flax_sg._transforms.thread_state import state
 from flax_sg._views.masks import tracing
 from flax_sg.nn._running_code import module_of
 
-__all__ = ['APPLICATION', 'FLAG', 'Mark', 'application_of', 'mark_of', 'new_application', 'set_mark']
+__all__ = ['APPLICATION', 'FLAG', 'ScopeFlags', 'application_of', 'flags_of', 'new_application', 'set_flags']
 
 FLAG, APPLICATION = 'flax_sg', 'flax_sg_application'
 
 
-class Mark:
+class ScopeFlags:
     """What a scope carries in its flags, which Flax hands on to child scopes and lifted ones.
 
     Attributes:
-      family: the identity of the root outside all lifted transforms.
+      root_id: the identity of the root outside all lifted transforms.
       variables: the variables of that root.
-      applied: collections whose values were transformed when a lifted transform handed them in.
+      transformed_collections: those whose values were transformed when a lifted transform handed
+        them in.
       copies: for the others, by collection and path: the stored value that was handed in, and what
         a read of it gave.
-      outer: the entries that were applied to those; the body applies them to what it creates or
+      outer: the blocks that were applied to those; the body applies them to what it creates or
         writes.
-      own: entries of lifted modules, for every read through the scope and below.
+      module_blocks: those of lifted modules, for every read through the scope and below.
       trace: the JAX trace of the lifted body, of those to a jaxpr.
       split: a body around sees a part of each variable: one layer of a scan, one example of a map.
     """
 
-    __slots__ = ('applied', 'copies', 'family', 'outer', 'own', 'split', 'trace', 'variables')
+    __slots__ = ('copies', 'module_blocks', 'outer', 'root_id', 'split', 'trace',
+                 'transformed_collections', 'variables')
 
-    def __init__(self, family: Any, variables: dict, applied: frozenset[str] = frozenset(),
+    def __init__(self, root_id: Any, variables: dict, transformed_collections: frozenset[str] = frozenset(),
                  copies: Mapping[tuple, tuple] = FrozenDict(), outer: tuple[OpenBlock, ...] = (),
                  own: tuple[OpenBlock, ...] = (), trace: Any = None, split: bool = False):
-        self.family, self.variables = family, variables
-        self.applied, self.copies = applied, copies
-        self.outer, self.own, self.trace, self.split = outer, own, trace, split
+        self.root_id, self.variables = root_id, variables
+        self.transformed_collections, self.copies = transformed_collections, copies
+        self.outer, self.module_blocks, self.trace, self.split = outer, own, trace, split
 
-    def with_own(self, own: tuple[OpenBlock, ...]) -> Mark:
-        return Mark(self.family, self.variables, self.applied, self.copies, self.outer, own,
+    def with_module_blocks(self, own: tuple[OpenBlock, ...]) -> ScopeFlags:
+        return ScopeFlags(self.root_id, self.variables, self.transformed_collections, self.copies, self.outer, own,
                     self.trace, self.split)
 
-    # nn.jit hashes a scope's flags into its cache key: marks compare by meaning. Which variables
+    # nn.jit hashes a scope's flags into its cache key: flags compare by meaning. Which variables
     # there are copies of is in the structure of what nn.jit hands to its function.
     def _value(self) -> tuple:
-        entries = (tuple(e.key for e in es) for es in (self.outer, self.own))
-        return (self.applied, self.split, *entries)
+        blocks = (tuple(e.key for e in es) for es in (self.outer, self.module_blocks))
+        return (self.transformed_collections, self.split, *blocks)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mark) and self._value() == other._value()
+        return isinstance(other, ScopeFlags) and self._value() == other._value()
 
     def __hash__(self) -> int:
         return hash(self._value())
 
 
-def mark_of(scope: Scope) -> Mark:
-    """Return the mark that a scope carries, or one that says nothing."""
-    return scope.flags.get(FLAG) or Mark(
+def flags_of(scope: Scope) -> ScopeFlags:
+    """Return the flags that a scope carries, or some that say nothing."""
+    return scope.flags.get(FLAG) or ScopeFlags(
         application_of(scope).life, linen_compat.root_variables(scope))
 
 
-def set_mark(scope: Scope, mark: Mark) -> None:
-    """Let a scope carry a mark."""
-    scope.flags = scope.flags.copy({FLAG: mark})
+def set_flags(scope: Scope, flags: ScopeFlags) -> None:
+    """Let a scope carry flags."""
+    scope.flags = scope.flags.copy({FLAG: flags})
 
 
 @jax_compat.tap(Scope, '__init__')
@@ -85,7 +87,7 @@ def _init(original, self, /, *args, **kwargs):
 
 def new_application(inner: bool) -> Application:
     """Begin an application of a model; `inner` says that it is a running module's own affair."""
-    return Application(inner=inner, linearizing=tracing.linearizing)
+    return Application(inner=inner, reads_closed=tracing.reads_closed)
 
 
 def application_of(scope: Scope) -> Application:

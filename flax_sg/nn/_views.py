@@ -65,4 +65,4 @@ def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict)
         with open_at(views.marked(), module.scope):
             return fn(module, *args, **kwargs)
 
-    return lifted_call(views.in_lanes, in_block, *args, **kwargs)
+    return lifted_call(views.in_views, in_block, *args, **kwargs)

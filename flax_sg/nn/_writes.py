@@ -11,10 +11,10 @@ from flax_sg._compat.linen import Scope
 from flax_sg._errors import FrozenVariableError, UsageError
 from flax_sg._filters.variables import VariableInfo, walk
 from flax_sg._transforms.block import OpenBlock
-from flax_sg._transforms.cache_keys import claim, in_body
+from flax_sg._transforms.cache_keys import in_body, own_cache_key
 from flax_sg._transforms.thread_state import state
 from flax_sg.nn._reads import Reads, identical
-from flax_sg.nn._scope_flags import FLAG, application_of, mark_of
+from flax_sg.nn._scope_flags import FLAG, application_of, flags_of
 
 __all__ = ['write']
 
@@ -36,7 +36,7 @@ def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
     if not scope.has_variable(collection, name):
         return value
     if in_body():
-        claim()
+        own_cache_key()
     reads = Reads(scope, collection)
     if reads.idle:
         return value
@@ -51,15 +51,15 @@ def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
     if identical(restored, tree):
         return tree
     for at, stored in found:
-        for entry in (*reads.mark.outer, *reads.inside):
-            _check_write(entry, scope, entry.info(at, collection, stored), name)
+        for block in (*reads.flags.outer, *reads.inside):
+            _check_write(block, scope, block.info(at, collection, stored), name)
     return value if identical(restored, value) else restored
 
 
-def _check_write(entry: OpenBlock, scope: Scope, info: VariableInfo, name: str) -> None:
-    """Raise an error if an entry is against a change of a variable."""
-    transform = entry.transform
-    if not (transform.freezes or transform.changes_values) or not entry.selects(info):
+def _check_write(block: OpenBlock, scope: Scope, info: VariableInfo, name: str) -> None:
+    """Raise an error if a block is against a change of a variable."""
+    transform = block.transform
+    if not (transform.freezes or transform.changes_values) or not block.selects(info):
         return
     what = (f"{transform!r}: {name!r} of module '/{'/'.join(linen_compat.scope_path(scope))}' "
             f'(collection {info.collection!r}) was to be written in this block, ')
@@ -67,8 +67,8 @@ def _check_write(entry: OpenBlock, scope: Scope, info: VariableInfo, name: str) 
         raise FrozenVariableError(
             f'{what}in which it is constant. Write it outside of the block, or narrow the '
             'predicate or collections=.')
-    mark, key = mark_of(scope), (info.collection, info.absolute_path)
-    if entry.was_read(application_of(scope), *key) or entry in mark.outer and key in mark.copies:
+    flags, key = flags_of(scope), (info.collection, info.absolute_path)
+    if block.was_read(application_of(scope), *key) or block in flags.outer and key in flags.copies:
         raise UsageError(
             f'{what}which reads something else in its place: what was made of that would replace '
             'what is stored. Write it outside of the block, let the module not update it '
