@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from flax_sg._errors import UsageError
-from flax_sg._filters.filters import Filter, Predicate, as_filter, written
+from flax_sg._filters.filters import Filter, Predicate, as_filter, everything, written
 from flax_sg._filters.slips import kind_of
 from flax_sg._filters.variables import VariableInfo
 from flax_sg._transforms import front_ends
@@ -95,8 +95,9 @@ class GradientViews:
 
     def marked(self) -> Marked:
         """Return the transform in whose block the target is to run."""
-        union = functools.reduce(operator.or_, (filter for _, filter in self.entries))
-        return Marked(union, self.collections, self.allow_unmatched, self, nesting())
+        # It selects everything, as what is no entry's is held; each pattern has to select something.
+        selected = functools.reduce(operator.or_, (f for _, f in self.entries), everything)
+        return Marked(selected, self.collections, self.allow_unmatched, self, nesting())
 
     def in_views(self, call: Callable[[], tuple[Any, Any]]) -> tuple[dict[str, Any], Any]:
         """Run a function of no argument in views; it returns the output and what it has written."""
