@@ -8,7 +8,7 @@ from typing import Any
 from flax_sg._flow.graph import Graph, Step, sweep
 from flax_sg._flow.losses import Program
 from flax_sg._flow.obstacles import NOT_SEEN, obstacle
-from flax_sg._flow.origin import line_of, within
+from flax_sg._flow.origin import Origin
 from flax_sg._flow.records import Obstacle, Verdict
 from flax_sg._flow.tangents import Differentiation
 from flax_sg._jax.jaxprs import has_tangent
@@ -44,6 +44,7 @@ class Analysis:
             alive(step) if any(i is not None and self.live[i] for i in step.ins) else ()),
             back=True)
         self.outputs = outputs
+        self._origins: dict[int, Origin] = {}
         self.users: dict[int, list[Step]] = {}
         for step in graph.steps:
             for i in step.ins:
@@ -55,6 +56,11 @@ class Analysis:
         self.lines: dict[tuple[int, int], str] = {}
         self._find_lines()
         self.checked = check_whole(program, self, moving)
+
+    def _origin(self, step: Step) -> Origin:
+        if id(step) not in self._origins:
+            self._origins[id(step)] = Origin(step.at, step.context)
+        return self._origins[id(step)]
 
     def _find_obstacles(self) -> None:
         for step in self.graph.steps:
@@ -70,7 +76,7 @@ class Analysis:
                     self._add(step, step.outs.index(o), failure, self.live[i], self.need[o])
 
     def _add(self, step: Step, output: int, failure: str, params: int, losses: int) -> None:
-        found = obstacle(step.eqn, step.context, output, failure)
+        found = obstacle(self._origin(step), output, failure)
         past = self._tangent_escapes(step, output)
         for p in _bits(params):
             for k in _bits(losses):
@@ -83,14 +89,14 @@ class Analysis:
         computed, and their derivatives are right. So only the results count, which the output of
         the step goes into.
         """
-        function = within(step.eqn, step.context)
+        function = self._origin(step).function
         if function is None:
             return 0
         nodes, seen, past = [step.outs[output]], {step.outs[output]}, 0
         while nodes:
             node = nodes.pop()
             for user in self.users.get(node, ()):
-                if within(user.at, user.context) != function:
+                if self._origin(user).function != function:
                     past |= self.live[node]
                     continue
                 new = [o for i, o in self.rules.computed(user) if i == node and o not in seen]
@@ -113,7 +119,7 @@ class Analysis:
             for k in _bits(self.alive[self.params[p]]):
                 step = next((step for step, losses in uses if losses >> k & 1), None)
                 if step is not None:
-                    self.lines[p, k] = line_of(step.at, step.context)
+                    self.lines[p, k] = self._origin(step).line
 
     def reached(self, p: int, k: int) -> bool:
         return bool(has_tangent(self.avals[p]) and self.alive[self.params[p]] >> k & 1)

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from flax_sg._compat import jax as jax_compat
 from flax_sg._flow.graph import Context, Edge, Graph, Step, sweep
 from flax_sg._jax.jaxprs import has_tangent
+from flax_sg._views.masks import counts
 
 __all__ = ['Answer', 'Differentiation', 'dependence', 'value_edges']
 
@@ -67,9 +68,7 @@ def dependence(jaxpr: Any) -> list[int]:
 
 def _is_zero(step: Step) -> bool:
     """Say whether a step is the tangent of what another entry of some views marks."""
-    eqn = step.eqn
-    return (eqn is not None and eqn.primitive.name == 'flax_sg_view_tangent'
-            and eqn.params['views'] is False)
+    return step.eqn is not None and counts(step.eqn) is False
 
 
 class Differentiation:
