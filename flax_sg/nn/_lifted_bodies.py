@@ -33,6 +33,7 @@ from flax_sg.nn._reads import Reads, identical
 from flax_sg.nn._scope_flags import (
     APPLICATION,
     FLAG,
+    Place,
     ScopeFlags,
     application_of,
     flags_of,
@@ -168,7 +169,7 @@ class _Lifted:
             and any(block.transform.in_collections(collection) for block in blocks))
 
     def _open_about(self, scope: Scope) -> tuple:
-        reads = Reads(scope, '', idle=False)
+        reads = Reads(Place(scope), '', idle=False)
         return (*reads.flags.outer, *reads.inside)
 
     def _writable(self, scope: Scope, collection: str) -> bool:
@@ -190,9 +191,9 @@ class _Lifted:
 
     def _read_group(self, i: int, variables: Mapping[str, Any], *, carried: bool) -> dict:
         scope, out = self.packed[i], dict(variables)
-        path = linen_compat.scope_path(scope)
+        place = Place(scope)
         for run in state.setups:
-            out = run.hand_in(scope, path, out)
+            out = run.hand_in(scope, place.path, out)
         for collection, tree in list(out.items()):
             writable = self._writable(scope, collection)
             if writable and carried or self._follows(i, collection):
@@ -200,10 +201,10 @@ class _Lifted:
                 continue
             if not writable:
                 self.transformed_collections[i] |= {collection}
-            reads = Reads(scope, collection, idle=False)
+            reads = Reads(place, collection, idle=False)
             if reads.idle:
                 continue
-            seen = reads.of(path, tree)
+            seen = reads.of(place.path, tree)
             if not writable:
                 out[collection] = seen
             elif (changed := _changed(tree, seen)) is not None:

@@ -27,7 +27,7 @@ from flax_sg._transforms.cache_keys import in_body, note_read, own_cache_key, se
 from flax_sg._transforms.thread_state import state, under
 from flax_sg._views.masks import tracing
 from flax_sg.nn._blocks import may_create
-from flax_sg.nn._scope_flags import FLAG, ScopeFlags, application_of, flags_of
+from flax_sg.nn._scope_flags import FLAG, Place, application_of
 
 __all__ = ['identical', 'Reads', 'effective']
 
@@ -35,13 +35,13 @@ __all__ = ['identical', 'Reads', 'effective']
 _MISSING = object()
 
 
-def _inside(scope: Scope, flags: ScopeFlags, idle: bool) -> tuple[OpenBlock, ...]:
-    """Return the blocks about a scope that no lifted transform has seen to.
+def _inside(place: Place, idle: bool) -> tuple[OpenBlock, ...]:
+    """Return the blocks about a place that no lifted transform has seen to.
 
     A block that a module below a lifted one opens is inside the lifted one, whether that is running
     or not; ``idle=False`` leaves out those that are neither running nor around a block.
     """
-    inner, found = application_of(scope).inner, state.stack
+    flags, inner, found = place.flags, place.application.inner, state.stack
     if flags.module_blocks:
         found = [e for block in found for e in (*(o for o in block.around if o in flags.module_blocks), block)]
         found += flags.module_blocks * idle
@@ -53,10 +53,10 @@ def effective(scope: Scope) -> tuple[OpenBlock, ...]:
     """Return the blocks that apply to reads through the scope, outermost first."""
     if linen_compat.in_scratch_root(scope):
         return ()
-    flags = flags_of(scope)
+    place = Place(scope)
     if state.stack:
-        note_read(flags.trace)
-    return (*flags.outer, *_inside(scope, flags, idle=True))
+        note_read(place.flags.trace)
+    return (*place.flags.outer, *_inside(place, idle=True))
 
 
 class Reads:
@@ -66,17 +66,17 @@ class Reads:
       idle: nothing is open that concerns them.
     """
 
-    def __init__(self, scope: Scope, collection: str, *, idle: bool = True):
+    def __init__(self, place: Place, collection: str, *, idle: bool = True):
         """Ask what is open; ``idle=False`` leaves out lifted modules that are not running."""
-        self.scope, self.collection = scope, collection
-        self.flags = flags_of(scope)
+        self.place, self.collection = place, collection
+        self.flags = place.flags
         self.inside: tuple[OpenBlock, ...] = ()
         self.idle = True
-        if linen_compat.in_scratch_root(scope):
+        if linen_compat.in_scratch_root(place.scope):
             return
         if state.stack:
             note_read(self.flags.trace)
-        self.inside = _inside(scope, self.flags, idle)
+        self.inside = _inside(place, idle)
         done = collection in self.flags.transformed_collections
         self.outer = () if done else self.flags.outer
         self.idle = not self.outer and not self.inside
@@ -99,7 +99,7 @@ class Reads:
         """Raise UnmatchedPathError for a lifted module that is read from outside its methods."""
         for block in self.flags.module_blocks:
             if (not block.settled and block in self.inside and block not in state.stack
-                    and not may_create(self.scope, block.transform)):
+                    and not may_create(self.place.scope, block.transform)):
                 block.settled = True
                 block.matches.check()
 
@@ -117,8 +117,8 @@ class Reads:
         return self._apply(left, path, value)
 
     def _apply(self, blocks: tuple[OpenBlock, ...], path: Path, value: Any) -> Any:
-        initializing = self.scope.get_flag('initializing', False)
-        application = application_of(self.scope)
+        initializing = self.place.scope.get_flag('initializing', False)
+        application = self.place.application
         for block in blocks:
             info = block.info(path, self.collection, value)
             if not block.selects(info) or initializing and not block.transform.at_init:
@@ -134,11 +134,11 @@ class Reads:
 
         Raises KeyError if there is none.
         """
-        value = linen_compat.stored(self.scope, collection, path)
+        value = linen_compat.stored(self.place.scope, collection, path)
         if isinstance(value, Mapping):
             return value
         order = (*self.flags.outer, *self.inside)
-        reads = Reads(self.scope, collection)
+        reads = Reads(self.place, collection)
         value, left = reads.handed_in(path, value)
         around = order[:order.index(block)]
         return reads._apply(tuple(e for e in left if e in around), path, value)
@@ -147,7 +147,7 @@ class Reads:
         """Return what a stored variable was last read as in this application."""
         value, left = self.handed_in(path, stored)
         for block in left:
-            was = block.has_read(application_of(self.scope), self.collection, path)
+            was = block.has_read(self.place.application, self.collection, path)
             value = value if was is None else was
         return value
 
@@ -184,14 +184,15 @@ def _get_variable(original, self, col, name, default=None):
     if not state.stack and not state.setups and FLAG not in self.flags:
         return original(self, col, name, default)
     value = original(self, col, name, _MISSING)
-    path = (*linen_compat.scope_path(self), name)
+    place = Place(self)
+    path = (*place.path, name)
     for run in state.setups:
         value = run.saw(self, col, path, value, _MISSING)
     if value is _MISSING:
         return default
     if state.storing == (col, path):
         return value
-    reads = Reads(self, col)
+    reads = Reads(place, col)
     value = reads.of(path, value)
     reads.settle()
     return value
@@ -213,12 +214,12 @@ def _variables(original, self):
     variables = original(self)
     if not state.stack and not state.setups and FLAG not in self.flags:
         return variables
-    out, path, changed = {}, linen_compat.scope_path(self), False
+    place, out, changed = Place(self), {}, False
     for col, tree in variables.items():
         for run in state.setups:
-            tree = run.saw(self, col, path, tree, {})
-        reads = Reads(self, col)
-        out[col] = reads.of(path, tree)
+            tree = run.saw(self, col, place.path, tree, {})
+        reads = Reads(place, col)
+        out[col] = reads.of(place.path, tree)
         reads.settle()
         changed |= out[col] is not variables[col]
     return type(variables)(out) if changed else variables

@@ -16,7 +16,7 @@ from flax_sg._transforms.thread_state import state
 from flax_sg._views.masks import tracing
 from flax_sg.nn._running_code import module_of
 
-__all__ = ['APPLICATION', 'FLAG', 'ScopeFlags', 'application_of', 'flags_of', 'new_application', 'set_flags']
+__all__ = ['APPLICATION', 'FLAG', 'Place', 'ScopeFlags', 'application_of', 'flags_of', 'new_application', 'set_flags']
 
 FLAG, APPLICATION = 'flax_sg', 'flax_sg_application'
 
@@ -69,6 +69,23 @@ def flags_of(scope: Scope) -> ScopeFlags:
     """Return the flags that a scope carries, or some that say nothing."""
     return scope.flags.get(FLAG) or ScopeFlags(
         application_of(scope).life, linen_compat.root_variables(scope))
+
+
+class Place:
+    """Where a read or a write takes place: what a scope says of itself, asked once.
+
+    Attributes:
+      scope: the scope.
+      path: its path in the variables.
+      flags: what it carries.
+      application: the application of a model that it is of.
+    """
+
+    __slots__ = ('application', 'flags', 'path', 'scope')
+
+    def __init__(self, scope: Scope):
+        self.scope, self.path = scope, linen_compat.scope_path(scope)
+        self.flags, self.application = flags_of(scope), application_of(scope)
 
 
 def set_flags(scope: Scope, flags: ScopeFlags) -> None:

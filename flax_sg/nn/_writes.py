@@ -14,7 +14,7 @@ from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.cache_keys import in_body, own_cache_key
 from flax_sg._transforms.thread_state import state
 from flax_sg.nn._reads import Reads, identical
-from flax_sg.nn._scope_flags import FLAG, application_of, flags_of
+from flax_sg.nn._scope_flags import FLAG, Place
 
 __all__ = ['write']
 
@@ -37,10 +37,11 @@ def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
         return value
     if in_body():
         own_cache_key()
-    reads = Reads(scope, collection)
+    place = Place(scope)
+    reads = Reads(place, collection)
     if reads.idle:
         return value
-    path = (*linen_compat.scope_path(scope), name)
+    path = (*place.path, name)
     tree = linen_compat.stored(scope, collection, path)
     found = [(info.absolute_path, stored) for info, stored in walk(tree, collection, path)]
     originals = {}
@@ -52,23 +53,23 @@ def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
         return tree
     for at, stored in found:
         for block in (*reads.flags.outer, *reads.inside):
-            _check_write(block, scope, block.info(at, collection, stored), name)
+            _check_write(block, place, block.info(at, collection, stored), name)
     return value if identical(restored, value) else restored
 
 
-def _check_write(block: OpenBlock, scope: Scope, info: VariableInfo, name: str) -> None:
+def _check_write(block: OpenBlock, place: Place, info: VariableInfo, name: str) -> None:
     """Raise an error if a block is against a change of a variable."""
     transform = block.transform
     if not (transform.freezes or transform.changes_values) or not block.selects(info):
         return
-    what = (f"{transform!r}: {name!r} of module '/{'/'.join(linen_compat.scope_path(scope))}' "
+    what = (f"{transform!r}: {name!r} of module '/{'/'.join(place.path)}' "
             f'(collection {info.collection!r}) was to be written in this block, ')
     if transform.freezes:
         raise FrozenVariableError(
             f'{what}in which it is constant. Write it outside of the block, or narrow the '
             'predicate or collections=.')
-    flags, key = flags_of(scope), (info.collection, info.absolute_path)
-    if block.was_read(application_of(scope), *key) or block in flags.outer and key in flags.copies:
+    flags, key = place.flags, (info.collection, info.absolute_path)
+    if block.was_read(place.application, *key) or block in flags.outer and key in flags.copies:
         raise UsageError(
             f'{what}which reads something else in its place: what was made of that would replace '
             'what is stored. Write it outside of the block, let the module not update it '
