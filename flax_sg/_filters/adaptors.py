@@ -11,7 +11,7 @@ from flax import nnx
 from flax_sg._errors import PredicateError
 from flax_sg._filters.callables import callable_key, describe_callable
 from flax_sg._filters.filters import Filter, asked, everything, nothing
-from flax_sg._filters.slips import check_arity
+from flax_sg._filters.slips import check_arity, kind_of
 from flax_sg._filters.variables import VariableInfo
 
 __all__ = ['from_haiku', 'from_nnx']
@@ -73,7 +73,7 @@ def from_nnx(filter: Any) -> Filter:
         predicate = nnx.filterlib.to_predicate(filter)
     except (TypeError, ValueError):
         raise PredicateError(
-            f'from_nnx: an object of type {type(filter).__name__} is no NNX filter; expected a '
+            f'from_nnx: {kind_of(filter)} is no NNX filter; expected a '
             'variable type, a tag, a callable of (path, value), ..., a bool, None, or a list.'
         ) from None
     if isinstance(predicate, (nnx.Everything, nnx.Nothing)):  # a bool, which may select nothing

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax_sg._errors import UsageError
 from flax_sg._filters.filters import Filter, Predicate, as_filter, written
+from flax_sg._filters.slips import kind_of
 from flax_sg._filters.unmatched import check_matched
 from flax_sg._filters.variables import names_of
 from flax_sg._flow.gradient_flow import gradient_flow
@@ -54,7 +55,7 @@ def assert_flow(losses: Any, spec: Mapping[str, Predicate], *, norms: bool = Fal
     """
     if not isinstance(spec, Mapping) or not spec:
         raise UsageError(
-            f'assert_flow: spec is an object of type {type(spec).__name__}; expected a dict '
+            f'assert_flow: spec is {kind_of(spec)}; expected a dict '
             '{loss: predicate} that is not empty.')
     filters = {loss: as_filter(predicate, name=f'assert_flow[{loss!r}]')
                for loss, predicate in spec.items()}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax_sg._errors import UsageError
+from flax_sg._filters.slips import kind_of
 from flax_sg._filters.variables import VariableInfo, names_of
 from flax_sg._flow.analysis import Analysis
 from flax_sg._flow.losses import Program
@@ -60,7 +61,7 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
     if not callable(losses) and not (
             isinstance(losses, Mapping) and losses and all(map(callable, losses.values()))):
         raise UsageError(
-            f'gradient_flow was given an object of type {type(losses).__name__}; expected a '
+            f'gradient_flow was given {kind_of(losses)}; expected a '
             'function of (params, *args), or a dict of such functions by name.')
 
     def flow(params: Any, /, *args: Any, **kwargs: Any) -> Flow:

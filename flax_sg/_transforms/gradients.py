@@ -21,7 +21,7 @@ from flax_sg._compat.jax import varying
 from flax_sg._errors import UsageError
 from flax_sg._filters.callables import value_key
 from flax_sg._filters.filters import Predicate
-from flax_sg._filters.slips import swapped
+from flax_sg._filters.slips import kind_of, swapped
 from flax_sg._filters.variables import VariableInfo
 from flax_sg._jax.jaxprs import closed_over, evaluate, varied
 from flax_sg._jax.primitives import at_front, define
@@ -191,7 +191,7 @@ for primitive in (_mapped_p, _pull_p):
 
 def _kind(x: Any) -> str:
     if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
-        return f'an object of type {type(x).__name__}'
+        return kind_of(x)
     return f'{x.dtype}[{",".join(map(str, x.shape))}]'
 
 

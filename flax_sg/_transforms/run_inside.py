@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from flax_sg._errors import UsageError
+from flax_sg._filters.slips import kind_of
 
 __all__ = ['caller', 'check_frame', 'run_inside']
 
@@ -54,7 +55,7 @@ def run_inside(fn: Callable, block: Callable[[Any], contextlib.AbstractContextMa
             if isinstance(leaf, _LATER) or isinstance(leaf, Iterator) and not isinstance(
                     leaf, _DONE):
                 raise UsageError(
-                    f'{name} returned an object of type {type(leaf).__name__}, which runs after '
+                    f'{name} returned {kind_of(leaf)}, which runs after '
                     'the block around the function was left. Return a list or a generator.')
         return out
 

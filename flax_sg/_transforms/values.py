@@ -12,7 +12,7 @@ import numpy as np
 from flax_sg._errors import UsageError
 from flax_sg._filters.callables import value_key
 from flax_sg._filters.filters import Predicate
-from flax_sg._filters.slips import swapped
+from flax_sg._filters.slips import kind_of, swapped
 from flax_sg._filters.variables import VariableInfo
 from flax_sg._transforms.transform import Mapped, Transform, make, make_mapped, map_arrays
 
@@ -179,11 +179,11 @@ def replace_values(predicate: Predicate, source: str | Mapping[str, Any], *,
     """
     if not isinstance(source, (str, Mapping)):
         raise UsageError(
-            f'replace_values: got an object of type {type(source).__name__} as source; expected a '
+            f'replace_values: got {kind_of(source)} as source; expected a '
             'nested dict of values or the name of a collection.'
             f'{swapped("replace_values", predicate, source)}')
     if isinstance(predicate, Mapping):
         raise UsageError(
-            f'replace_values: got an object of type {type(predicate).__name__} as predicate; '
+            f'replace_values: got {kind_of(predicate)} as predicate; '
             f'expected one.{swapped("replace_values", predicate, source)}')
     return make(ReplaceValues, predicate, collections, allow_unmatched, source)

@@ -24,7 +24,7 @@ from flax_sg.nn._scope_flags import application_of
 if TYPE_CHECKING:
     from flax_sg._transforms.transform import Transform
 
-__all__ = ['transformed_class']
+__all__ = ['subclass_named_alike', 'transformed_class']
 
 # Of a lifted class: its base and transform, all lifted classes among it and its bases, the identity
 # of what it was made of, and its key once equal callables share it.
@@ -50,11 +50,9 @@ def transformed_class(transform: Transform, base: type[Module]) -> type[Module]:
     if cls is not None and vars(cls)[_MADE_OF] != itself:  # of another callable, that is equal
         setattr(cls, _SHARED, key)
     if cls is None or _changed(cls):
-        cls = type(base.__name__, (*_without_hooks(base), base), {
-            '__init__': base.__init__, '__module__': base.__module__,
-            '__qualname__': base.__qualname__, '__doc__': base.__doc__,
+        cls = subclass_named_alike(base, {
             '__reduce__': _reduce, 'clone': _clone(base), 'unbind': _unbind(base),
-            _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None})
+            _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None}, before=_without_hooks(base))
         cls.__init_subclass__ = classmethod(functools.partial(_init_subclass, cls))
         if hasattr(base, '__parameters__'):  # of a generic class
             cls.__parameters__ = base.__parameters__
@@ -62,6 +60,14 @@ def transformed_class(transform: Transform, base: type[Module]) -> type[Module]:
         lift_members(cls, _opened_by(cls), _READS)
         made[key] = cls
     return cls
+
+
+def subclass_named_alike(base: type[Module], members: dict[str, Any], *,
+                         before: tuple[type, ...] = ()) -> type[Module]:
+    """Make a subclass that goes by the name of its base, with more members and other bases."""
+    return type(base.__name__, (*before, base), {
+        '__init__': base.__init__, '__module__': base.__module__,
+        '__qualname__': base.__qualname__, '__doc__': base.__doc__, **members})
 
 
 def _without_hooks(base: type[Module]) -> tuple[type, ...]:

@@ -15,6 +15,7 @@ from flax_sg._compat.linen import Module, lifted_call
 from flax_sg._errors import UsageError
 from flax_sg._views.gradient_views import GradientViews
 from flax_sg.nn._blocks import open_at
+from flax_sg.nn._classes import subclass_named_alike
 from flax_sg.nn._methods import makes_root
 from flax_sg.nn._mirrors import fields_of
 
@@ -40,9 +41,7 @@ def views_of(views: GradientViews, target: Any) -> Any:
 
 
 def _of_class(views: GradientViews, cls: type[Module]) -> type[Module]:
-    return type(cls.__name__, (cls,), {
-        '__call__': views.of_function(cls.__call__), '__init__': cls.__init__,
-        '__module__': cls.__module__, '__qualname__': cls.__qualname__, '__doc__': cls.__doc__})
+    return subclass_named_alike(cls, {'__call__': views.of_function(cls.__call__)})
 
 
 def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict) -> Any:
