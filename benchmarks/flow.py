@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 import flax_sg as sg
-from flax_sg._graph import Graph
+from flax_sg._flow.graph import Graph
 from measure import ratio_of, table, take_turns
 from transformer import Encoder, Transformer, loss_of, tokens
 

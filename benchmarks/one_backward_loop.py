@@ -31,7 +31,7 @@ def main() -> None:
         for entries in (2, 3, 8):
             shape = Shape(entries, length, batch, width)
             args, each = data_of(shape), step_of('views', shape)
-            with mock.patch('flax_sg._together._computes_again', lambda jaxpr: True):
+            with mock.patch('flax_sg._views.together._computes_again', lambda jaxpr: True):
                 together = step_of('views', shape)
             costs = cost_of(each), cost_of(together)
             same = jax.tree.map(lambda a, b: abs(a - b).max() <= 1e-4 * abs(a).max(),

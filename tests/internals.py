@@ -2,34 +2,26 @@
 
 import contextlib
 
-from flax_sg import (
-    _active,
-    _answers,
-    _contexts,
-    _lanes,
-    _mappings,
-    _marks,
-    _met,
-    _pull,
-    _scope,
-    _self_check,
-    _setup,
-    _survival,
-    _transform,
-)
+from flax_sg._filters import mappings
+from flax_sg._flow import tangents
+from flax_sg._transforms import answers, cache_keys, contexts, front_ends, matches
+from flax_sg._transforms.stop_gradient import StopGradient
+from flax_sg._transforms.thread_state import state
+from flax_sg._views import masks, pullbacks, shared_primal
+from flax_sg.nn import _attributes, _blocks, _self_check
 
 
 def nothing_is_open():
     """Say whether this thread is in no block, no setup and no views, and keeps nothing of them."""
-    state, tracing = _active.state, _marks.tracing
+    tracing = masks.tracing
     blocks = state.stack == () and state.openings == [] and state.left == []
-    views = tracing.levels == 0 and not tracing.told_apart and not tracing.linearizing
+    views = tracing.nestings == 0 and not tracing.told_apart and not tracing.reads_closed
     return blocks and views and state.setups == [] and not state.publishing
 
 
 def reads_kept():
     """Count the reads that each open block keeps, the outermost first."""
-    return [len(entry.reads) for entry in _active.state.stack]
+    return [len(block.reads) for block in state.stack]
 
 
 # Contexts in JAX's caches.
@@ -37,29 +29,29 @@ def reads_kept():
 
 def context():
     """Return what the open blocks mean to JAX's caches."""
-    return _active.context()
+    return cache_keys.context()
 
 
 def owned_contexts():
     """Count the blocks that have contexts of their own."""
-    return len(_contexts._owned)
+    return len(contexts._owned)
 
 
 def fresh_contexts():
     """Forget which blocks have contexts of JAX's caches of their own."""
-    _contexts._owned.clear()
-    _active.state.contexts = _contexts.Contexts()
+    contexts._owned.clear()
+    state.contexts = contexts.Contexts()
 
 
 # What is known of callables.
 
 
 def remember_few_answers(monkeypatch, size):
-    monkeypatch.setattr(_met._Memory, 'size', size)
+    monkeypatch.setattr(matches._Memory, 'size', size)
 
 
 def answers_known():
-    return len(_answers._known)
+    return len(answers._known)
 
 
 # Reads, setup and trees.
@@ -68,22 +60,22 @@ def answers_known():
 def stop_nothing(monkeypatch):
     """Let blocks of stop_gradient hand on what is read as it is."""
     monkeypatch.setattr(
-        _transform.StopGradient, 'read', lambda self, info, value, other: value)
+        StopGradient, 'read', lambda self, info, value, other: value)
 
 
 def names_of_flax():
     """Return the names that setup does not watch."""
-    return _setup._FLAX
+    return _attributes._FLAX
 
 
 def is_watched_by_setup(attribute):
     """Say whether a member of a class is the library's, put there for what setup assigns."""
-    return isinstance(attribute, _setup._SetupAttribute)
+    return isinstance(attribute, _attributes._SetupAttribute)
 
 
 def put_together_again(tree):
     """Take a mapping apart and make it of its children."""
-    return _mappings.rebuilt(tree, _mappings.children_of(tree))
+    return mappings.rebuilt(tree, mappings.children_of(tree))
 
 
 # The check before the first block.
@@ -95,7 +87,7 @@ def self_check(block):
 
 def self_check_of(transform):
     """Check with a transform's block outside of all modules."""
-    _self_check.check(lambda: _scope.open_at(transform, None))
+    _self_check.check(lambda: _blocks.open_at(transform, None))
 
 
 def replace_self_check(monkeypatch, check):
@@ -110,38 +102,38 @@ def pass_by(monkeypatch, owner, name):
 @contextlib.contextmanager
 def not_checked_yet():
     """Forget that the check has passed, before and after."""
-    _transform.check_once.cache_clear()
+    front_ends.check_once.cache_clear()
     try:
         yield
     finally:
-        _transform.check_once.cache_clear()
+        front_ends.check_once.cache_clear()
 
 
 # Views.
 
 
-def in_lanes(fun, names):
-    return _lanes.in_lanes(fun, names)
+def in_views(fun, names):
+    return shared_primal.in_views(fun, names)
 
 
-def mark(x, lanes):
-    """Mark a value for the lanes that it counts in, at the level of the innermost views."""
-    return _marks.mark(x, lanes, _marks.level())
+def mark(x, views):
+    """Mark a value for the views that it counts in, at the nesting of the innermost views."""
+    return masks.mark(x, views, masks.nesting())
 
 
-def tangent_of_a_mark(x, lanes):
-    return _marks._tangent_p.bind(x, lanes=lanes, level=0)
+def tangent_of_a_mark(x, views):
+    return masks._tangent_p.bind(x, views=views, nesting=0)
 
 
 def watch_transposes(monkeypatch):
-    """Return a list that will hold what each transposed map of the lanes is traced to."""
+    """Return a list that will hold what each transposed map of the views is traced to."""
     traced = []
-    original = _pull.LaneMaps._trace
+    original = pullbacks.ViewMaps._trace
 
     def trace(self, *args):
         traced.append(original(self, *args))
         return traced[-1]
-    monkeypatch.setattr(_pull.LaneMaps, '_trace', trace)
+    monkeypatch.setattr(pullbacks.ViewMaps, '_trace', trace)
     return traced
 
 
@@ -150,6 +142,6 @@ def watch_transposes(monkeypatch):
 
 def misjudge(monkeypatch, name):
     """Let gradient_flow think that an operation hands on nothing."""
-    ask, nothing = _survival._ask, _survival.Answer((frozenset(),))
-    monkeypatch.setattr(_survival, '_ask', lambda eqn, context: (
+    ask, nothing = tangents._ask, tangents.Answer((frozenset(),))
+    monkeypatch.setattr(tangents, '_ask', lambda eqn, context: (
         nothing if eqn.primitive.name == name else ask(eqn, context)))

@@ -62,10 +62,10 @@ def evaluate(closed: Any, *args: Any) -> list:
             outs = _evaluate_scan(eqn, vals)
         elif name == 'cond':
             outs = evaluate(params['branches'][int(vals[0])], *vals[1:])
-        elif name == 'flax_sg_lanes':
+        elif name == 'flax_sg_views':
             body, count = params['jaxpr'], params['count']  # the inputs of the first lane
             outs = evaluate(body, *vals[:len(getattr(body, 'jaxpr', body).invars)])
-            outs = outs[:count] * len(params['lanes']) + outs[count:]
+            outs = outs[:count] * len(params['views']) + outs[count:]
         elif 'jaxpr' in params or 'call_jaxpr' in params:
             outs = evaluate(params.get('jaxpr', params.get('call_jaxpr')), *vals)
         elif name in _NUMPY:

@@ -18,7 +18,7 @@ import flax_sg as sg
 import measure
 import views as programs
 from flax_sg import nn
-from internals import in_lanes, mark, nothing_is_open, watch_transposes
+from internals import in_views, mark, nothing_is_open, watch_transposes
 from oracle import assert_same, scalar
 from random_programs import (
     check_views,
@@ -1150,7 +1150,7 @@ def test_a_rule_in_a_call_is_not_asked_about_a_cotangent_that_there_is_not(form)
         def run():
             a, b = both(x, y)
             return (mark(a, (True, False)) * mark(b, (True, True))), None
-        return in_lanes(run, ('a', 'b'))[0]
+        return in_views(run, ('a', 'b'))[0]
     got = [jax.grad(lambda x, y, lane=lane: f(x, y)[lane], (0, 1))(0.3, 0.7) for lane in (0, 1)]
     slope = 0.3 * jnp.cos(0.7)
     assert_same(got, [(jnp.sin(0.7) + 1, slope), (0 * slope, slope)], 'gradients', rtol=1e-6)
@@ -1175,7 +1175,7 @@ def test_entries_share_no_transpose_where_marks_stand_in_a_call(monkeypatch):
         @jax.jit
         def inside(x):
             return jnp.sin(mark(x, (True, False))) * x
-        return in_lanes(lambda: (2 * inside(x), None), ('a', 'b'))[0]
+        return in_views(lambda: (2 * inside(x), None), ('a', 'b'))[0]
     grads = [jax.grad(lambda x, lane=lane: f(x)[lane])(0.3) for lane in (0, 1)]
     assert_same(grads, [2 * (jnp.cos(0.3) * 0.3 + jnp.sin(0.3)), 2 * jnp.sin(0.3)], 'gradients',
                 rtol=1e-6)
@@ -1195,7 +1195,7 @@ def test_what_comes_before_a_mark_gets_no_cotangent_where_it_does_not_count(befo
         def run():
             marked = mark(before(x), (True, False))
             return (marked * y + marked, before(y)), None
-        return in_lanes(run, ('a', 'b'))[0]
+        return in_views(run, ('a', 'b'))[0]
     grads = [jax.grad(lambda x, y, lane=lane: sum(f(x, y)[lane]), (0, 1))(0.3, 0.7)
              for lane in (0, 1)]
     want, slope = jax.grad(before)(0.3) * 1.7, before(0.3) + jax.grad(before)(0.7)

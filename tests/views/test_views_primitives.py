@@ -16,7 +16,7 @@ from jax.experimental import checkify
 
 import flax_sg as sg
 from flax_sg import nn
-from internals import in_lanes, mark, nothing_is_open, tangent_of_a_mark
+from internals import in_views, mark, nothing_is_open, tangent_of_a_mark
 from oracle import assert_same
 from random_programs import traced
 
@@ -396,13 +396,13 @@ def taken_out():
         kept.append(jax.make_jaxpr(read)(2.0))
         return read(2.0), ()
 
-    in_lanes(fun, ('x', 'y'))
+    in_views(fun, ('x', 'y'))
     return jax.grad(lambda x: jax.core.eval_jaxpr(kept[0].jaxpr, kept[0].consts, x)[0])(2.0)
 
 
 @pytest.mark.parametrize('run, text', [
-    (lambda: in_lanes(through_its_own_mark, ('x', 'y')), INSIDE_TEXT),
-    (lambda: in_a_rule(lambda: in_lanes(through_its_own_mark, ('x', 'y'))[0][0]), INSIDE_TEXT),
+    (lambda: in_views(through_its_own_mark, ('x', 'y')), INSIDE_TEXT),
+    (lambda: in_a_rule(lambda: in_views(through_its_own_mark, ('x', 'y'))[0][0]), INSIDE_TEXT),
     (taken_out, OUTSIDE_TEXT),
     (lambda: tangent_of_a_mark(jnp.float32(1), (True, False)), OUTSIDE_TEXT),
 ], ids=['inside', 'in a rule', 'taken out', 'evaluated'])
