@@ -49,8 +49,9 @@ Time: median of the ratios of neighbouring runs (quartiles). It has what flops l
 compiled reverse ways, transposed copies of the k×k cotangents of θ in each step."""
 
 
-def by_matrix(cell: nn.Module, x: jax.Array, u: jax.Array, f: Any, xi: jax.Array
-              ) -> tuple[jax.Array, jax.Array]:
+def by_matrix(
+    cell: nn.Module, x: jax.Array, u: jax.Array, f: Any, xi: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return what `example.tangent` returns, by way of the matrix ∂h/∂x."""
     step = lambda cell, x: cell(x, u)[0]
     value, of_theta = nn.jvp(step, cell, (x,), (jnp.zeros_like(x),), {'params': f})
@@ -64,15 +65,19 @@ def method(name: str) -> Callable:
 
 
 PROGRAMS = {
-    'L': method('objective'), 'F': method('adjoint'), 'adjoint': example.adjoint,
-    'nested': example.nested, 'forward': example.forward,
+    'L': method('objective'),
+    'F': method('adjoint'),
+    'adjoint': example.adjoint,
+    'nested': example.nested,
+    'forward': example.forward,
     'matrices': lambda model, *args: example.forward(model.clone(tangent=by_matrix), *args),
 }
 WAYS = list(PROGRAMS)[2:]
 
 
-def compiled(size: int, names: Iterable[str] = PROGRAMS, quick: bool = False
-             ) -> tuple[dict[str, Any], tuple]:
+def compiled(
+    size: int, names: Iterable[str] = PROGRAMS, quick: bool = False
+) -> tuple[dict[str, Any], tuple]:
     """Compile the programs for a state of `size`; return them and their arguments.
 
     With `quick`, machine code is not optimised, which leaves the figures as they are.
@@ -80,8 +85,12 @@ def compiled(size: int, names: Iterable[str] = PROGRAMS, quick: bool = False
     options = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
     model = example.Model(nn.GRUCell(size), example.Beta())
     args = jax.device_put(example.problem(model, size, STEPS, dtype=np.float32))
-    return {name: jax.jit(functools.partial(PROGRAMS[name], model)).lower(*args).compile(
-        compiler_options=options if quick else None) for name in names}, args
+    return {
+        name: jax.jit(functools.partial(PROGRAMS[name], model))
+        .lower(*args)
+        .compile(compiler_options=options if quick else None)
+        for name in names
+    }, args
 
 
 def costs(size: int, names: Iterable[str] = PROGRAMS) -> dict[str, Cost]:
@@ -101,35 +110,49 @@ def check(programs: dict[str, Any], args: tuple) -> None:
 
 def seconds(programs: dict[str, Any], args: tuple, repeats: int) -> dict[str, list[float]]:
     """Time the programs in turns; return seconds for one run of each."""
+
     def runs_of(program: Any) -> Callable[[], float]:
         run = lambda args: program(*args)
         steps = steps_for(run, args, 0.05)
         return lambda: run_seconds(run, args, steps) / steps
+
     return take_turns({name: runs_of(program) for name, program in programs.items()}, repeats)
 
 
 def draw(drawn: dict[str, dict[str, dict[int, float]]], file: str) -> None:
     """Save the picture: what each way costs over F, over k."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(drawn), figsize=(15, 4.8), layout='constrained')
-    styles = dict(zip(WAYS, ('#0072b2 o -', '#009e73 ^ --', '#d55e00 s -', 'black x :'),
-                      strict=True))
+    styles = dict(
+        zip(WAYS, ('#0072b2 o -', '#009e73 ^ --', '#d55e00 s -', 'black x :'), strict=True)
+    )
     for axis, (title, lines) in zip(axes, drawn.items(), strict=True):
         for name, line in lines.items():
             colour, marker, style = styles[name].split()
-            axis.plot(line.keys(), line.values(), style, marker=marker, mfc='none', color=colour,
-                      label='forward, with k×k matrices' if name == 'matrices' else name)
+            axis.plot(
+                line.keys(),
+                line.values(),
+                style,
+                marker=marker,
+                mfc='none',
+                color=colour,
+                label='forward, with k×k matrices' if name == 'matrices' else name,
+            )
         axis.axhline(4, color='#999999', lw=1, label='4')
         axis.set_xscale('log', base=2)
         axis.set_yscale('log')
         axis.yaxis.set_major_formatter('{x:g}')
         axis.yaxis.set_minor_formatter('')
         axis.set_xticks(list(line), [str(size) for size in line])
-        axis.set(title=f'{title}: F and ∇_φ F, over F', xlabel='k, the dimension of the state',
-                 ylabel='ratio')
+        axis.set(
+            title=f'{title}: F and ∇_φ F, over F',
+            xlabel='k, the dimension of the state',
+            ylabel='ratio',
+        )
         axis.spines[['top', 'right']].set_visible(False)
     axes[0].legend()
     figure.savefig(file, dpi=110)
@@ -143,8 +166,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sizes, repeats = (SIZES[:5:2], 3) if args.quick else (SIZES, 7)
     load = f', load {os.getloadavg()[0]:.1f}' if hasattr(os, 'getloadavg') else ''
-    print(f'Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, '
-          f'{os.cpu_count()} CPU cores{load}, GRU cell, n = {STEPS}, float32\n')
+    print(
+        f'Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, '
+        f'{os.cpu_count()} CPU cores{load}, GRU cell, n = {STEPS}, float32\n'
+    )
     drawn = {title: {way: {} for way in WAYS} for title in ('flops', 'temporary bytes', 'time')}
     rows = {title: [] for title in drawn}
     for size in sizes:
@@ -157,12 +182,15 @@ def main(argv: list[str] | None = None) -> None:
             drawn['flops'][name][size] = cost[name].flops / cost['F'].flops
             drawn['temporary bytes'][name][size] = cost[name].temp_bytes / cost['F'].temp_bytes
             drawn['time'][name][size] = ratios[name].median
-        for title, own in (('flops', f'{cost["F"].flops:.0f}'),
-                           ('temporary bytes', cost['F'].temp_bytes)):
+        for title, own in (
+            ('flops', f'{cost["F"].flops:.0f}'),
+            ('temporary bytes', cost['F'].temp_bytes),
+        ):
             rows[title].append([size, own, *(f'{drawn[title][way][size]:.2f}' for way in WAYS)])
         rows['flops'][-1].append(f'{cost["forward"].flops / cost["L"].flops:.2f}')
-        rows['time'].append([
-            size, f'{1e3 * statistics.median(times["F"]):.2f} ms', *ratios.values()])
+        rows['time'].append(
+            [size, f'{1e3 * statistics.median(times["F"]):.2f} ms', *ratios.values()]
+        )
         loops = ', '.join(f'{name} {found.loops}' for name, found in cost.items())
         print(f'k = {size}, loops: {loops}', flush=True)
     print()

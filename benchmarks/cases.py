@@ -44,9 +44,11 @@ class Cases(NamedTuple):
 
 def held(params: Any, names: Iterable[str] = ('*',)) -> Any:
     """Stop the gradient of each leaf that has one of the names (with wildcards) in its path."""
+
     def stop(keys: Any, leaf: Any) -> Any:
         found = any(fnmatch.fnmatch(k.key, name) for k in keys for name in names)
         return jax.lax.stop_gradient(leaf) if found else leaf
+
     return jax.tree_util.tree_map_with_path(stop, params)
 
 
@@ -65,20 +67,26 @@ class InsideBlock(Transformer):
 
 
 class MaskedMethod(Transformer):
-
     @mask
     def encode(self, x: jax.Array) -> jax.Array:
         return self.encoder(x)
 
 
 class MaskedInstance(Transformer):
-
     def encode(self, x: jax.Array) -> jax.Array:
         return mask(self.encoder)(x)
 
 
-def transformer_cases(*, depth: int = 12, width: int = 128, heads: int = 4, batch: int = 4,
-                      length: int = 64, scan: bool = False, remat: bool = False) -> Cases:
+def transformer_cases(
+    *,
+    depth: int = 12,
+    width: int = 128,
+    heads: int = 4,
+    batch: int = 4,
+    length: int = 64,
+    scan: bool = False,
+    remat: bool = False,
+) -> Cases:
     """Return masked transformers: by blocks around and inside, instance, method, classes."""
     fields = dict(depth=depth, width=width, heads=heads, scan=scan, remat=remat)
     model, x = Transformer(Encoder(**fields)), transformer.tokens(batch, length)
@@ -125,7 +133,8 @@ def transformer_cases(*, depth: int = 12, width: int = 128, heads: int = 4, batc
     }
     if scan:
         pairs['class of the layer, held in the scan by hand too'] = Case(
-            in_layers, attention_in_body)
+            in_layers, attention_in_body
+        )
     else:
         pairs['class of the layer'] = Case(in_layers, attention)
     return Cases(model.init(jax.random.key(0), x), of(model), pairs)
@@ -161,8 +170,11 @@ class EncodingByMethods(recurrent.Encoding):
 
     def __call__(self, seen: jax.Array) -> jax.Array:
         first = self.first(seen)
-        return self.gln_loss(first, seen) + self.code_loss(first, seen) + \
-            self.explanation_loss(first, seen)
+        return (
+            self.gln_loss(first, seen)
+            + self.code_loss(first, seen)
+            + self.explanation_loss(first, seen)
+        )
 
     @stop_gradient(True)
     def first(self, seen: jax.Array) -> recurrent.Carry:
@@ -181,8 +193,9 @@ class EncodingByMethods(recurrent.Encoding):
         return recurrent.LOSSES['explanation'](self.sample(first, seen), seen)
 
 
-def encoder_cases(*, features: int = 64, hidden: int = 128, iterations: int = 20, batch: int = 64
-                  ) -> Cases:
+def encoder_cases(
+    *, features: int = 64, hidden: int = 128, iterations: int = 20, batch: int = 64
+) -> Cases:
     """Return masked encoders: by blocks around and inside, instances, methods."""
     fields = dict(features=features, hidden=hidden, iterations=iterations)
     model, seen = recurrent.Encoding(**fields), recurrent.observations(batch, features)
@@ -235,7 +248,8 @@ def example_cases(*, iterations: int = 80, batch: int = 64) -> Cases:
 
     def unmasked(params: Any) -> jax.Array:
         with mock.patch.object(
-                two_pass_encoding.nn, 'stop_gradient', lambda *_: contextlib.nullcontext()):
+            two_pass_encoding.nn, 'stop_gradient', lambda *_: contextlib.nullcontext()
+        ):
             return of(copies.losses_by_blocks)(params)
 
     pairs = {'blocks inside': Case(of(copies.losses_by_blocks), of(copies.losses_by_hand))}

@@ -12,8 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-__all__ = ['LOSSES', 'PARTS', 'Element', 'Encoding', 'Part', 'begin', 'code_width',
-           'iterate', 'observations']
+__all__ = [
+    'LOSSES',
+    'PARTS',
+    'Element',
+    'Encoding',
+    'Part',
+    'begin',
+    'code_width',
+    'iterate',
+    'observations',
+]
 
 Carry = tuple[jax.Array, jax.Array]
 Outputs = dict[str, jax.Array]
@@ -25,8 +34,9 @@ PARTS = {'gln': 'gln', 'code': 'code_*', 'explanation': 'explanation'}
 
 LOSSES: dict[str, Callable[[Outputs, jax.Array], jax.Array]] = {
     'gln': lambda out, seen: jnp.mean((out['guess'] - seen) ** 2),
-    'code': lambda out, seen: (jnp.mean((out['explained'] - seen) ** 2)
-                               + 0.01 * jnp.mean(out['presence'])),
+    'code': lambda out, seen: (
+        jnp.mean((out['explained'] - seen) ** 2) + 0.01 * jnp.mean(out['presence'])
+    ),
     'explanation': lambda out, seen: jnp.mean((out['explained'] - seen) ** 2),
 }
 
@@ -85,8 +95,12 @@ class Encoding(nn.Module):
 
     def sample(self, carry: Carry, seen: jax.Array, element: Element | None = None) -> Outputs:
         run = nn.scan(
-            lambda element, carry, seen: element(carry, seen), variable_broadcast='params',
-            split_rngs={'params': False}, in_axes=nn.broadcast, length=self.iterations)
+            lambda element, carry, seen: element(carry, seen),
+            variable_broadcast='params',
+            split_rngs={'params': False},
+            in_axes=nn.broadcast,
+            length=self.iterations,
+        )
         return run(element or self.element, carry, seen)[1]
 
     def __call__(self, seen: jax.Array) -> jax.Array:

@@ -35,8 +35,18 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ('plain', 'imported', 'nothing', 'everything')
 TESTS = ('tests/linen', 'tests/core')
-NEEDS = ('jax', 'jaxlib', 'flax', 'optax', 'absl-py', 'cloudpickle', 'einops', 'treescope',
-         'pytest', 'pytest-xdist')
+NEEDS = (
+    'jax',
+    'jaxlib',
+    'flax',
+    'optax',
+    'absl-py',
+    'cloudpickle',
+    'einops',
+    'treescope',
+    'pytest',
+    'pytest-xdist',
+)
 
 PLUGIN = '''
 """Runs each test in the block that FLAX_SUITE_RUN names."""
@@ -109,9 +119,13 @@ def make_environment(folder: Path) -> Path:
     if not ready.exists():
         need(call(sys.executable, '-m', 'venv', '--clear', folder / 'venv'))
         versions = folder / 'versions.txt'
-        versions.write_text(''.join(
-            f'{found.name}=={found.version}\n' for found in importlib.metadata.distributions()
-            if found.name.lower() != 'flax_sg'))
+        versions.write_text(
+            ''.join(
+                f'{found.name}=={found.version}\n'
+                for found in importlib.metadata.distributions()
+                if found.name.lower() != 'flax_sg'
+            )
+        )
         need(call(python, '-m', 'pip', 'install', '-qq', '--constraint', versions, *NEEDS))
         ready.touch()
     return python
@@ -122,11 +136,27 @@ def fetch_tests(python: Path, folder: Path) -> Path:
     version = importlib.metadata.version('flax')
     tests = folder / f'flax-{version}'
     if not tests.exists():
-        need(call(python, '-m', 'pip', 'download', '-qq', '--no-deps', '--no-binary', 'flax',
-                  '--dest', folder, f'flax=={version}'))
+        need(
+            call(
+                python,
+                '-m',
+                'pip',
+                'download',
+                '-qq',
+                '--no-deps',
+                '--no-binary',
+                'flax',
+                '--dest',
+                folder,
+                f'flax=={version}',
+            )
+        )
         with tarfile.open(folder / f'flax-{version}.tar.gz') as archive:
-            wanted = [each for each in archive.getmembers() if each.name.partition('/')[2]
-                      .startswith(('tests/', 'pyproject.toml'))]
+            wanted = [
+                each
+                for each in archive.getmembers()
+                if each.name.partition('/')[2].startswith(('tests/', 'pyproject.toml'))
+            ]
             archive.extractall(folder, members=wanted, filter='data')
     return tests
 
@@ -138,16 +168,37 @@ def run_suite(run: str, python: Path, tests: Path, args: argparse.Namespace) -> 
     report.unlink(missing_ok=True)
     paths = [tests.parent] if run == 'plain' else [tests.parent, ROOT]
     environment = os.environ | {
-        'PYTHONPATH': os.pathsep.join(map(str, paths)), 'FLAX_SUITE_RUN': run}
-    command = [python, '-m', 'pytest', '-p', 'block_around_tests', '-p', 'no:cacheprovider', '-q',
-               '--no-header', '--tb=short', '--show-capture=no', '-rN', f'--junitxml={report}',
-               f'--numprocesses={args.workers}', *TESTS]
+        'PYTHONPATH': os.pathsep.join(map(str, paths)),
+        'FLAX_SUITE_RUN': run,
+    }
+    command = [
+        python,
+        '-m',
+        'pytest',
+        '-p',
+        'block_around_tests',
+        '-p',
+        'no:cacheprovider',
+        '-q',
+        '--no-header',
+        '--tb=short',
+        '--show-capture=no',
+        '-rN',
+        f'--junitxml={report}',
+        f'--numprocesses={args.workers}',
+        *TESTS,
+    ]
     if args.select:
         command += ['-k', args.select]
     # Python puts the working directory first on its path for -m: it holds no package flax.
     try:
-        call(*command, cwd=tests, env=environment, timeout=args.timeout,
-             stdout=None if args.verbose else subprocess.DEVNULL)
+        call(
+            *command,
+            cwd=tests,
+            env=environment,
+            timeout=args.timeout,
+            stdout=None if args.verbose else subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         print(f'{run}: not done after {args.timeout} s; its tests are missing.')
     return report
@@ -161,8 +212,10 @@ def results_in(report: Path) -> dict[str, Result]:
 
 
 def result_of(case: ElementTree.Element) -> tuple[str, Result]:
-    derivative = any(each.get('name') == 'derivative' and each.get('value') == 'True'
-                     for each in case.iter('property'))
+    derivative = any(
+        each.get('name') == 'derivative' and each.get('value') == 'True'
+        for each in case.iter('property')
+    )
     name = f'{case.get("classname")}.{case.get("name")}'
     for tag, outcome in (('error', 'error'), ('failure', 'failed'), ('skipped', 'skipped')):
         found = case.find(tag)
@@ -172,8 +225,9 @@ def result_of(case: ElementTree.Element) -> tuple[str, Result]:
     return name, Result('passed', '', derivative)
 
 
-def new_failures(results: dict[str, Result], plain: dict[str, Result]) -> Iterator[
-        tuple[str, Result]]:
+def new_failures(
+    results: dict[str, Result], plain: dict[str, Result]
+) -> Iterator[tuple[str, Result]]:
     """Yield the tests that fail, or are missing, and do not in the plain run."""
     for name, before in plain.items():
         result = results.get(name, Result('missing', derivative=before.derivative))
@@ -185,15 +239,19 @@ def new_failures(results: dict[str, Result], plain: dict[str, Result]) -> Iterat
 
 def report_on(every: dict[str, dict[str, Result]], seconds: dict[str, float]) -> int:
     """Print the table and the new failures; return how many count."""
-    print(f'\n{"run":<12}{"passed":>8}{"failed":>8}{"errors":>8}{"skipped":>8}{"new":>6}'
-          f'{"seconds":>9}')
+    print(
+        f'\n{"run":<12}{"passed":>8}{"failed":>8}{"errors":>8}{"skipped":>8}{"new":>6}'
+        f'{"seconds":>9}'
+    )
     listed = []
     for run, results in every.items():
         counts = Counter(result.outcome for result in results.values())
         new = [(run, *each) for each in new_failures(results, every['plain'])]
         listed += new
-        print(f'{run:<12}{counts["passed"]:>8}{counts["failed"]:>8}{counts["error"]:>8}'
-              f'{counts["skipped"]:>8}{len(new):>6}{seconds[run]:>9.0f}')
+        print(
+            f'{run:<12}{counts["passed"]:>8}{counts["failed"]:>8}{counts["error"]:>8}'
+            f'{counts["skipped"]:>8}{len(new):>6}{seconds[run]:>9.0f}'
+        )
     counted = 0
     for run, name, result in listed:
         excused = run == 'everything' and result.derivative
@@ -210,8 +268,9 @@ def main() -> None:
     parser.add_argument('--select', help='run the tests that match (pytest -k)')
     parser.add_argument('--workers', type=int, default=2, help='processes at a time')
     parser.add_argument('--timeout', type=float, default=1800, help='seconds for each run')
-    parser.add_argument('--quiet', dest='verbose', action='store_false',
-                        help="do not show pytest's progress")
+    parser.add_argument(
+        '--quiet', dest='verbose', action='store_false', help="do not show pytest's progress"
+    )
     args = parser.parse_args()
     versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax')}
     python_version = '.'.join(map(str, sys.version_info[:3]))

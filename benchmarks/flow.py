@@ -52,14 +52,22 @@ def measured(kind: str, depth: int, repeats: int) -> list[Any]:
     equations = sum(step.eqn is not None for step in steps)
     runs = {
         'trace': lambda: seconds(lambda p: jax.make_jaxpr(lambda p: loss(p))(p), params),
-        'flow': lambda: seconds(lambda p: sg.gradient_flow(lambda p: loss(p))(p), params)}
+        'flow': lambda: seconds(lambda p: sg.gradient_flow(lambda p: loss(p))(p), params),
+    }
     for run in runs.values():
         run()
     times = take_turns(runs, repeats)
     flow, trace = (sorted(times[name])[repeats // 2] for name in ('flow', 'trace'))
-    return [kind, depth, len(jax.tree.leaves(params)), equations, f'{1e3 * trace:.0f} ms',
-            f'{1e3 * flow:.0f} ms', ratio_of(times['flow'], times['trace']),
-            f'{1e6 * flow / equations:.0f} µs']
+    return [
+        kind,
+        depth,
+        len(jax.tree.leaves(params)),
+        equations,
+        f'{1e3 * trace:.0f} ms',
+        f'{1e3 * flow:.0f} ms',
+        ratio_of(times['flow'], times['trace']),
+        f'{1e6 * flow / equations:.0f} µs',
+    ]
 
 
 def main() -> None:
@@ -67,11 +75,26 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=7, help='runs of each program')
     parser.add_argument('--depths', type=int, nargs='+', default=[3, 6, 12, 24])
     args = parser.parse_args()
-    print(table('gradient_flow over jax.make_jaxpr', [
-        'transformer', 'layers', 'parameters', 'equations', 'make_jaxpr', 'gradient_flow', 'ratio',
-        'per equation'], [
-            measured(kind, depth, args.repeats)
-            for kind in ('loop', 'nn.scan', 'nn.scan of nn.remat') for depth in args.depths]))
+    print(
+        table(
+            'gradient_flow over jax.make_jaxpr',
+            [
+                'transformer',
+                'layers',
+                'parameters',
+                'equations',
+                'make_jaxpr',
+                'gradient_flow',
+                'ratio',
+                'per equation',
+            ],
+            [
+                measured(kind, depth, args.repeats)
+                for kind in ('loop', 'nn.scan', 'nn.scan of nn.remat')
+                for depth in args.depths
+            ],
+        )
+    )
 
 
 if __name__ == '__main__':

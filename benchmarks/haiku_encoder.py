@@ -17,7 +17,6 @@ _NAMES = {'kernel': 'w', 'bias': 'b'}
 
 
 class _Part(hk.Module):
-
     def __init__(self, hidden: int, features: int, name: str):
         super().__init__(name=name)
         self.hidden, self.features = hidden, features
@@ -28,20 +27,24 @@ class _Part(hk.Module):
 
 
 class _Element(hk.Module):
-
     def __init__(self, like: Encoding):
         super().__init__(name='element')
         self.like = like
 
     def __call__(self, carry: Any, seen: jax.Array) -> Any:
-        widths = {'gln': self.like.features, 'code_value': code_width,
-                  'code_presence': code_width, 'explanation': self.like.features}
+        widths = {
+            'gln': self.like.features,
+            'code_value': code_width,
+            'code_presence': code_width,
+            'explanation': self.like.features,
+        }
         parts = {name: _Part(self.like.hidden, n, name) for name, n in widths.items()}
         return iterate(parts, carry, seen)
 
 
 def networks_of(like: Encoding) -> tuple[hk.Transformed, hk.Transformed]:
     """Return the first message and the sampler, as functions of the parameters."""
+
     def code_message(seen: jax.Array) -> Any:
         return _Element(like)(begin(seen), seen)[0]
 
@@ -49,8 +52,10 @@ def networks_of(like: Encoding) -> tuple[hk.Transformed, hk.Transformed]:
         element = _Element(like)
         return hk.scan(lambda c, _: element(c, seen), carry, None, length=like.iterations)[1]
 
-    return (hk.without_apply_rng(hk.transform(code_message)),
-            hk.without_apply_rng(hk.transform(sample)))
+    return (
+        hk.without_apply_rng(hk.transform(code_message)),
+        hk.without_apply_rng(hk.transform(sample)),
+    )
 
 
 def _class_of(module: str, name: str, value: Any) -> int:
@@ -63,7 +68,8 @@ def copies_of(params: Params) -> tuple[Params, ...]:
     parts = hk.data_structures.partition_n(_class_of, params, 3)
     held = tuple(map(jax.lax.stop_gradient, parts))
     return hk.data_structures.merge(*held), *(
-        hk.data_structures.merge(*held[:i], parts[i], *held[i + 1:]) for i in range(3))
+        hk.data_structures.merge(*held[:i], parts[i], *held[i + 1 :]) for i in range(3)
+    )
 
 
 def loss_of(like: Encoding, seen: jax.Array) -> Any:
@@ -73,8 +79,10 @@ def loss_of(like: Encoding, seen: jax.Array) -> Any:
     def loss(params: Params) -> jax.Array:
         held, *copies = copies_of(params)
         first = code_message.apply(held, seen)
-        return sum(loss(sample.apply(copy, first, seen), seen)
-                   for copy, loss in zip(copies, LOSSES.values(), strict=True))
+        return sum(
+            loss(sample.apply(copy, first, seen), seen)
+            for copy, loss in zip(copies, LOSSES.values(), strict=True)
+        )
 
     return loss
 
@@ -84,7 +92,8 @@ def from_linen(params: Any) -> Params:
     return {
         f'element/{part}/{dense}': {_NAMES[name]: leaf for name, leaf in leaves.items()}
         for part, denses in params['params']['element'].items()
-        for dense, leaves in denses.items()}
+        for dense, leaves in denses.items()
+    }
 
 
 def to_linen(params: Params) -> Any:
@@ -92,6 +101,5 @@ def to_linen(params: Params) -> Any:
     out: dict[str, Any] = {}
     for module, leaves in params.items():
         _, part, dense = module.split('/')
-        out.setdefault(part, {})[dense] = {
-            name: leaves[short] for name, short in _NAMES.items()}
+        out.setdefault(part, {})[dense] = {name: leaves[short] for name, short in _NAMES.items()}
     return {'params': {'element': out}}

@@ -22,8 +22,18 @@ from typing import Any
 import jax
 
 __all__ = [
-    'Cost', 'Ratio', 'calls_in', 'compiled_step', 'cost_of', 'count_loops', 'ratio_of',
-    'same_program', 'table', 'take_turns', 'time_traces', 'trace_seconds',
+    'Cost',
+    'Ratio',
+    'calls_in',
+    'compiled_step',
+    'cost_of',
+    'count_loops',
+    'ratio_of',
+    'same_program',
+    'table',
+    'take_turns',
+    'time_traces',
+    'trace_seconds',
 ]
 
 
@@ -55,7 +65,8 @@ def cost_of(compiled: Any) -> Cost:
         flops=analysis['flops'],
         loops=count_loops(compiled.as_text()),
         temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        products=count_products(compiled.as_text()))
+        products=count_products(compiled.as_text()),
+    )
 
 
 def count_loops(text: str) -> int:
@@ -114,8 +125,9 @@ def ratio_of(over: Sequence[float], under: Sequence[float]) -> Ratio:
     return Ratio(median, low, high, min(over) / min(under))
 
 
-def trace_seconds(make: Callable[[], tuple[Callable, tuple]], *, cold: bool = True,
-                  frames: int = 0) -> float:
+def trace_seconds(
+    make: Callable[[], tuple[Callable, tuple]], *, cold: bool = True, frames: int = 0
+) -> float:
     """Return the seconds that one trace of `fn(*args)` takes, where `make` returns both.
 
     Args:
@@ -139,8 +151,9 @@ def trace_seconds(make: Callable[[], tuple[Callable, tuple]], *, cold: bool = Tr
         gc.enable()
 
 
-def time_traces(makes: Mapping[str, Callable], repeats: int, *, cold: bool = True
-                ) -> dict[str, list[float]]:
+def time_traces(
+    makes: Mapping[str, Callable], repeats: int, *, cold: bool = True
+) -> dict[str, list[float]]:
     """Time traces in turns, after one round that does not count.
 
     Each round runs below a different number of frames. Python keeps its frames in blocks of memory,
@@ -149,7 +162,7 @@ def time_traces(makes: Mapping[str, Callable], repeats: int, *, cold: bool = Tru
     """
     found: dict[str, list[float]] = {name: [] for name in makes}
     for i in range(-1, repeats):
-        for name in list(makes)[::1 if i % 2 else -1]:
+        for name in list(makes)[:: 1 if i % 2 else -1]:
             seconds = trace_seconds(makes[name], cold=cold, frames=FRAMES * max(i, 0) // repeats)
             found[name] += [seconds] * (i >= 0)
     return found
@@ -158,8 +171,9 @@ def time_traces(makes: Mapping[str, Callable], repeats: int, *, cold: bool = Tru
 FRAMES = 120  # more than one block holds
 
 
-def calls_in(make: Callable[[], tuple], package: types.ModuleType | None = None, *,
-             cold: bool = False) -> int:
+def calls_in(
+    make: Callable[[], tuple], package: types.ModuleType | None = None, *, cold: bool = False
+) -> int:
     """Count the Python calls of one trace, or those of a package's functions: an exact figure.
 
     Args:
@@ -193,7 +207,9 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     """Lay out a Markdown table under a title."""
     cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + ' |'
-             for row in cells]
+    lines = [
+        '| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + ' |'
+        for row in cells
+    ]
     rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|'
     return '\n'.join([f'### {title}', '', lines[0], rule, *lines[1:], ''])

@@ -34,19 +34,42 @@ def main() -> None:
             with mock.patch('flax_sg._views.together._computes_again', lambda jaxpr: True):
                 together = step_of('views', shape)
             costs = cost_of(each), cost_of(together)
-            same = jax.tree.map(lambda a, b: abs(a - b).max() <= 1e-4 * abs(a).max(),
-                                each(*args), together(*args))
+            same = jax.tree.map(
+                lambda a, b: abs(a - b).max() <= 1e-4 * abs(a).max(), each(*args), together(*args)
+            )
             assert all(jax.tree.leaves(same)), same
             run = lambda step: functools.partial(seconds(step), args)  # noqa: B023
             times = take_turns({'each': run(each), 'together': run(together)}, repeats + 1)
-            rows.append([width, batch, length, entries, f'{costs[0].loops} / {costs[1].loops}',
-                         f'{costs[1].flops / costs[0].flops:.2f}',
-                         f'{costs[1].temp_bytes / costs[0].temp_bytes:.2f}',
-                         ratio_of(times['each'][1:], times['together'][1:])])
+            rows.append(
+                [
+                    width,
+                    batch,
+                    length,
+                    entries,
+                    f'{costs[0].loops} / {costs[1].loops}',
+                    f'{costs[1].flops / costs[0].flops:.2f}',
+                    f'{costs[1].temp_bytes / costs[0].temp_bytes:.2f}',
+                    ratio_of(times['each'][1:], times['together'][1:]),
+                ]
+            )
             print(*rows[-1], flush=True)
-    print('\n' + table('One backward loop against one for each entry', [
-        'width', 'batch', 'steps', 'entries', 'loops, each / together', 'flops', 'temporary bytes',
-        'times as fast'], rows))
+    print(
+        '\n'
+        + table(
+            'One backward loop against one for each entry',
+            [
+                'width',
+                'batch',
+                'steps',
+                'entries',
+                'loops, each / together',
+                'flops',
+                'temporary bytes',
+                'times as fast',
+            ],
+            rows,
+        )
+    )
 
 
 if __name__ == '__main__':

@@ -92,16 +92,23 @@ def main() -> None:
     if args.run:
         run_here(args.run, args.quick)
         return
-    chosen = {name: where for name, where in PROGRAMS.items()
-              if not args.only or any(text.lower() in name.lower() for text in args.only)}
+    chosen = {
+        name: where
+        for name, where in PROGRAMS.items()
+        if not args.only or any(text.lower() in name.lower() for text in args.only)
+    }
     python, missing = make_environment(
-        list(dict.fromkeys(where.partition('.')[0] for where in chosen.values())))
+        list(dict.fromkeys(where.partition('.')[0] for where in chosen.values()))
+    )
     rows = {}
     for name, where in chosen.items():
         print(name, flush=True)
         reason = missing.get(where.partition('.')[0])
-        rows[name] = [['', '', 'import', 'ERROR', f'not installable: {reason}']] if reason else (
-            run_apart(where, python, args))
+        rows[name] = (
+            [['', '', 'import', 'ERROR', f'not installable: {reason}']]
+            if reason
+            else (run_apart(where, python, args))
+        )
         print(f'  {counts(rows[name])}', *differences(rows[name]), sep='\n  ', flush=True)
     sys.exit(1 if report_on(rows, args.details) else 0)
 
@@ -109,6 +116,7 @@ def main() -> None:
 def run_here(where: str, quick: bool) -> None:
     """Compare one program, and print progress and each verdict as lines of JSON."""
     from packages.comparison import compare, masks
+
     file, _, function = where.partition('.')
     program = getattr(importlib.import_module(f'packages.{file}'), function)()
     chosen = [mask for i, mask in enumerate(masks(program.parts)) if not quick or i in (0, 1, 6)]
@@ -119,13 +127,21 @@ def run_here(where: str, quick: bool) -> None:
 def run_apart(where: str, python: Path, args: argparse.Namespace) -> list[list[str]]:
     """Compare one program in a process of its own, show progress, return the verdicts."""
     environment = os.environ | {
-        'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1', 'USE_TORCH': '0',
-        'TRANSFORMERS_VERBOSITY': 'error', 'DIFFUSERS_VERBOSITY': 'error'}
+        'PYTHONPATH': str(ROOT),
+        'JAX_PLATFORMS': 'cpu',
+        'HF_HUB_OFFLINE': '1',
+        'USE_TORCH': '0',
+        'TRANSFORMERS_VERBOSITY': 'error',
+        'DIFFUSERS_VERBOSITY': 'error',
+    }
     command = [python, __file__, '--run', where, *(['--quick'] if args.quick else [])]
     rows = []
-    with (tempfile.TemporaryFile('w+') as errors,
-          subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
-                           stderr=errors) as process):
+    with (
+        tempfile.TemporaryFile('w+') as errors,
+        subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors
+        ) as process,
+    ):
         timer = threading.Timer(args.timeout, process.kill)
         timer.start()
         for line in process.stdout:
@@ -137,8 +153,15 @@ def run_apart(where: str, python: Path, args: argparse.Namespace) -> list[list[s
         timer.cancel()
         if process.wait():
             errors.seek(0)
-            rows.append(['', '', 'process', 'ERROR',
-                         f'status {process.returncode}: {last_error(errors.read())}'])
+            rows.append(
+                [
+                    '',
+                    '',
+                    'process',
+                    'ERROR',
+                    f'status {process.returncode}: {last_error(errors.read())}',
+                ]
+            )
     return rows
 
 
@@ -188,7 +211,10 @@ def install(python: Path, folder: Path, requirements: list[list[str]]) -> str:
         print('pip install', *words, flush=True)
         done = subprocess.run(
             [python, '-m', 'pip', 'install', '-qq', '--constraint', folder / 'pins.txt', *words],
-            stderr=subprocess.PIPE, text=True, check=False)
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             return done.stderr.strip().replace('\n', ' ')[-300:]
     return ''
@@ -202,21 +228,33 @@ def counts(rows: list[list[str]]) -> str:
 
 def differences(rows: list[list[str]], *, every_one: bool = False) -> list[str]:
     """Say what is wrong, a line for each comparison."""
-    return [f'{verdict}: {transform}({predicate}), {use}: {detail}'
-            for transform, predicate, use, verdict, detail in rows
-            if every_one or verdict in ('WRONG', 'ERROR')]
+    return [
+        f'{verdict}: {transform}({predicate}), {use}: {detail}'
+        for transform, predicate, use, verdict, detail in rows
+        if every_one or verdict in ('WRONG', 'ERROR')
+    ]
 
 
 def report_on(every: dict[str, list[list[str]]], details: bool) -> int:
     """Print the table, then each difference; return how many there are."""
     head = ['program', *USES, 'other']
     cells = [head] + [
-        [name, *(counts([row for row in rows if row[2] == use]) for use in USES),
-         counts([row for row in rows if row[2] not in USES])] for name, rows in every.items()]
+        [
+            name,
+            *(counts([row for row in rows if row[2] == use]) for use in USES),
+            counts([row for row in rows if row[2] not in USES]),
+        ]
+        for name, rows in every.items()
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ['| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in cells]
-    print('', lines[0], '|' + '|'.join('-' * (width + 2) for width in widths) + '|', *lines[1:],
-          sep='\n')
+    print(
+        '',
+        lines[0],
+        '|' + '|'.join('-' * (width + 2) for width in widths) + '|',
+        *lines[1:],
+        sep='\n',
+    )
     print()
     for name, rows in every.items():
         for line in differences(rows, every_one=details):

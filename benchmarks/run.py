@@ -1,8 +1,8 @@
 """Measure what flax_sg costs, and print it as ratios in tables.
 
-    python benchmarks/run.py            # everything, some minutes
-    python benchmarks/run.py --quick    # smaller models, fewer repetitions
-    python benchmarks/run.py --only step trace --save costs.png
+python benchmarks/run.py            # everything, some minutes
+python benchmarks/run.py --quick    # smaller models, fewer repetitions
+python benchmarks/run.py --only step trace --save costs.png
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Sizes:
     processes: int = 4
 
 
-QUICK = Sizes(depth=3, width=32, length=16, iterations=5, hidden=32, batch=8, traces=3, runs=5,
-              processes=1)
+QUICK = Sizes(
+    depth=3, width=32, length=16, iterations=5, hidden=32, batch=8, traces=3, runs=5, processes=1
+)
 
 
 class Report:
@@ -80,13 +81,18 @@ class Report:
 
     def save(self, file: str) -> None:
         import matplotlib
+
         matplotlib.use('Agg')
         from matplotlib import pyplot as plt
 
         fig, axes = plt.subplots(
-            len(self.bars), 1, layout='constrained', squeeze=False,
+            len(self.bars),
+            1,
+            layout='constrained',
+            squeeze=False,
             figsize=(9, sum(1.2 + 0.3 * len(bars) for bars in self.bars.values())),
-            height_ratios=[1 + len(bars) for bars in self.bars.values()])
+            height_ratios=[1 + len(bars) for bars in self.bars.values()],
+        )
         for axis, (group, bars) in zip(axes[:, 0], self.bars.items(), strict=True):
             drawn = axis.barh(list(bars), list(bars.values()), color='#4878a8')
             axis.bar_label(drawn, fmt='%.2f', padding=3)
@@ -112,9 +118,11 @@ def models(sizes: Sizes) -> dict[str, Cases]:
         'transformer, nn.scan': transformer_cases(**big, scan=True),
         'transformer, nn.scan of nn.remat': transformer_cases(**big, scan=True, remat=True),
         'recurrent encoder': encoder_cases(
-            hidden=sizes.hidden, iterations=sizes.iterations, batch=sizes.batch),
+            hidden=sizes.hidden, iterations=sizes.iterations, batch=sizes.batch
+        ),
         'examples/two_pass_encoding.py': example_cases(
-            iterations=4 * sizes.iterations, batch=sizes.batch),
+            iterations=4 * sizes.iterations, batch=sizes.batch
+        ),
     }
 
 
@@ -137,8 +145,12 @@ def time_steps(programs: dict[str, tuple[Any, Any]], repeats: int) -> dict[str, 
     """Time compiled programs, given with their parameters, in turns; return seconds."""
     steps = max(steps_for(*program) for program in programs.values())
     return take_turns(
-        {name: lambda program=program: run_seconds(*program, steps)
-         for name, program in programs.items()}, repeats)
+        {
+            name: lambda program=program: run_seconds(*program, steps)
+            for name, program in programs.items()
+        },
+        repeats,
+    )
 
 
 def step(sizes: Sizes, report: Report) -> None:
@@ -153,20 +165,32 @@ def step(sizes: Sizes, report: Report) -> None:
             hand = by_hand[case.by_hand]
             a, b = cost_of(masked), cost_of(hand)
             times = time_steps(
-                {'masked': (masked, cases.params), 'hand': (hand, cases.params)}, sizes.runs)
+                {'masked': (masked, cases.params), 'hand': (hand, cases.params)}, sizes.runs
+            )
             speed = ratio_of(times['hand'], times['masked'])
-            rows.append([
-                model, name, over(a.flops, b.flops), f'{a.loops}/{b.loops}',
-                over(a.temp_bytes, b.temp_bytes), 'yes' if same_program(masked, hand) else 'no',
-                speed])
-            report.bar('Temporary bytes, masked over by hand', f'{model}: {name}',
-                       a.temp_bytes / b.temp_bytes)
+            rows.append(
+                [
+                    model,
+                    name,
+                    over(a.flops, b.flops),
+                    f'{a.loops}/{b.loops}',
+                    over(a.temp_bytes, b.temp_bytes),
+                    'yes' if same_program(masked, hand) else 'no',
+                    speed,
+                ]
+            )
+            report.bar(
+                'Temporary bytes, masked over by hand',
+                f'{model}: {name}',
+                a.temp_bytes / b.temp_bytes,
+            )
     report.show(
         'The compiled training step, masked over by hand',
         ['model', 'mask', 'flops', 'loops', 'temporary bytes', 'same program text', 'steps/s'],
         rows,
         'Steps/s: median of the ratios of neighbouring runs (quartiles). Where the program text is '
-        'the same, any difference is noise.')
+        'the same, any difference is noise.',
+    )
     inside_scan(sizes, report)
 
 
@@ -178,19 +202,32 @@ def inside_scan(sizes: Sizes, report: Report) -> None:
         cases = transformer_cases(**big, scan=True, remat=remat)
         masked = cost_of(compiled_step(cases.pairs[IN_BODY].masked, cases.params))
         model = transformer.Transformer(
-            transformer.Encoder(depth=sizes.depth, width=sizes.width, scan=True, remat=remat))
+            transformer.Encoder(depth=sizes.depth, width=sizes.width, scan=True, remat=remat)
+        )
         x = transformer.tokens(4, sizes.length)
-        outside = cost_of(compiled_step(
-            lambda params, model=model, x=x: transformer.loss_of(
-                model.apply(held(params, ('attention',)), x), x), cases.params))
-        rows.append(['nn.scan of nn.remat' if remat else 'nn.scan',
-                     over(masked.flops, outside.flops), f'{masked.loops}/{outside.loops}',
-                     over(masked.temp_bytes, outside.temp_bytes)])
+        outside = cost_of(
+            compiled_step(
+                lambda params, model=model, x=x: transformer.loss_of(
+                    model.apply(held(params, ('attention',)), x), x
+                ),
+                cases.params,
+            )
+        )
+        rows.append(
+            [
+                'nn.scan of nn.remat' if remat else 'nn.scan',
+                over(masked.flops, outside.flops),
+                f'{masked.loops}/{outside.loops}',
+                over(masked.temp_bytes, outside.temp_bytes),
+            ]
+        )
     report.show(
         'A decorated layer class under nn.scan, over stopping the stacked parameters outside',
-        ['model', 'flops', 'loops', 'temporary bytes'], rows,
+        ['model', 'flops', 'loops', 'temporary bytes'],
+        rows,
         'A mask in the body of a scan over split parameters stacks zero cotangents, by hand too. '
-        'A block around the scan, or a decorated encoder, does not.')
+        'A block around the scan, or a decorated encoder, does not.',
+    )
 
 
 IN_BODY = 'class of the layer, held in the scan by hand too'
@@ -199,8 +236,10 @@ IN_BODY = 'class of the layer, held in the scan by hand too'
 def tracing(sizes: Sizes, report: Report) -> None:
     """Tracing: masked and by hand over unmasked."""
     cases_of = {model: cases for model, cases in models(sizes).items() if 'remat' not in model}
-    for title, wrap in (('First trace of the training step', jax.value_and_grad),
-                        ('First trace of the forward pass', lambda fn: fn)):
+    for title, wrap in (
+        ('First trace of the training step', jax.value_and_grad),
+        ('First trace of the forward pass', lambda fn: fn),
+    ):
         rows = []
         for model, cases in cases_of.items():
             makes = _makes(cases, wrap)
@@ -210,28 +249,56 @@ def tracing(sizes: Sizes, report: Report) -> None:
             for name, case in cases.pairs.items():
                 ratio = ratio_of(times[name], base)
                 count = calls[name] / calls[UNMASKED]
-                rows.append([
-                    model, name, f'{1e3 * statistics.median(base):.0f} ms',
-                    ratio_of(times[case.by_hand], base), ratio,
-                    over(calls[case.by_hand], calls[UNMASKED]), f'{count:.2f}',
-                    'yes' if count <= LIMIT else 'NO'])
+                rows.append(
+                    [
+                        model,
+                        name,
+                        f'{1e3 * statistics.median(base):.0f} ms',
+                        ratio_of(times[case.by_hand], base),
+                        ratio,
+                        over(calls[case.by_hand], calls[UNMASKED]),
+                        f'{count:.2f}',
+                        'yes' if count <= LIMIT else 'NO',
+                    ]
+                )
                 report.bar(
-                    title + ', Python calls, masked over unmasked', f'{model}: {name}', count)
+                    title + ', Python calls, masked over unmasked', f'{model}: {name}', count
+                )
         report.show(
-            title, ['model', 'mask', 'unmasked', 'time, by hand', 'time, masked',
-                    'calls, by hand', 'calls, masked', f'calls at most {LIMIT}'], rows,
+            title,
+            [
+                'model',
+                'mask',
+                'unmasked',
+                'time, by hand',
+                'time, masked',
+                'calls, by hand',
+                'calls, masked',
+                f'calls at most {LIMIT}',
+            ],
+            rows,
             'All over the unmasked trace, from empty caches. Time: processor time, median of the '
             'ratios of neighbours (quartiles). Calls: Python calls, an exact figure without noise. '
-            'A column "by hand" above 1 is what JAX needs for the stopped values themselves.')
+            'A column "by hand" above 1 is what JAX needs for the stopped values themselves.',
+        )
     rows = []
     for model, cases in cases_of.items():
         makes = _makes(cases, jax.value_and_grad)
         calls = {name: calls_in(make) for name, make in makes.items()}
-        rows += [[model, name, over(calls[case.by_hand], calls[UNMASKED]),
-                  over(calls[name], calls[UNMASKED])] for name, case in cases.pairs.items()]
+        rows += [
+            [
+                model,
+                name,
+                over(calls[case.by_hand], calls[UNMASKED]),
+                over(calls[name], calls[UNMASKED]),
+            ]
+            for name, case in cases.pairs.items()
+        ]
     report.show(
         'A later trace of the training step, JAX caches warm: Python calls over the unmasked trace',
-        ['model', 'mask', 'by hand', 'masked'], rows)
+        ['model', 'mask', 'by hand', 'masked'],
+        rows,
+    )
     imported(sizes, report)
 
 
@@ -254,22 +321,40 @@ def imported(sizes: Sizes, report: Report) -> None:
     """What the import of flax_sg costs a trace when no block is open."""
     rows = []
     for scan in (False, True):
+
         def run(flax_sg: bool, scan: bool = scan) -> float:
-            command = [sys.executable, str(HERE / 'trace_alone.py'), f'--depth={sizes.depth}',
-                       f'--repeats={sizes.traces}', *['--scan'] * scan, *['--flax-sg'] * flax_sg]
+            command = [
+                sys.executable,
+                str(HERE / 'trace_alone.py'),
+                f'--depth={sizes.depth}',
+                f'--repeats={sizes.traces}',
+                *['--scan'] * scan,
+                *['--flax-sg'] * flax_sg,
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             return statistics.median(json.loads(done.stdout))
+
         times = take_turns(
-            {'without': lambda: run(False), 'with': lambda: run(True)}, sizes.processes)
+            {'without': lambda: run(False), 'with': lambda: run(True)}, sizes.processes
+        )
         ratio = ratio_of(times['with'], times['without'])
-        rows.append(['transformer, nn.scan' if scan else 'transformer, loop',
-                     f'{1e3 * statistics.median(times["without"]):.0f} ms', ratio])
-        report.bar('First trace, flax_sg imported over not, no block open', rows[-1][0],
-                   ratio.median)
+        rows.append(
+            [
+                'transformer, nn.scan' if scan else 'transformer, loop',
+                f'{1e3 * statistics.median(times["without"]):.0f} ms',
+                ratio,
+            ]
+        )
+        report.bar(
+            'First trace, flax_sg imported over not, no block open', rows[-1][0], ratio.median
+        )
     report.show(
         'First trace of the training step with flax_sg imported and no block open, over a process '
-        'without it', ['model', 'without', 'imported / not'], rows,
-        f'{sizes.processes} processes each, in turns.')
+        'without it',
+        ['model', 'without', 'imported / not'],
+        rows,
+        f'{sizes.processes} processes each, in turns.',
+    )
 
 
 class FirstHeld(transformer.Transformer):
@@ -308,24 +393,34 @@ def flat(sizes: Sizes, report: Report) -> None:
             def make(mask: Any, depth: int = depth, x: Any = x) -> Callable[[], tuple]:
                 model = FirstHeld(transformer.Encoder(depth=depth, width=16, heads=2), mask=mask)
                 params = jax.eval_shape(model.init, jax.random.key(0), x)
-                return _fresh(lambda params: transformer.loss_of(model.apply(params, x), x),
-                              lambda fn: fn, params)
+                return _fresh(
+                    lambda params: transformer.loss_of(model.apply(params, x), x),
+                    lambda fn: fn,
+                    params,
+                )
 
             makes = {'unmasked': make(None), 'masked': make(mask)}
             calls = {name: calls_in(make, flax_sg) for name, make in makes.items()}
             times = time_traces(makes, max(3, sizes.traces - 2))
             added = sorted(b - a for a, b in zip(times['unmasked'], times['masked'], strict=True))
             low, median, high = statistics.quantiles(added, n=4, method='inclusive')
-            rows.append([
-                name, depth, f'{1e3 * statistics.median(times["unmasked"]):.0f} ms',
-                f'{1e3 * median:.0f} ms ({1e3 * low:.0f} to {1e3 * high:.0f})',
-                calls['masked'] - calls['unmasked']])
+            rows.append(
+                [
+                    name,
+                    depth,
+                    f'{1e3 * statistics.median(times["unmasked"]):.0f} ms',
+                    f'{1e3 * median:.0f} ms ({1e3 * low:.0f} to {1e3 * high:.0f})',
+                    calls['masked'] - calls['unmasked'],
+                ]
+            )
     report.show(
         'What a block over the first two layers adds to a forward trace',
-        ['block', 'layers', 'unmasked', 'added time', 'added calls in flax_sg'], rows,
+        ['block', 'layers', 'unmasked', 'added time', 'added calls in flax_sg'],
+        rows,
         'Added time is the median of paired differences (quartiles); in the large model it is the '
         'small difference of large numbers. The calls are exact: Python calls of functions of '
-        'flax_sg, masked minus unmasked.')
+        'flax_sg, masked minus unmasked.',
+    )
 
 
 def against(sizes: Sizes, report: Report) -> None:
@@ -345,54 +440,77 @@ def against(sizes: Sizes, report: Report) -> None:
         'Linen, one run per loss': (one_run_per_loss(like, seen), params),
     }
     compiled = {name: (jax.jit(fn).lower(p).compile(), p) for name, (fn, p) in programs.items()}
-    check_gradients({name: program(p) for name, (program, p) in compiled.items()},
-                    haiku_encoder.to_linen)
+    check_gradients(
+        {name: program(p) for name, (program, p) in compiled.items()}, haiku_encoder.to_linen
+    )
     costs = {name: cost_of(program) for name, (program, _) in compiled.items()}
     runs = time_steps(compiled, sizes.runs)
     traces = time_traces(
         {name: lambda fn=fn, p=p: (lambda p: fn(p), (p,)) for name, (fn, p) in programs.items()},
-        sizes.traces)
+        sizes.traces,
+    )
     ours, *others = programs
     rows = []
     for name in others:
         a, b = costs[ours], costs[name]
         speed, trace = ratio_of(runs[name], runs[ours]), ratio_of(traces[ours], traces[name])
-        rows.append([name, over(a.flops, b.flops), f'{a.loops}/{b.loops}',
-                     over(a.temp_bytes, b.temp_bytes), speed, trace])
+        rows.append(
+            [
+                name,
+                over(a.flops, b.flops),
+                f'{a.loops}/{b.loops}',
+                over(a.temp_bytes, b.temp_bytes),
+                speed,
+                trace,
+            ]
+        )
         report.bar('Encoder with blocks, steps/s over', name, speed.median)
         report.bar('Encoder with blocks, temporary bytes over', name, a.temp_bytes / b.temp_bytes)
         report.bar('Encoder with blocks, first trace over', name, trace.median)
     report.show(
         'The recurrent encoder with flax_sg blocks, over other ways to write it',
-        ['other way', 'flops', 'loops', 'temporary bytes', 'steps/s', 'first trace'], rows,
-        'All four give the same gradients (checked before timing).')
+        ['other way', 'flops', 'loops', 'temporary bytes', 'steps/s', 'first trace'],
+        rows,
+        'All four give the same gradients (checked before timing).',
+    )
 
 
 def one_run_per_loss(like: recurrent.Encoding, seen: jax.Array) -> Callable[[Any], Any]:
     """Return the step that differentiates each loss by all parameters and keeps its own part."""
+
     def step(params: Any) -> tuple[jax.Array, Any]:
         first = like.apply(held(params), seen, method='code_message')
         total, parts = 0.0, {}
         for name, part in recurrent.PARTS.items():
+
             def loss(params: Any, name: str = name) -> jax.Array:
                 return recurrent.LOSSES[name](
-                    like.apply(params, first, seen, method='sample'), seen)
+                    like.apply(params, first, seen, method='sample'), seen
+                )
+
             value, grads = jax.value_and_grad(loss)(params)
             total += value
-            parts |= {key: leaf for key, leaf in grads['params']['element'].items()
-                      if key.startswith(part.rstrip('*'))}
+            parts |= {
+                key: leaf
+                for key, leaf in grads['params']['element'].items()
+                if key.startswith(part.rstrip('*'))
+            }
         return total, {'params': {'element': parts}}
+
     return step
 
 
 def check_gradients(results: dict[str, tuple], to_linen: Callable) -> None:
     """Make sure that the programs that are compared compute the same."""
-    results = {name: (value, to_linen(grads) if name.startswith('Haiku') else grads)
-               for name, (value, grads) in results.items()}
+    results = {
+        name: (value, to_linen(grads) if name.startswith('Haiku') else grads)
+        for name, (value, grads) in results.items()
+    }
     (_, first), *rest = results.items()
     for name, result in rest:
         same = jax.tree.map(
-            lambda a, b: bool(jnp.allclose(a, b, rtol=1e-4, atol=1e-6)), first, result)
+            lambda a, b: bool(jnp.allclose(a, b, rtol=1e-4, atol=1e-6)), first, result
+        )
         if not all(jax.tree.leaves(same)):
             raise RuntimeError(f'{name} gives other values or gradients: {same}')
 
@@ -419,19 +537,24 @@ def reads(sizes: Sizes, report: Report) -> None:
         'a block that selects other variables': (stop_gradient('down'),),
         'three nested blocks': (stop_gradient('up'), stop_gradient('down'), stop_gradient('up')),
     }
-    times = take_turns({name: lambda ts=ts: micros(ts) for name, ts in runs.items()},
-                       2 * sizes.traces)
+    times = take_turns(
+        {name: lambda ts=ts: micros(ts) for name, ts in runs.items()}, 2 * sizes.traces
+    )
     base = statistics.median(times['no block'])
     report.show(
         f'One read of a mapping of {len(up)} concrete variables',
         ['open', 'microseconds', 'more than without, per variable'],
-        [[name, f'{statistics.median(t):.1f}', f'{(statistics.median(t) - base) / len(up):.1f}']
-         for name, t in times.items()],
-        'Under a trace, jax.lax.stop_gradient itself comes on top, as by hand.')
+        [
+            [name, f'{statistics.median(t):.1f}', f'{(statistics.median(t) - base) / len(up):.1f}']
+            for name, t in times.items()
+        ],
+        'Under a trace, jax.lax.stop_gradient itself comes on top, as by hand.',
+    )
 
 
 def _all_of(transforms: tuple) -> Any:
     import contextlib
+
     stack = contextlib.ExitStack()
     for transform in transforms:
         stack.enter_context(transform)
@@ -449,8 +572,10 @@ def main() -> None:
     args = parser.parse_args()
     sizes, report = QUICK if args.quick else Sizes(), Report()
     load = f', load {os.getloadavg()[0]:.1f}' if hasattr(os, 'getloadavg') else ''
-    print(f'Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, '
-          f'{os.cpu_count()} CPU cores{load}, {sizes}\n')
+    print(
+        f'Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, '
+        f'{os.cpu_count()} CPU cores{load}, {sizes}\n'
+    )
     for name in args.only:
         start = time.perf_counter()
         SECTIONS[name](sizes, report)

@@ -45,16 +45,28 @@ doubled.defvjp(lambda x: (x, None), lambda _, cotangent: (2 * cotangent,))
 
 def by_hand(params: Any) -> Any:
     """Return a tree in which the selected parameters have doubled cotangents."""
+
     def of(path: tuple, leaf: jax.Array) -> jax.Array:
         names = [key.key for key in path]
-        return doubled(leaf) if any(
-            fnmatch.fnmatch(name, pattern) for name in names for pattern in SELECTED) else leaf
+        return (
+            doubled(leaf)
+            if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in SELECTED)
+            else leaf
+        )
+
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def step(params: Any, seen: jax.Array, *, around: Any = None, inside: Any = None,
-         first: Callable = lambda params: params) -> Callable[[], tuple[Callable, tuple]]:
+def step(
+    params: Any,
+    seen: jax.Array,
+    *,
+    around: Any = None,
+    inside: Any = None,
+    first: Callable = lambda params: params,
+) -> Callable[[], tuple[Callable, tuple]]:
     """Make a training step, with a transform around the encoder's call or around the model."""
+
     class Model(Transformer):
         def __call__(self, x: jax.Array) -> jax.Array:
             with inside or contextlib.nullcontext():
@@ -77,14 +89,29 @@ def main() -> None:
     seen = tokens(4, 16)
     params = Transformer(Encoder(**SHAPE)).init(jax.random.key(0), seen)
     makes = {'unmasked': step(params, seen)}
-    makes |= {(name, where): step(params, seen, **{where: transform})
-              for name, transform in SIBLINGS.items() for where in ('around', 'inside')}
+    makes |= {
+        (name, where): step(params, seen, **{where: transform})
+        for name, transform in SIBLINGS.items()
+        for where in ('around', 'inside')
+    }
     makes['by hand', 'map_gradient'] = step(params, seen, first=by_hand)
     times = time_traces(makes, args.repeats)
     calls = {name: calls_in(make, cold=True) for name, make in makes.items()}
-    print(table('Tracing over the unmasked step', ['transform', 'block', 'time', 'calls'], [
-        [*name, ratio_of(times[name], times['unmasked']), f'{calls[name] / calls["unmasked"]:.2f}']
-        for name in makes if name != 'unmasked']))
+    print(
+        table(
+            'Tracing over the unmasked step',
+            ['transform', 'block', 'time', 'calls'],
+            [
+                [
+                    *name,
+                    ratio_of(times[name], times['unmasked']),
+                    f'{calls[name] / calls["unmasked"]:.2f}',
+                ]
+                for name in makes
+                if name != 'unmasked'
+            ],
+        )
+    )
 
 
 if __name__ == '__main__':

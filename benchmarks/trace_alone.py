@@ -31,8 +31,9 @@ def main() -> None:
     params = jax.eval_shape(model.init, jax.random.key(0), x)
 
     def make() -> tuple:
-        return jax.value_and_grad(
-            lambda params: transformer.loss_of(model.apply(params, x), x)), (params,)
+        return jax.value_and_grad(lambda params: transformer.loss_of(model.apply(params, x), x)), (
+            params,
+        )
 
     trace_seconds(make)
     print(json.dumps([trace_seconds(make) for _ in range(args.repeats)]))

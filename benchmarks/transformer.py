@@ -49,8 +49,8 @@ class Encoder(nn.Module):
         layer = nn.remat(self.layer) if self.remat else self.layer
         if self.scan:
             self.layers = nn.scan(
-                layer, variable_axes={'params': 0}, split_rngs={'params': True},
-                length=self.depth)(self.heads)
+                layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth
+            )(self.heads)
         else:
             self.layer_list = [layer(self.heads, name=f'layer_{i}') for i in range(self.depth)]
 

@@ -88,6 +88,7 @@ def views(shape: Shape) -> Callable:
 
     def loss(params: Any, c: Array, xs: Array) -> Array:
         return total(shape, Net(shape).apply({'params': params}, c, xs, method=each(Net.__call__)))
+
     return jax.value_and_grad(loss)
 
 
@@ -99,6 +100,7 @@ def by_hand(shape: Shape) -> Callable:
             loss, cotangent = jax.value_and_grad(functools.partial(loss_of, k))(out)
             value, grads[f'part_{k}'] = value + loss, pull(cotangent)[0]['scan'][f'part_{k}']
         return value, {'scan': grads}
+
     return step
 
 
@@ -109,11 +111,13 @@ def masked(shape: Shape) -> Callable:
             with flax_sg.stop_gradient(~flax_sg.path(part(k))):
                 outs[part(k)] = Net(shape).apply({'params': params}, c, xs)
         return total(shape, outs)
+
     return jax.value_and_grad(loss)
 
 
 def alone(shape: Shape, k: int) -> Callable:
     """Return the gradient of one loss with respect to its own part."""
+
     def loss(mine: Any, params: Any, c: Array, xs: Array) -> Array:
         params = {'scan': {**params['scan'], f'part_{k}': mine}}
         return loss_of(k, Net(shape).apply({'params': params}, c, xs))
@@ -138,6 +142,7 @@ def seconds(*steps: Callable) -> Callable[[tuple], float]:
         for step in steps:
             jax.block_until_ready(step(*args))
         return time.perf_counter() - start
+
     return run
 
 
@@ -146,15 +151,20 @@ def rows_of(shape: Shape, repeats: int) -> dict[str, list]:
     args = data_of(shape)
     steps = {way: [step_of(way, shape)] for way in WAYS}
     steps['gradients alone'] = [
-        jax.jit(alone(shape, k)).lower(*args).compile() for k in range(shape.entries)]
+        jax.jit(alone(shape, k)).lower(*args).compile() for k in range(shape.entries)
+    ]
     runs = {way: functools.partial(seconds(*found), args) for way, found in steps.items()}
     times = take_turns(runs, repeats + 1)
     rows = {}
     for way, found in steps.items():
         costs = [cost_of(step) for step in found]
-        rows[way] = [sum(c.flops for c in costs), sum(c.products for c in costs),
-                     sum(c.loops for c in costs), max(c.temp_bytes for c in costs),
-                     ratio_of(times[way][1:], times['views'][1:])]
+        rows[way] = [
+            sum(c.flops for c in costs),
+            sum(c.products for c in costs),
+            sum(c.loops for c in costs),
+            max(c.temp_bytes for c in costs),
+            ratio_of(times[way][1:], times['views'][1:]),
+        ]
     return rows
 
 
@@ -165,31 +175,52 @@ def show(shapes: list[Shape], over: str, repeats: int) -> list[dict[str, list]]:
         found.append(rows)
         for way, (flops, products, loops, bytes_, ratio) in rows.items():
             base = rows['views']
-            lines.append([getattr(shape, over), way, f'{flops / base[0]:.2f}', products, loops,
-                          f'{bytes_ / base[3]:.2f}', ratio])
+            lines.append(
+                [
+                    getattr(shape, over),
+                    way,
+                    f'{flops / base[0]:.2f}',
+                    products,
+                    loops,
+                    f'{bytes_ / base[3]:.2f}',
+                    ratio,
+                ]
+            )
             print(f'{over} {getattr(shape, over)}: {way}', flush=True)
-    print('\n' + table(f'Over {over}: {shapes[0]._replace(**{over: "..."})}',
-                       [over, 'way', 'flops', 'products', 'loops', 'temporary bytes', 'time'],
-                       lines))
+    print(
+        '\n'
+        + table(
+            f'Over {over}: {shapes[0]._replace(**{over: "..."})}',
+            [over, 'way', 'flops', 'products', 'loops', 'temporary bytes', 'time'],
+            lines,
+        )
+    )
     return found
 
 
 def save(path: str, series: dict[str, tuple[list[int], list[dict[str, list]]]]) -> None:
     import matplotlib
+
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, len(series), figsize=(5 * len(series), 7), squeeze=False)
     for column, (over, (xs, found)) in enumerate(series.items()):
-        for row, (label, value) in enumerate([
-                ('time over views', lambda r: r[4].median),
-                ('temporary bytes over views', None)]):
+        for row, (label, value) in enumerate(
+            [('time over views', lambda r: r[4].median), ('temporary bytes over views', None)]
+        ):
             axis = axes[row][column]
             for way in found[0]:
                 ys = [value(r[way]) if value else r[way][3] / r['views'][3] for r in found]
                 axis.plot(xs, ys, marker='o', label=way)
-            axis.set(xlabel={'entries': 'entries (losses)', 'length': 'steps of the scan'}[over],
-                     ylabel=label, ylim=(0, None), xscale='log', xticks=xs, xticklabels=xs)
+            axis.set(
+                xlabel={'entries': 'entries (losses)', 'length': 'steps of the scan'}[over],
+                ylabel=label,
+                ylim=(0, None),
+                xscale='log',
+                xticks=xs,
+                xticklabels=xs,
+            )
             axis.minorticks_off()
             axis.grid(alpha=0.3)
     axes[0][0].legend()
@@ -210,7 +241,8 @@ def main() -> None:
     repeats = 5 if args.quick else 11
     series = {
         'entries': (entries, show([base._replace(entries=k) for k in entries], 'entries', repeats)),
-        'length': (lengths, show([base._replace(length=n) for n in lengths], 'length', repeats))}
+        'length': (lengths, show([base._replace(length=n) for n in lengths], 'length', repeats)),
+    }
     if args.save:
         save(args.save, series)
 

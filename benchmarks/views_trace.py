@@ -22,8 +22,16 @@ import flax_sg
 from measure import calls_in, ratio_of, table, time_traces
 from transformer import Encoder, tokens
 
-PARTS = ('attention/query', 'attention/key', 'attention/value', 'attention/out', 'up', 'down',
-         'norm_attention', 'norm_mlp')
+PARTS = (
+    'attention/query',
+    'attention/key',
+    'attention/value',
+    'attention/out',
+    'up',
+    'down',
+    'norm_attention',
+    'norm_mlp',
+)
 
 
 def loss_of(k: int, out: jax.Array) -> jax.Array:
@@ -36,6 +44,7 @@ def views(model: Encoder, entries: int) -> Callable:
     def loss(params: Any, x: jax.Array) -> jax.Array:
         outs = model.apply({'params': params}, x, method=each(Encoder.__call__))
         return sum(loss_of(k, out) for k, out in enumerate(outs.values()))
+
     return jax.value_and_grad(loss)
 
 
@@ -54,6 +63,7 @@ def by_hand(model: Encoder, entries: int, masks: list[Any], hold: bool) -> Calla
             add = lambda total, g, mine: total + g if mine else total
             value, grads = value + loss, jax.tree.map(add, grads, pull(cotangent)[0], mask)
         return value, grads
+
     return step
 
 
@@ -61,15 +71,24 @@ def row(depth: int, scan: bool, remat: bool, entries: int, repeats: int) -> list
     model, x = Encoder(depth=depth, width=32, scan=scan, remat=remat), tokens(2, 8)
     params = model.init(jax.random.key(0), x)['params']
     masks = [flax_sg.path(f'layer*/{part}').mask(params) for part in PARTS[:entries]]
-    makes = {'views': lambda: (views(model, entries), (params, x)),
-             'by hand': lambda: (by_hand(model, entries, masks, hold=False), (params, x)),
-             'held': lambda: (by_hand(model, entries, masks, hold=True), (params, x))}
+    makes = {
+        'views': lambda: (views(model, entries), (params, x)),
+        'by hand': lambda: (by_hand(model, entries, masks, hold=False), (params, x)),
+        'held': lambda: (by_hand(model, entries, masks, hold=True), (params, x)),
+    }
     times = time_traces(makes, repeats)
     views_calls, *others = (calls_in(make, cold=True) for make in makes.values())
     ratios = [ratio_of(times['views'], times[name]) for name in ('by hand', 'held')]
-    return ['scan' if scan else 'loop', depth, entries, *(
-        part for ratio, calls in zip(ratios, others, strict=True)
-        for part in (ratio, f'{views_calls / calls:.2f}'))]
+    return [
+        'scan' if scan else 'loop',
+        depth,
+        entries,
+        *(
+            part
+            for ratio, calls in zip(ratios, others, strict=True)
+            for part in (ratio, f'{views_calls / calls:.2f}')
+        ),
+    ]
 
 
 def main() -> None:
@@ -84,9 +103,14 @@ def main() -> None:
         for entries in (2, 8) if args.quick else (2, 3, 6, 8):
             rows.append(row(depth, scan, args.remat, entries, 3 if args.quick else 5))
             print(*rows[-1], flush=True)
-    print('\n' + table('First trace of views over that by hand' + ', rematerialised' * args.remat,
-                       ['layers', 'depth', 'entries', 'time', 'Python calls',
-                        'time, the rest held', 'calls'], rows))
+    print(
+        '\n'
+        + table(
+            'First trace of views over that by hand' + ', rematerialised' * args.remat,
+            ['layers', 'depth', 'entries', 'time', 'Python calls', 'time, the rest held', 'calls'],
+            rows,
+        )
+    )
 
 
 if __name__ == '__main__':

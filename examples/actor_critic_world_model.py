@@ -46,11 +46,11 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen
 
 TRAINS = {'world': 'world', 'actor': 'actor', 'critic': 'critic'}  # what each loss may move
 RATES = {'world': 2e-3, 'actor': 1e-3, 'critic': 2e-3}
-DT, TORQUE, GRAVITY = 0.1, 5.0, 9.81        # s, N m, m/s²: a mass of 1 kg on a rod of 1 m
-EPISODE = 120                               # steps of DT
-HORIZON, BATCH, PENDULUMS = 15, 64, 4       # a rollout's steps; pendulums run HORIZON steps a step
+DT, TORQUE, GRAVITY = 0.1, 5.0, 9.81  # s, N m, m/s²: a mass of 1 kg on a rod of 1 m
+EPISODE = 120  # steps of DT
+HORIZON, BATCH, PENDULUMS = 15, 64, 4  # a rollout's steps; pendulums run HORIZON steps a step
 DISCOUNT, LAMBDA, NOISE = 0.97, 0.95, 0.4
-POINTS = 20                                 # of a curve
+POINTS = 20  # of a curve
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -65,6 +65,7 @@ def move(body: Array, action: Array) -> Array:
       body: angle from upright in rad, and angular velocity in rad/s, shape (..., 2).
       action: the torque over TORQUE, from -1 to 1, shape (..., 1).
     """
+
     def rate(body: Array) -> Array:
         angle, velocity = body[..., :1], body[..., 1:]
         return jnp.concatenate([velocity, GRAVITY * jnp.sin(angle) + TORQUE * action], -1)
@@ -79,7 +80,7 @@ def move(body: Array, action: Array) -> Array:
 def reward(body: Array, action: Array) -> Array:
     """Return rewards (...): 1 for upright and at rest, less for angle, speed and effort."""
     angle, velocity = body[..., 0], body[..., 1]
-    return jnp.cos(angle) - 0.01 * velocity ** 2 - 0.02 * action[..., 0] ** 2
+    return jnp.cos(angle) - 0.01 * velocity**2 - 0.02 * action[..., 0] ** 2
 
 
 def at_rest(key: Array, count: int, spread: float) -> Array:
@@ -142,6 +143,7 @@ class Agent(nn.Module):
 
     def rollout(self, start: Array, recorded: Array) -> Rollout:
         """Imagine both futures of bodies (B, 2), under recorded actions (T, B, 1) and its own."""
+
         def step(self: Agent, bodies: Array, recorded: Array) -> tuple[Array, tuple[Array, Array]]:
             actions = jnp.stack([recorded, self.act(bodies[1])])
             told = self.world(jnp.concatenate([seen(bodies), actions], -1))
@@ -172,8 +174,11 @@ class Agent(nn.Module):
         error = jnp.square(out['world'].bodies[1:, 0] - record.bodies[1:]).sum(-1)
         error += jnp.square(out['world'].rewards[:, 0] - record.rewards)
         targets = jax.lax.stop_gradient(imagined_returns(out['critic']))
-        return {'world': error.mean(), 'actor': -imagined_returns(out['actor']).mean(),
-                'critic': jnp.square(out['critic'].values[:-1] - targets).mean() / 2}
+        return {
+            'world': error.mean(),
+            'actor': -imagined_returns(out['actor']).mean(),
+            'critic': jnp.square(out['critic'].values[:-1] - targets).mean() / 2,
+        }
 
 
 def imagined_returns(rollout: Rollout) -> Array:
@@ -198,6 +203,7 @@ class State(NamedTuple):
 
 def live(params: Params, bodies: Array, noise: Array) -> tuple[Array, Record]:
     """Move real pendulums (B, 2) by the actor with noise (T, B, 1); return them and a Record."""
+
     def step(body: Array, noise: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         action = jnp.clip(Agent().apply({'params': params}, body, method='act') + noise, -1, 1)
         body = move(body, action)
@@ -209,8 +215,10 @@ def live(params: Params, bodies: Array, noise: Array) -> tuple[Array, Record]:
 
 def optimiser(params: Params) -> optax.GradientTransformation:
     """Give each part an Adam of its own, by the predicates that the views use."""
-    parts = {part: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-             for part, rate in RATES.items()}
+    parts = {
+        part: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+        for part, rate in RATES.items()
+    }
     return optax.partition(parts, sg.labels(TRAINS, params))
 
 
@@ -218,8 +226,11 @@ def optimiser(params: Params) -> optax.GradientTransformation:
 @functools.partial(jax.vmap, in_axes=(0, None))  # over the seeds
 def begin(key: Array, steps: int) -> State:
     slots = steps * PENDULUMS
-    memory = Record(jnp.zeros((HORIZON + 1, slots, 2)), jnp.zeros((HORIZON, slots, 1)),
-                    jnp.zeros((HORIZON, slots)))
+    memory = Record(
+        jnp.zeros((HORIZON + 1, slots, 2)),
+        jnp.zeros((HORIZON, slots, 1)),
+        jnp.zeros((HORIZON, slots)),
+    )
     params = Agent().init(key, jax.tree.map(lambda x: x[:, :1], memory))['params']
     return State(params, optimiser(params).init(params), jnp.zeros((PENDULUMS, 2)), memory)
 
@@ -233,15 +244,22 @@ def total(params: Params, record: Record, way: str) -> tuple[Array, dict[str, Ar
 @functools.partial(jax.vmap, in_axes=(0, 0, None, None))
 def advance(state: State, key: Array, numbers: Array, way: str) -> tuple[State, dict[str, Array]]:
     """Take the steps with these numbers; return the losses of each."""
+
     def step(state: State, number: Array) -> tuple[State, dict[str, Array]]:
         to_start, to_noise, to_choose = jax.random.split(jax.random.fold_in(key, number), 3)
         # Practice starts at any angle. The episodes that are reported start hanging down.
-        bodies = jnp.where(number % (EPISODE // HORIZON) == 0,
-                           at_rest(to_start, PENDULUMS, jnp.pi), state.bodies)
+        bodies = jnp.where(
+            number % (EPISODE // HORIZON) == 0, at_rest(to_start, PENDULUMS, jnp.pi), state.bodies
+        )
         noise = NOISE * jax.random.normal(to_noise, (HORIZON, PENDULUMS, 1))
         bodies, piece = live(state.params, bodies, noise)
-        memory = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-            old, new, number * PENDULUMS, axis=1), state.memory, piece)
+        memory = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+                old, new, number * PENDULUMS, axis=1
+            ),
+            state.memory,
+            piece,
+        )
         chosen = jax.random.randint(to_choose, (BATCH,), 0, (number + 1) * PENDULUMS)
         record = jax.tree.map(lambda x: x[:, chosen], memory)
         grads, losses = jax.grad(total, has_aux=True)(state.params, record, way)
@@ -270,9 +288,9 @@ class Result(NamedTuple):
     """What training left, seeds last but in the state: real returns on the way, losses, heights."""
 
     state: State
-    returns: np.ndarray             # (POINTS + 1, seeds)
-    losses: dict[str, np.ndarray]   # (steps, seeds)
-    heights: np.ndarray             # (EPISODE + 1, seeds)
+    returns: np.ndarray  # (POINTS + 1, seeds)
+    losses: dict[str, np.ndarray]  # (steps, seeds)
+    heights: np.ndarray  # (EPISODE + 1, seeds)
 
 
 def train(way: str, steps: int, seeds: int) -> Result:
@@ -285,9 +303,11 @@ def train(way: str, steps: int, seeds: int) -> Result:
         losses.append(some)
         returns.append(score)
         if len(losses) % (POINTS // 5) == 0:
-            print(f'{way}, step {numbers[-1] + 1:4}: real return {spread(score)}, model error '
-                  f'{some["world"][:, -1].mean():.3g}  ({time.perf_counter() - start:.1f} s)',
-                  flush=True)
+            print(
+                f'{way}, step {numbers[-1] + 1:4}: real return {spread(score)}, model error '
+                f'{some["world"][:, -1].mean():.3g}  ({time.perf_counter() - start:.1f} s)',
+                flush=True,
+            )
     losses = jax.tree.map(lambda *x: np.concatenate(x, axis=1).T, *losses)
     return Result(state, np.stack(returns), losses, np.asarray(heights).T)
 
@@ -332,12 +352,17 @@ def save_picture(path: str, results: dict[str, Result], steps: int) -> None:
         left.plot(at, mean, color=colour, label=way)
         left.fill_between(at, mean - sd, mean + sd, color=colour, alpha=0.2, lw=0)
         right.plot(DT * np.arange(EPISODE + 1), result.heights, color=colour, lw=1, alpha=0.8)
-    left.set(ylabel=f'return: sum of {EPISODE} rewards',
-             xlabel=f'training step, of {PENDULUMS * HORIZON * DT:.0f} s with real pendulums',
-             title='Returns on the real pendulum, mean ± sd over the seeds')
+    left.set(
+        ylabel=f'return: sum of {EPISODE} rewards',
+        xlabel=f'training step, of {PENDULUMS * HORIZON * DT:.0f} s with real pendulums',
+        title='Returns on the real pendulum, mean ± sd over the seeds',
+    )
     left.legend(loc='center right')
-    right.set(xlabel='time in s', ylabel='height of the mass in m',
-              title='A real episode after training, a line for each seed')
+    right.set(
+        xlabel='time in s',
+        ylabel='height of the mass in m',
+        title='A real episode after training, a line for each seed',
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -355,17 +380,23 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[str, Result], dict, di
         parser.error(f'--seeds {args.seeds}: expected at least 2, for a standard deviation')
 
     results = {way: train(way, args.steps, args.seeds) for way in ('views', 'without views')}
-    print('\nReal return, and the imagined one. That has a discount: a true one is at most '
-          f'{1 / (1 - DISCOUNT):.1f}')
+    print(
+        '\nReal return, and the imagined one. That has a discount: a true one is at most '
+        f'{1 / (1 - DISCOUNT):.1f}'
+    )
     for way, result in results.items():
-        print(f'{way:14}{spread(result.returns[0])} before,{spread(result.returns[-1])} after; '
-              f'imagined {-result.losses["actor"][-1].mean():.3g}')
+        print(
+            f'{way:14}{spread(result.returns[0])} before,{spread(result.returns[-1])} after; '
+            f'imagined {-result.losses["actor"][-1].mean():.3g}'
+        )
 
     state = jax.tree.map(lambda x: x[0], results['views'].state)
     record = jax.tree.map(lambda x: x[:, :BATCH], state.memory)
     grads = gradients(state.params, record, 'views')
-    norms = {loss: {part: float(optax.tree.norm(tree)) for part, tree in grads[loss].items()}
-             for loss in TRAINS}
+    norms = {
+        loss: {part: float(optax.tree.norm(tree)) for part, tree in grads[loss].items()}
+        for loss in TRAINS
+    }
     print('\nWhich loss moves what: norms of gradients, 0 is exactly zero')
     print(f'{"":12}' + ''.join(f'{loss:>12}' for loss in TRAINS))
     for part in TRAINS:

@@ -60,8 +60,8 @@ Tree = dict[str, Any]
 class Data(NamedTuple):
     """The first state, and inputs and targets of the steps 0 to n."""
 
-    start: Array    # [k]
-    inputs: Array   # [n + 1, d]
+    start: Array  # [k]
+    inputs: Array  # [n + 1, d]
     targets: Array  # [n + 1, k]
 
 
@@ -121,6 +121,7 @@ class Model(nn.Module):
 
     def adjoint(self, f: Tree, data: Data) -> Array:
         """Return F, by the recursion of λ from step n down to step 0."""
+
         def step(cell, lam, at):
             x, u, target, beta = at
             _, pull = nn.vjp(lambda cell, x: cell(x, u)[0], cell, x)
@@ -134,6 +135,7 @@ class Model(nn.Module):
 
     def forward(self, f: Tree, data: Data) -> tuple[Array, Tree]:
         """Return F and ∇_φ F, by the recursion of ξ from step 0 up to step n."""
+
         def step(cell, state, at):
             (x, xi), (u, target) = state, at  # x_i and ξ_{i-1}, which is its derivative
             _, along_xi = jax.jvp(lambda x: p(x, target), (x,), (xi,))
@@ -154,11 +156,14 @@ def adjoint(model: Model, params: Tree, f: Tree, data: Data) -> tuple[Array, Tre
 
 def nested(model: Model, params: Tree, f: Tree, data: Data) -> tuple[Array, Tree]:
     """Return them by a VJP of a VJP, with no block."""
+
     def along_f(phi):
         objective = lambda theta: model.apply(
-            {'params': {'cell': theta, 'beta': phi}}, f, data, method='objective')
+            {'params': {'cell': theta, 'beta': phi}}, f, data, method='objective'
+        )
         value, pull = jax.vjp(objective, params['cell'])
         return optax.tree.vdot(f, pull(jnp.ones_like(value))[0])
+
     value, pull = jax.vjp(along_f, params['beta'])
     return value, pull(jnp.ones_like(value))[0]
 
@@ -167,22 +172,25 @@ def forward(model: Model, params: Tree, f: Tree, data: Data) -> tuple[Array, Tre
     return model.apply({'params': params}, f, data, method='forward')
 
 
-def differences(model: Model, params: Tree, f: Tree, data: Data, size: float
-                ) -> tuple[Array, Tree]:
+def differences(model: Model, params: Tree, f: Tree, data: Data, size: float) -> tuple[Array, Tree]:
     """Return them by central differences, with φ moved by `size` and by twice that."""
     phi, tree = ravel_pytree(params['beta'])
     value = lambda phi: model.apply(
-        {'params': {'cell': params['cell'], 'beta': tree(phi)}}, f, data, method='adjoint')
+        {'params': {'cell': params['cell'], 'beta': tree(phi)}}, f, data, method='adjoint'
+    )
 
     def along(direction):
-        near, far = (value(phi + s * direction) - value(phi - s * direction)
-                     for s in (size, 2 * size))
+        near, far = (
+            value(phi + s * direction) - value(phi - s * direction) for s in (size, 2 * size)
+        )
         return (8 * near - far) / (12 * size)
+
     return value(phi), tree(jax.lax.map(along, jnp.eye(phi.size, dtype=phi.dtype)))
 
 
-def of_losses(model: Model, method: str, params: Tree, f: Tree, data: Data,
-              weights: tuple[float, float]) -> Tree:
+def of_losses(
+    model: Model, method: str, params: Tree, f: Tree, data: Data, weights: tuple[float, float]
+) -> Tree:
     """Return the gradient of the weighted sum of L and F by all parameters."""
     losses = lambda params: model.apply({'params': params}, f, data, method=method)
     return jax.vjp(losses, params)[1](weights)[0]
@@ -191,14 +199,16 @@ def of_losses(model: Model, method: str, params: Tree, f: Tree, data: Data,
 WAYS = {'adjoint': adjoint, 'nested': nested, 'forward': forward}
 
 
-def problem(model: Model, size: int, steps: int, seed: int = 0, dtype: Any = np.float64
-            ) -> tuple[Tree, Tree, Data]:
+def problem(
+    model: Model, size: int, steps: int, seed: int = 0, dtype: Any = np.float64
+) -> tuple[Tree, Tree, Data]:
     """Return parameters, a direction f and data at which no derivative vanishes."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape).astype(dtype)
     data = Data(normal(size), normal(steps + 1, 3), normal(steps + 1, size))
-    like = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), None, data, method='objective'))['params']
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), None, data, method='objective'))[
+        'params'
+    ]
     params = jax.tree.map(lambda x: normal(*x.shape) / np.sqrt(x.shape[0]).astype(dtype), like)
     return params, jax.tree.map(lambda x: normal(*x.shape), params['cell']), data
 
@@ -226,26 +236,38 @@ def print_blocks(model: Model, params: Tree, f: Tree, data: Data) -> dict[str, l
 def draw(grads: dict[str, Tree], sizes: np.ndarray, errors: list[float], path: str) -> None:
     """Save the picture: the gradient, and the error of differences over their step."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
     figure, (parts, error) = plt.subplots(
-        1, 2, figsize=(12, 4.4), layout='constrained', width_ratios=(3, 2))
+        1, 2, figsize=(12, 4.4), layout='constrained', width_ratios=(3, 2)
+    )
     flat = {name: ravel_pytree(grad)[0] for name, grad in grads.items()}
     number = np.arange(1, flat['nested'].size + 1)
     parts.bar(number, flat['nested'], color='#c9d8e8', label='nested')
-    styles = {'adjoint': ('o', 9, '#0072b2'), 'forward': ('s', 5, '#d55e00'),
-              'differences': ('.', 4, 'black')}
+    styles = {
+        'adjoint': ('o', 9, '#0072b2'),
+        'forward': ('s', 5, '#d55e00'),
+        'differences': ('.', 4, 'black'),
+    }
     for name, (marker, width, colour) in styles.items():
         parts.plot(number, flat[name], marker, ms=width, mfc='none', color=colour, label=name)
     parts.set(title='∇_φ F, four ways', xlabel='number of the parameter in φ', ylabel='∂F/∂φ')
     parts.legend()
     error.loglog(sizes, errors, 'k.-', label='differences')
     for name, style in (('adjoint', '-'), ('forward', '--')):
-        error.axhline(max(difference(grads[name], grads['nested']), 1e-17), ls=style,
-                      color=styles[name][2], label=name)
-    error.set(title='relative difference to "nested", float64', xlabel='step of the differences',
-              ylabel='‖difference‖ / ‖∇_φ F‖')
+        error.axhline(
+            max(difference(grads[name], grads['nested']), 1e-17),
+            ls=style,
+            color=styles[name][2],
+            label=name,
+        )
+    error.set(
+        title='relative difference to "nested", float64',
+        xlabel='step of the differences',
+        ylabel='‖difference‖ / ‖∇_φ F‖',
+    )
     error.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -261,16 +283,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = Model(nn.GRUCell(size), Beta())
     with jax.enable_x64(True):
         params, f, data = problem(model, size, steps)
-        found = {name: jax.jit(functools.partial(way, model))(params, f, data)
-                 for name, way in WAYS.items()}
+        found = {
+            name: jax.jit(functools.partial(way, model))(params, f, data)
+            for name, way in WAYS.items()
+        }
         by_size = jax.jit(functools.partial(differences, model))
         found['differences'] = by_size(params, f, data, 1e-3)
-        print(f'k = {size}, n = {steps}, {ravel_pytree(params["cell"])[0].size} parameters in θ, '
-              f'{ravel_pytree(params["beta"])[0].size} in φ, float64\n\n'
-              f'{"way":12}{"F":>22}   relative difference of ∇_φ F to that of each way')
+        print(
+            f'k = {size}, n = {steps}, {ravel_pytree(params["cell"])[0].size} parameters in θ, '
+            f'{ravel_pytree(params["beta"])[0].size} in φ, float64\n\n'
+            f'{"way":12}{"F":>22}   relative difference of ∇_φ F to that of each way'
+        )
         for name, (value, grad) in found.items():
-            print(f'{name:12}{value:22.14f}   ' + '  '.join(
-                f'{difference(grad, other):.1e}' for _, other in found.values()))
+            print(
+                f'{name:12}{value:22.14f}   '
+                + '  '.join(f'{difference(grad, other):.1e}' for _, other in found.values())
+            )
         parts = print_blocks(model, params, f, data)
         sizes = np.logspace(-6, 0, 5 if args.quick else 13)
         errors = [difference(by_size(params, f, data, s)[1], found['nested'][1]) for s in sizes]

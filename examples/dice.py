@@ -46,14 +46,21 @@ import numpy as np
 
 from flax_sg import nn
 
-POINT = np.array([0.4, 0.7], np.float32)   # θ and φ
+POINT = np.array([0.4, 0.7], np.float32)  # θ and φ
 OUTCOMES = np.array([(0, 0), (0, 1), (1, 0), (1, 1)], np.float32)
 ROWS = {  # quantities of the table, and which derivatives they are
-    'L': (), 'L_θ': (0,), 'L_φ': (1,), 'L_θθ': (0, 0), 'L_θφ': (0, 1), 'L_φφ': (1, 1),
-    'L_θθθ': (0, 0, 0), 'L_θθφ': (0, 0, 1)}
+    'L': (),
+    'L_θ': (0,),
+    'L_φ': (1,),
+    'L_θθ': (0, 0),
+    'L_θφ': (0, 1),
+    'L_φφ': (1, 1),
+    'L_θθθ': (0, 0, 0),
+    'L_θθφ': (0, 0, 1),
+}
 
 Array = jax.Array
-Derivatives = Callable[..., list[Array]]   # of (θ, φ) and more: the value, gradient, Hessian, ...
+Derivatives = Callable[..., list[Array]]  # of (θ, φ) and more: the value, gradient, Hessian, ...
 
 
 class Graph(nn.Module):
@@ -74,8 +81,9 @@ class Graph(nn.Module):
 
     def log_probs(self, x: Array, y: Array) -> Array:
         """Return τ of each cost: log p(x), and log p(x, y)."""
-        return jnp.cumsum(jnp.stack([log_bernoulli(x, self.theta),
-                                     log_bernoulli(y, self.second(x))]))
+        return jnp.cumsum(
+            jnp.stack([log_bernoulli(x, self.theta), log_bernoulli(y, self.second(x))])
+        )
 
     def costs(self, x: Array, y: Array) -> Array:
         first = x * (1 - self.theta) + (1 - x) * (1 + self.theta)
@@ -147,8 +155,10 @@ def exact_mean(way: Derivatives, point: Array) -> list[Array]:
     """Return the mean of an estimator over all outcomes."""
     x, y = OUTCOMES.T
     probabilities = jnp.exp(jax.vmap(functools.partial(call, 'log_probs', point))(x, y)[:, -1])
-    return [jnp.tensordot(probabilities, each, 1)
-            for each in jax.vmap(functools.partial(way, point))(x, y)]
+    return [
+        jnp.tensordot(probabilities, each, 1)
+        for each in jax.vmap(functools.partial(way, point))(x, y)
+    ]
 
 
 def estimates(way: Derivatives, point: Array, samples: int, key: Array) -> list[Array]:
@@ -158,11 +168,14 @@ def estimates(way: Derivatives, point: Array, samples: int, key: Array) -> list[
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def sampled_mean(way: Derivatives, point: Array, samples: int, key: Array
-                 ) -> list[tuple[Array, Array]]:
+def sampled_mean(
+    way: Derivatives, point: Array, samples: int, key: Array
+) -> list[tuple[Array, Array]]:
     """Return the mean over samples, and its standard error."""
-    return [(each.mean(0), each.std(0, ddof=1) / np.sqrt(samples))
-            for each in estimates(way, point, samples, key)]
+    return [
+        (each.mean(0), each.std(0, ddof=1) / np.sqrt(samples))
+        for each in estimates(way, point, samples, key)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -180,22 +193,33 @@ def errors(way: Derivatives, repeats: int, samples: int, key: Array) -> Array:
 def print_table(samples: int) -> dict[str, dict[str, tuple[float, ...]]]:
     """Print the table, and return its rows: exact mean, mean and standard error of each way."""
     exact = {name: exact_mean(way, POINT) for name, way in WAYS.items()}
-    sampled = {name: sampled_mean(way, POINT, samples, jax.random.key(0))
-               for name, way in WAYS.items()}
+    sampled = {
+        name: sampled_mean(way, POINT, samples, jax.random.key(0)) for name, way in WAYS.items()
+    }
     known = analytic(POINT)
-    print(f'θ = {POINT[0]:.1f}, φ = {POINT[1]:.1f}. Of each estimator: exact mean, mean over '
-          f'{samples} samples ± standard error.\n{"":8}{"analytic":>9}'
-          + ''.join(f'{name:>32}' for name in WAYS))
+    print(
+        f'θ = {POINT[0]:.1f}, φ = {POINT[1]:.1f}. Of each estimator: exact mean, mean over '
+        f'{samples} samples ± standard error.\n{"":8}{"analytic":>9}'
+        + ''.join(f'{name:>32}' for name in WAYS)
+    )
     table = {}
     for row, index in ROWS.items():
         order = len(index)
         table[row] = {'analytic': (float(known[order][index]),)} | {
-            name: (float(exact[name][order][index]),
-                   *(float(x[index]) for x in sampled[name][order]))
-            for name in WAYS if order < len(exact[name])}
+            name: (
+                float(exact[name][order][index]),
+                *(float(x[index]) for x in sampled[name][order]),
+            )
+            for name in WAYS
+            if order < len(exact[name])
+        }
         (value,), *cells = table[row].values()
-        print(f'{row:8}{value:9.4f}' + ''.join(
-            f'{f"{mean:.4f}, {found:.3f} ± {error:.3f}":>32}' for mean, found, error in cells))
+        print(
+            f'{row:8}{value:9.4f}'
+            + ''.join(
+                f'{f"{mean:.4f}, {found:.3f} ± {error:.3f}":>32}' for mean, found, error in cells
+            )
+        )
     return table
 
 
@@ -207,15 +231,19 @@ def over_theta(thetas: np.ndarray, samples: int) -> dict[str, list[list[tuple[Ar
         for name, way in WAYS.items():
             key = jax.random.fold_in(jax.random.key(1), number)
             found[name].append(jax.device_get(sampled_mean(way, point, samples, key)))
-        print(f'θ = {theta:.2f}: L_θθ is {analytic(point)[2][0, 0]:.3f}, estimated '
-              + ', '.join(f'{found[name][-1][2][0][0, 0]:.3f} ({name})' for name in WAYS))
+        print(
+            f'θ = {theta:.2f}: L_θθ is {analytic(point)[2][0, 0]:.3f}, estimated '
+            + ', '.join(f'{found[name][-1][2][0][0, 0]:.3f} ({name})' for name in WAYS)
+        )
     return found
 
 
-def draw(thetas: np.ndarray, found: dict[str, Any], course: dict[str, np.ndarray], path: str
-         ) -> None:
+def draw(
+    thetas: np.ndarray, found: dict[str, Any], course: dict[str, np.ndarray], path: str
+) -> None:
     """Save the picture: both derivatives over θ, and the error as samples come in."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
@@ -227,10 +255,20 @@ def draw(thetas: np.ndarray, found: dict[str, Any], course: dict[str, np.ndarray
     for axis, order, index in ((first, 1, 0), (second, 2, (0, 0))):
         axis.plot(fine, known[order][:, *np.atleast_1d(index)], color='black', label='analytic')
         for name, (colour, marker) in styles.items():
-            mean, bar = np.transpose([[m[index], e[index]] for m, e in
-                                      (at[order] for at in found[name])])
-            axis.errorbar(thetas, mean, 2 * bar, color=colour, marker=marker, ls='none',
-                          capsize=3, mfc='none', label=name)
+            mean, bar = np.transpose(
+                [[m[index], e[index]] for m, e in (at[order] for at in found[name])]
+            )
+            axis.errorbar(
+                thetas,
+                mean,
+                2 * bar,
+                color=colour,
+                marker=marker,
+                ls='none',
+                capsize=3,
+                mfc='none',
+                label=name,
+            )
             if axis is second and name != 'DiCE':
                 means = jax.vmap(functools.partial(exact_mean, WAYS[name]))(points)[2]
                 axis.plot(fine, means[:, 0, 0], color=colour, lw=0.8, ls='--')
@@ -256,10 +294,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, ...]
     print()
     thetas = np.linspace(0.2, 0.8, number)
     found = over_theta(thetas, samples)
-    course = {name: np.asarray(errors(way, repeats, samples, jax.random.key(2)))
-              for name, way in WAYS.items()}
-    print(f'\nError of L_θθ after {samples} samples: '
-          + ', '.join(f'{error[-1]:.4f} ({name})' for name, error in course.items()))
+    course = {
+        name: np.asarray(errors(way, repeats, samples, jax.random.key(2)))
+        for name, way in WAYS.items()
+    }
+    print(
+        f'\nError of L_θθ after {samples} samples: '
+        + ', '.join(f'{error[-1]:.4f} ({name})' for name, error in course.items())
+    )
     draw(thetas, found, course, args.output)
     print(f'Picture: {args.output}. {time.perf_counter() - began:.1f} s.')
     return table

@@ -46,9 +46,9 @@ from sklearn.decomposition import PCA
 
 from flax_sg import nn
 
-SLANT = 0.5                # pixels from row to row
+SLANT = 0.5  # pixels from row to row
 RATE, BATCH = 0.05, 64
-POINTS = 30                # of the curves
+POINTS = 30  # of the curves
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -113,8 +113,8 @@ class Result(NamedTuple):
     """What a run leaves: arrays with the seeds in front, ``course`` with the points before them."""
 
     params: Params
-    course: np.ndarray          # accuracy on the target's test set on the way
-    source: np.ndarray          # accuracies at the end
+    course: np.ndarray  # accuracy on the target's test set on the way
+    source: np.ndarray  # accuracies at the end
     target: np.ndarray
     domain: np.ndarray
 
@@ -149,8 +149,10 @@ def loss(params: Params, source: Digits, target: Array, lam: Array | float) -> A
     """Return the sum of both losses. Its gradient is what every part descends."""
     label_logits, domain_logits = Net().apply({'params': params}, source.pixels, target, lam)
     of_target = jnp.concatenate([jnp.zeros(len(source.pixels)), jnp.ones(len(target))])
-    return (optax.softmax_cross_entropy_with_integer_labels(label_logits, source.labels).mean()
-            + optax.sigmoid_binary_cross_entropy(domain_logits, of_target).mean())
+    return (
+        optax.softmax_cross_entropy_with_integer_labels(label_logits, source.labels).mean()
+        + optax.sigmoid_binary_cross_entropy(domain_logits, of_target).mean()
+    )
 
 
 gradients = jax.grad(loss)
@@ -178,6 +180,7 @@ def start(key: Array) -> tuple:
 @functools.partial(jax.vmap, in_axes=(0, 0, 0, None, None, None))  # over the seeds
 def advance(state: tuple, key: Array, data: Data, peak: float, numbers: Array, steps: int) -> tuple:
     """Take the steps with these numbers, of ``steps`` in all."""
+
     def step(state: tuple, number: Array) -> tuple[tuple, None]:
         params, opt_state = state
         keys = jax.random.split(jax.random.fold_in(key, number))
@@ -203,8 +206,10 @@ def accuracy(params: Params, digits: Digits) -> Array:
 @jax.vmap
 def domain_accuracy(params: Params, source: Digits, target: Digits) -> Array:
     """Return the mean of the domain head's accuracies on the two domains."""
-    found = [Net().apply({'params': params}, digits.pixels, method='is_target').mean()
-             for digits in (source, target)]
+    found = [
+        Net().apply({'params': params}, digits.pixels, method='is_target').mean()
+        for digits in (source, target)
+    ]
     return (1 - found[0] + found[1]) / 2
 
 
@@ -218,30 +223,44 @@ def train(run: Run, data: Data, seeds: list[int], steps: int) -> Result:
         state = advance(state, keys, data, run.peak, numbers, steps)
         course.append(jax.device_get(accuracy(state[0], data.target_test)))
         if len(course) % 6 == 0:
-            print(f'{run.title}, step {numbers[-1] + 1}: accuracy {course[-1].mean():.3f} on the '
-                  'target', flush=True)
-    return jax.device_get(Result(
-        state[0], np.stack(course), accuracy(state[0], data.source_test), course[-1],
-        domain_accuracy(state[0], data.source_test, data.target_test)))
+            print(
+                f'{run.title}, step {numbers[-1] + 1}: accuracy {course[-1].mean():.3f} on the '
+                'target',
+                flush=True,
+            )
+    return jax.device_get(
+        Result(
+            state[0],
+            np.stack(course),
+            accuracy(state[0], data.source_test),
+            course[-1],
+            domain_accuracy(state[0], data.source_test, data.target_test),
+        )
+    )
 
 
 def print_results(results: dict[str, Result]) -> None:
     """Print the means over the seeds and the standard deviations, and the gain of each seed."""
     print(f'\n{"accuracy, mean ± sd":22}{"target":>16}{"source":>16}{"domain head":>16}')
     for name, result in results.items():
-        cells = [f'{x.mean():.3f} ± {x.std(ddof=1):.3f}'
-                 for x in (result.target, result.source, result.domain)]
+        cells = [
+            f'{x.mean():.3f} ± {x.std(ddof=1):.3f}'
+            for x in (result.target, result.source, result.domain)
+        ]
         if RUNS[name].labelled_target:
             cells[2] = '-'  # its domain head never saw the source
         print(f'{RUNS[name].title:22}' + ''.join(f'{cell:>16}' for cell in cells))
     gains = results['adversarial'].target - results['plain'].target
-    print('\nGain on the target by the adversarial term, seed by seed: '
-          + ', '.join(f'{gain:+.3f}' for gain in gains))
+    print(
+        '\nGain on the target by the adversarial term, seed by seed: '
+        + ', '.join(f'{gain:+.3f}' for gain in gains)
+    )
 
 
 def draw(results: dict[str, Result], data: Data, steps: int, path: str) -> None:
     """Save the picture: the course of the runs, and the features of both domains."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
@@ -252,14 +271,16 @@ def draw(results: dict[str, Result], data: Data, steps: int, path: str) -> None:
         mean, sd = result.course.mean(1), result.course.std(1, ddof=1)
         axes[0].plot(numbers, mean, color=colours[name], label=RUNS[name].title)
         axes[0].fill_between(numbers, mean - sd, mean + sd, color=colours[name], alpha=0.2, lw=0)
-    axes[0].set(title='accuracy on the target, mean ± sd over the seeds', xlabel='step',
-                ylim=(0, 1))
+    axes[0].set(
+        title='accuracy on the target, mean ± sd over the seeds', xlabel='step', ylim=(0, 1)
+    )
     axes[0].legend(loc='lower right')
     sets = {'source': data.source_test, 'target': data.target_test}
     for axis, name in zip(axes[1:], ('plain', 'adversarial'), strict=True):
         draw_features(axis, first(results[name].params), {k: first(v) for k, v in sets.items()})
-        axis.set(title=f'features, {RUNS[name].title}: two principal components',
-                 xticks=[], yticks=[])
+        axis.set(
+            title=f'features, {RUNS[name].title}: two principal components', xticks=[], yticks=[]
+        )
     axes[1].legend(loc='best', title='numerals: mean of a digit', markerscale=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -272,9 +293,10 @@ def first(tree: Any) -> Any:
 
 def draw_features(axis: Any, params: Params, sets: dict[str, Digits]) -> None:
     """Scatter the features of both domains, with a numeral at the mean of each digit."""
-    features = {domain: np.asarray(Net().apply({'params': params}, digits.pixels,
-                                               method='features'))
-                for domain, digits in sets.items()}
+    features = {
+        domain: np.asarray(Net().apply({'params': params}, digits.pixels, method='features'))
+        for domain, digits in sets.items()
+    }
     pca = PCA(2, svd_solver='full').fit(np.concatenate(list(features.values())))
     means = {}
     for domain, colour in (('source', '#009e73'), ('target', '#a2478b')):
@@ -282,8 +304,15 @@ def draw_features(axis: Any, params: Params, sets: dict[str, Digits]) -> None:
         axis.scatter(*points.T, s=9, color=colour, alpha=0.35, lw=0, label=domain)
         means[domain] = [points[sets[domain].labels == digit].mean(0) for digit in range(10)]
         for digit, mean in enumerate(means[domain]):
-            axis.text(*mean, str(digit), color=colour, fontsize=14, fontweight='bold',
-                      ha='center', va='center')
+            axis.text(
+                *mean,
+                str(digit),
+                color=colour,
+                fontsize=14,
+                fontweight='bold',
+                ha='center',
+                va='center',
+            )
     for ends in zip(*means.values(), strict=True):
         axis.plot(*np.transpose(ends), color='black', lw=0.8, alpha=0.6)
 
@@ -299,8 +328,10 @@ def main(argv: list[str] | None = None) -> dict[str, Result]:
     results = {name: train(run, data, seeds, steps) for name, run in RUNS.items()}
     print_results(results)
     draw(results, data, steps, args.output)
-    print(f'{len(seeds)} seeds, {steps} steps. Picture: {args.output}. '
-          f'{time.perf_counter() - began:.1f} s.')
+    print(
+        f'{len(seeds)} seeds, {steps} steps. Picture: {args.output}. '
+        f'{time.perf_counter() - began:.1f} s.'
+    )
     return results
 
 

@@ -112,7 +112,8 @@ def pretrain(pixels: np.ndarray, steps: int, batch: int = 64) -> tuple[Variables
 
         def error(params):
             drawn, written = Autoencoder().apply(
-                {**variables, 'params': params}, chosen, True, mutable=['batch_stats'])
+                {**variables, 'params': params}, chosen, True, mutable=['batch_stats']
+            )
             return jnp.sum((drawn - chosen) ** 2, -1).mean(), written
 
         (found, written), grads = jax.value_and_grad(error, has_aux=True)(variables['params'])
@@ -122,14 +123,16 @@ def pretrain(pixels: np.ndarray, steps: int, batch: int = 64) -> tuple[Variables
 
     start = variables, optimiser.init(variables['params'])
     (variables, _), errors = jax.jit(lambda keys: jax.lax.scan(body, start, keys))(
-        jax.random.split(jax.random.key(1), steps))
+        jax.random.split(jax.random.key(1), steps)
+    )
     return variables, np.asarray(errors)
 
 
 def make_optimiser(stage: Stage, params: Variables) -> optax.GradientTransformation:
     """Return AdamW with clipping for what is trained, and nothing for what is held."""
     trained = optax.chain(
-        optax.clip_by_global_norm(CLIP), optax.adamw(stage.rate, weight_decay=DECAY))
+        optax.clip_by_global_norm(CLIP), optax.adamw(stage.rate, weight_decay=DECAY)
+    )
     labels = sg.labels({'freeze': stage.held, 'train': ~stage.held}, params)
     return optax.partition({'train': trained, 'freeze': optax.set_to_zero()}, labels)
 
@@ -141,22 +144,28 @@ class Digits(NamedTuple):
     labels: np.ndarray
 
 
-def loss(params: Variables, statistics: Variables, stage: Stage, digits: Digits
-         ) -> tuple[Array, Variables]:
+def loss(
+    params: Variables, statistics: Variables, stage: Stage, digits: Digits
+) -> tuple[Array, Variables]:
     """Return the cross-entropy, and the running statistics after it."""
     logits, written = Classifier(stage.held).apply(
-        {'params': params, 'batch_stats': statistics}, digits.pixels, stage.batch_statistics,
-        mutable=['batch_stats'])
+        {'params': params, 'batch_stats': statistics},
+        digits.pixels,
+        stage.batch_statistics,
+        mutable=['batch_stats'],
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, digits.labels)
     return losses.mean(), written['batch_stats']
 
 
-def step(stage: Stage, variables: Variables, opt_state: Any, digits: Digits
-         ) -> tuple[Variables, Any]:
+def step(
+    stage: Stage, variables: Variables, opt_state: Any, digits: Digits
+) -> tuple[Variables, Any]:
     """Make one step on a batch."""
     params = variables['params']
     grads, statistics = jax.grad(loss, has_aux=True)(
-        params, variables['batch_stats'], stage, digits)
+        params, variables['batch_stats'], stage, digits
+    )
     updates, opt_state = make_optimiser(stage, params).update(grads, opt_state, params)
     return {'params': optax.apply_updates(params, updates), 'batch_stats': statistics}, opt_state
 
@@ -176,8 +185,14 @@ class Run(NamedTuple):
     accuracy: np.ndarray
 
 
-def train(stage: Stage, variables: Variables, digits: Digits, held_out: Digits, steps: int,
-          batch: int = 32) -> Run:
+def train(
+    stage: Stage,
+    variables: Variables,
+    digits: Digits,
+    held_out: Digits,
+    steps: int,
+    batch: int = 32,
+) -> Run:
     """Train for a stage, with an optimiser of its own."""
     opt_state = make_optimiser(stage, variables['params']).init(variables['params'])
 
@@ -186,6 +201,7 @@ def train(stage: Stage, variables: Variables, digits: Digits, held_out: Digits, 
         def body(carry, key):
             chosen = jax.random.choice(key, len(digits.labels), (batch,), replace=False)
             return step(stage, *carry, jax.tree.map(lambda x: jnp.asarray(x)[chosen], digits)), None
+
         return jax.lax.scan(body, (variables, opt_state), keys)[0]
 
     found = [float(accuracy(variables, held_out))]
@@ -206,7 +222,8 @@ def load_data(few: int = 50) -> tuple[np.ndarray, Digits, Digits]:
     pixels = (data / 16).astype(np.float32)
     late = target >= 5
     some, other, some_labels, other_labels = train_test_split(
-        pixels[late], target[late] - 5, train_size=5 * few, stratify=target[late], random_state=0)
+        pixels[late], target[late] - 5, train_size=5 * few, stratify=target[late], random_state=0
+    )
     return pixels[~late], Digits(some, some_labels), Digits(other, other_labels)
 
 
@@ -244,17 +261,24 @@ def mistake(variables: Variables, digits: Digits) -> str:
     raise AssertionError('the statistics of a held encoder were written')
 
 
-def save_picture(path: str, runs: dict[str, dict[Stage, Run]],
-                 moved: dict[Stage, dict[str, float]]) -> None:
+def save_picture(
+    path: str, runs: dict[str, dict[Stage, Run]], moved: dict[Stage, dict[str, float]]
+) -> None:
     """Save the picture: accuracy over both stages, and how much each layer moved."""
     figure, (curve, bars) = plt.subplots(
-        1, 2, figsize=(12, 4.6), layout='constrained', width_ratios=(1, 1.2))
+        1, 2, figsize=(12, 4.6), layout='constrained', width_ratios=(1, 1.2)
+    )
     colors = {HEAD: '#0072b2', ALL: '#d55e00'}
     for (encoder, stages), line in zip(runs.items(), ('-', '--'), strict=True):
         start = 0
         for stage, run in stages.items():
-            curve.plot(start + run.steps, run.accuracy, line, color=colors[stage],
-                       label=f'{stage.title}, {encoder} encoder')
+            curve.plot(
+                start + run.steps,
+                run.accuracy,
+                line,
+                color=colors[stage],
+                label=f'{stage.title}, {encoder} encoder',
+            )
             start += run.steps[-1]
     curve.set(title='accuracy on held-out digits 5 to 9', xlabel='step', ylim=(0.7, 1))
     curve.legend(loc='lower right')
@@ -264,8 +288,14 @@ def save_picture(path: str, runs: dict[str, dict[Stage, Run]],
         at, values = np.arange(len(names)) + shift, np.array([found[name] for name in names])
         bars.barh(at, values, height=0.4, color=colors[stage], label=stage.title)
         for y, value in zip(at, values, strict=True):
-            bars.text(value, y, f' {value:.2g}' if value else ' 0', va='center', fontsize=8,
-                      color=colors[stage])
+            bars.text(
+                value,
+                y,
+                f' {value:.2g}' if value else ' 0',
+                va='center',
+                fontsize=8,
+                color=colors[stage],
+            )
     bars.set_yticks(np.arange(len(names)), names)
     bars.invert_yaxis()
     bars.margins(x=0.12)
@@ -284,29 +314,38 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     early, digits, held_out = load_data()
     pretrained, errors = pretrain(early, 3 * steps)
-    print(f'Autoencoder of {len(early)} digits 0 to 4: squared error {errors[0]:.3f} at the start, '
-          f'{errors[-1]:.3f} at the end, {time.perf_counter() - began:.1f} s so far', flush=True)
+    print(
+        f'Autoencoder of {len(early)} digits 0 to 4: squared error {errors[0]:.3f} at the start, '
+        f'{errors[-1]:.3f} at the end, {time.perf_counter() - began:.1f} s so far',
+        flush=True,
+    )
 
     print(f'Digits 5 to 9: {len(digits.labels)} to train on, {len(held_out.labels)} held out')
     fresh = init(jax.random.key(2))
-    ready = {collection: {**tree, 'encoder': pretrained[collection]['encoder']}
-             for collection, tree in fresh.items()}
+    ready = {
+        collection: {**tree, 'encoder': pretrained[collection]['encoder']}
+        for collection, tree in fresh.items()
+    }
     runs = {}
     for encoder, variables in {'pre-trained': ready, 'untrained': fresh}.items():
         runs[encoder] = {}
         for stage in (HEAD, ALL):
             run = runs[encoder][stage] = train(stage, variables, digits, held_out, steps)
             variables = run.variables
-            print(f'{encoder:12} encoder, {stage.title + ":":11} accuracy {run.accuracy[-1]:.1%}, '
-                  f'{size(run.opt_state):6d} bytes of optimiser state, '
-                  f'{time.perf_counter() - began:.1f} s so far', flush=True)
+            print(
+                f'{encoder:12} encoder, {stage.title + ":":11} accuracy {run.accuracy[-1]:.1%}, '
+                f'{size(run.opt_state):6d} bytes of optimiser state, '
+                f'{time.perf_counter() - began:.1f} s so far',
+                flush=True,
+            )
 
     head, both = (run.variables for run in runs['pre-trained'].values())
     moved = {HEAD: changes(ready, head), ALL: changes(head, both)}
     print(f'\n{"change over norm":34}' + ''.join(f'{stage.title:>14}' for stage in moved))
     for name in moved[HEAD]:
-        cells = (f'{found[name]:14.4f}' if found[name] else f'{"0":>14}'
-                 for found in moved.values())
+        cells = (
+            f'{found[name]:14.4f}' if found[name] else f'{"0":>14}' for found in moved.values()
+        )
         print(f'{name:34}' + ''.join(cells))
     print('\nBatchNorm in training mode while the encoder is held:')
     print(textwrap.fill(mistake(ready, digits), 100))

@@ -45,9 +45,9 @@ from sklearn.linear_model import LogisticRegression
 from flax_sg import nn
 
 RATES = {'generator': 1e-3, 'discriminator': 2e-3}
-BATCH, NOISE, BLUR = 64, 32, 0.1    # images; numbers for each; deviation of noise on the pixels
+BATCH, NOISE, BLUR = 64, 32, 0.1  # images; numbers for each; deviation of noise on the pixels
 STROKES, HIDDEN = 8, 128
-SURE = 0.95                         # a classifier's probability from which it counts as sure
+SURE = 0.95  # a classifier's probability from which it counts as sure
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -58,8 +58,9 @@ class Stroke(nn.Module):
     """Looks at the canvas, and adds something to it."""
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Array], noise: Array
-                 ) -> tuple[tuple[Array, Array], None]:
+    def __call__(
+        self, carry: tuple[Array, Array], noise: Array
+    ) -> tuple[tuple[Array, Array], None]:
         hidden, canvas = carry
         seen = jnp.concatenate([noise, jnp.tanh(canvas)], -1)
         hidden, _ = nn.GRUCell(HIDDEN)(hidden, seen)
@@ -71,8 +72,13 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, noise: Array) -> Array:
-        paint = nn.scan(Stroke, variable_broadcast='params', split_rngs={'params': False},
-                        in_axes=nn.broadcast, length=STROKES)
+        paint = nn.scan(
+            Stroke,
+            variable_broadcast='params',
+            split_rngs={'params': False},
+            in_axes=nn.broadcast,
+            length=STROKES,
+        )
         blank = jnp.zeros((len(noise), HIDDEN)), jnp.zeros((len(noise), 64))
         (_, canvas), _ = paint(name='stroke')(blank, noise)
         return jnp.tanh(canvas)
@@ -91,9 +97,9 @@ class Discriminator(nn.Module):
 class Batch(NamedTuple):
     """Real images, and noise: to paint from, and for the pixels of both kinds of image."""
 
-    real: Array         # (BATCH, 64)
-    noise: Array        # (BATCH, NOISE)
-    blur: Array         # (2, BATCH, 64)
+    real: Array  # (BATCH, 64)
+    noise: Array  # (BATCH, NOISE)
+    blur: Array  # (2, BATCH, 64)
 
 
 class Gan(nn.Module):
@@ -108,8 +114,10 @@ class Gan(nn.Module):
         views = nn.gradient_views({'generator': 'generator', 'discriminator': 'discriminator'})
         fake = views(self.judge)(batch)
         real = self.discriminator(batch.real + batch.blur[1])
-        return {'generator': generator_loss(fake['generator']),
-                'discriminator': discriminator_loss(fake['discriminator'], real)}
+        return {
+            'generator': generator_loss(fake['generator']),
+            'discriminator': discriminator_loss(fake['discriminator'], real),
+        }
 
 
 def generator_loss(fake: Array) -> Array:
@@ -126,6 +134,7 @@ def discriminator_loss(fake: Array, real: Array) -> Array:
 
 def one_pass(params: Params, batch: Batch) -> tuple[Losses, Params]:
     """Return the losses, and for each part the gradient of its own."""
+
     def total(params: Params) -> tuple[Array, Losses]:
         losses = Gan().apply({'params': params}, batch)
         return sum(losses.values()), losses
@@ -141,6 +150,7 @@ def of_discriminator(params: Params, batch: Batch) -> tuple[Losses, Params]:
 
 def of_generator(params: Params, batch: Batch) -> tuple[Losses, Params]:
     """Return the generator's half of the usual step."""
+
     def loss(mine: Params) -> Array:
         fake = generate(mine, batch.noise) + batch.blur[0]
         return generator_loss(verdict(params['discriminator'], fake))
@@ -155,19 +165,23 @@ def two_passes(params: Params, batch: Batch) -> tuple[Losses, Params]:
 
 def by_hand(params: Params, batch: Batch) -> tuple[Losses, Params]:
     """Return the same, with one pass of the generator."""
+
     def loss(fake: Array) -> Array:
         return generator_loss(verdict(params['discriminator'], fake + batch.blur[0]))
 
     fake, pullback = jax.vjp(lambda mine: generate(mine, batch.noise), params['generator'])
     value, cotangent = jax.value_and_grad(loss)(fake)
-    return both(discriminator_alone(params, batch, fake),
-                ({'generator': value}, {'generator': pullback(cotangent)[0]}))
+    return both(
+        discriminator_alone(params, batch, fake),
+        ({'generator': value}, {'generator': pullback(cotangent)[0]}),
+    )
 
 
 def discriminator_alone(params: Params, batch: Batch, fake: Array) -> tuple[Losses, Params]:
     def loss(mine: Params) -> Array:
-        return discriminator_loss(verdict(mine, fake + batch.blur[0]),
-                                  verdict(mine, batch.real + batch.blur[1]))
+        return discriminator_loss(
+            verdict(mine, fake + batch.blur[0]), verdict(mine, batch.real + batch.blur[1])
+        )
 
     value, grad = jax.value_and_grad(loss)(params['discriminator'])
     return {'discriminator': value}, {'discriminator': grad}
@@ -185,8 +199,12 @@ def both(half: tuple[Losses, Params], other: tuple[Losses, Params]) -> tuple[Los
     return half[0] | other[0], half[1] | other[1]
 
 
-WAYS = {'one pass': [one_pass], 'two passes': [two_passes],
-        'two programs': [of_discriminator, of_generator], 'by hand': [by_hand]}
+WAYS = {
+    'one pass': [one_pass],
+    'two passes': [two_passes],
+    'two programs': [of_discriminator, of_generator],
+    'by hand': [by_hand],
+}
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -210,6 +228,7 @@ def start(seed: int, batch: Batch) -> dict[str, State]:
 
 def step_of(gradients: Callable) -> Callable:
     """Return a step that updates the parts whose gradients it is given."""
+
     def step(state: dict[str, State], batch: Batch) -> tuple[dict[str, State], Losses]:
         losses, grads = gradients({part: own.params for part, own in state.items()}, batch)
         new = {}
@@ -217,12 +236,14 @@ def step_of(gradients: Callable) -> Callable:
             changes, adam = optimiser(part).update(grad, state[part].adam)
             new[part] = State(optax.apply_updates(state[part].params, changes), adam)
         return new, losses
+
     return jax.jit(step)
 
 
 def draw_batch(images: np.ndarray, rng: np.random.Generator) -> Batch:
-    noise, blur = (rng.standard_normal(shape, np.float32)
-                   for shape in ((BATCH, NOISE), (2, BATCH, 64)))
+    noise, blur = (
+        rng.standard_normal(shape, np.float32) for shape in ((BATCH, NOISE), (2, BATCH, 64))
+    )
     return Batch(images[rng.integers(len(images), size=BATCH)], noise, BLUR * blur)
 
 
@@ -237,31 +258,36 @@ def blend(average: Params, params: Params) -> Params:
 class Quality(NamedTuple):
     """What a classifier of real digits says of images."""
 
-    sure: float             # the share of images of whose class it is sure
-    classes: np.ndarray     # how many it finds of each class
+    sure: float  # the share of images of whose class it is sure
+    classes: np.ndarray  # how many it finds of each class
 
 
 def quality(classifier: LogisticRegression, images: np.ndarray) -> Quality:
     probabilities = classifier.predict_proba(images)
-    return Quality((probabilities.max(1) > SURE).mean(),
-                   np.bincount(probabilities.argmax(1), minlength=10))
+    return Quality(
+        (probabilities.max(1) > SURE).mean(), np.bincount(probabilities.argmax(1), minlength=10)
+    )
 
 
-def train(images: np.ndarray, classifier: LogisticRegression, steps: int, seed: int
-          ) -> tuple[dict[str, State], dict[int, np.ndarray], dict[int, Quality]]:
+def train(
+    images: np.ndarray, classifier: LogisticRegression, steps: int, seed: int
+) -> tuple[dict[str, State], dict[int, np.ndarray], dict[int, Quality]]:
     """Train in one pass a step; return the state, and images and their quality on the way."""
     rng = np.random.default_rng(seed)
     shown = rng.standard_normal((500, NOISE), np.float32)
     step, state = step_of(one_pass), start(seed, draw_batch(images, rng))
-    average = state['generator'].params     # over some 200 steps: it paints what is shown
+    average = state['generator'].params  # over some 200 steps: it paints what is shown
     losses, painted, course, began = {}, {}, {}, time.perf_counter()
     for number in range(steps + 1):
         if number % max(steps // 8, 1) == 0:
             painted[number] = np.asarray(paint(average, shown))
             course[number] = quality(classifier, painted[number])
-            print(f'step {number:5d}  classifier sure of {course[number].sure:4.0%}'
-                  + ''.join(f'  {part} {loss:.3f}' for part, loss in losses.items())
-                  + f'  {time.perf_counter() - began:5.1f} s', flush=True)
+            print(
+                f'step {number:5d}  classifier sure of {course[number].sure:4.0%}'
+                + ''.join(f'  {part} {loss:.3f}' for part, loss in losses.items())
+                + f'  {time.perf_counter() - began:5.1f} s',
+                flush=True,
+            )
         if number < steps:
             state, losses = step(state, draw_batch(images, rng))
             average = blend(average, state['generator'].params)
@@ -278,7 +304,7 @@ class Cost(NamedTuple):
     loops: int
     temp_bytes: int
     seconds: float
-    times: float            # median of the ratios of neighbours
+    times: float  # median of the ratios of neighbours
 
 
 def largest_difference(state: dict[str, State], batch: Batch) -> tuple[float, float]:
@@ -286,59 +312,74 @@ def largest_difference(state: dict[str, State], batch: Batch) -> tuple[float, fl
     params = {part: own.params for part, own in state.items()}
     (_, ours), (_, usual) = (jax.jit(way)(params, batch) for way in (one_pass, two_passes))
     apart = jax.tree.map(lambda a, b: float(abs(a - b).max()), ours, usual)
-    return (max(jax.tree.leaves(apart)),
-            max(float(abs(grad).max()) for grad in jax.tree.leaves(usual)))
+    return (
+        max(jax.tree.leaves(apart)),
+        max(float(abs(grad).max()) for grad in jax.tree.leaves(usual)),
+    )
 
 
 def costs_of(state: dict[str, State], batch: Batch, rounds: int) -> dict[str, Cost]:
     """Compile all ways and run them in turns, A B C D D C B A."""
-    programs = {name: [step_of(way).lower(state, batch).compile() for way in ways]
-                for name, ways in WAYS.items()}
+    programs = {
+        name: [step_of(way).lower(state, batch).compile() for way in ways]
+        for name, ways in WAYS.items()
+    }
     seconds = {name: [] for name in WAYS}
     for number in range(-1, rounds):
-        for name in list(WAYS)[::1 if number % 2 else -1]:
+        for name in list(WAYS)[:: 1 if number % 2 else -1]:
             began = time.perf_counter()
             for _ in range(5):
                 jax.block_until_ready([program(state, batch) for program in programs[name]])
             seconds[name] += [(time.perf_counter() - began) / 5] * (number >= 0)
-    return {name: Cost(
-        sum(program.cost_analysis()['flops'] for program in compiled),
-        sum(program.as_text().count(' while(') for program in compiled),
-        max(program.memory_analysis().temp_size_in_bytes for program in compiled),
-        statistics.median(seconds[name]),
-        statistics.median(a / b for a, b in zip(seconds[name], seconds['one pass'], strict=True)))
-        for name, compiled in programs.items()}
+    return {
+        name: Cost(
+            sum(program.cost_analysis()['flops'] for program in compiled),
+            sum(program.as_text().count(' while(') for program in compiled),
+            max(program.memory_analysis().temp_size_in_bytes for program in compiled),
+            statistics.median(seconds[name]),
+            statistics.median(
+                a / b for a, b in zip(seconds[name], seconds['one pass'], strict=True)
+            ),
+        )
+        for name, compiled in programs.items()
+    }
 
 
 def print_costs(costs: dict[str, Cost]) -> None:
     base = costs['one pass']
-    print('\nA step, optimiser included; in brackets, over one pass. Flops as XLA counts them, the '
-          f'body of a loop once\n{"":14}{"time":>18}{"flops":>18}{"temporary bytes":>22}'
-          f'{"loops":>8}')
+    print(
+        '\nA step, optimiser included; in brackets, over one pass. Flops as XLA counts them, the '
+        f'body of a loop once\n{"":14}{"time":>18}{"flops":>18}{"temporary bytes":>22}'
+        f'{"loops":>8}'
+    )
     for name, cost in costs.items():
-        cells = (f'{1e3 * cost.seconds:.2f} ms ({cost.times:.2f})',
-                 f'{cost.flops / 1e6:.1f} M ({cost.flops / base.flops:.2f})',
-                 f'{cost.temp_bytes / 1e6:.2f} M ({cost.temp_bytes / base.temp_bytes:.2f})')
+        cells = (
+            f'{1e3 * cost.seconds:.2f} ms ({cost.times:.2f})',
+            f'{cost.flops / 1e6:.1f} M ({cost.flops / base.flops:.2f})',
+            f'{cost.temp_bytes / 1e6:.2f} M ({cost.temp_bytes / base.temp_bytes:.2f})',
+        )
         print(f'{name:14}{cells[0]:>18}{cells[1]:>18}{cells[2]:>22}{cost.loops:8}')
 
 
 def draw(painted: dict[int, np.ndarray], real: np.ndarray, ratio: float, path: str) -> None:
     """Save the picture: each row is the same noise after more steps; the last are real digits."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
     rows = {f'step {number}': images for number, images in painted.items()} | {'real': real}
-    figure, axes = plt.subplots(len(rows), figsize=(9, 0.72 * len(rows) + 0.6),
-                                layout='constrained')
+    figure, axes = plt.subplots(
+        len(rows), figsize=(9, 0.72 * len(rows) + 0.6), layout='constrained'
+    )
     for axis, (name, images) in zip(axes, rows.items(), strict=True):
-        framed = np.pad(images[:14].reshape(14, 8, 8), ((0, 0), (0, 0), (0, 2)),
-                        constant_values=-1)
+        framed = np.pad(images[:14].reshape(14, 8, 8), ((0, 0), (0, 0), (0, 2)), constant_values=-1)
         axis.imshow(np.concatenate(framed, 1), cmap='gray_r', vmin=-1, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(name, rotation=0, ha='right', va='center')
-    figure.suptitle('Both losses from one forward pass. '
-                    f'The usual two take {ratio:.2f} times as long')
+    figure.suptitle(
+        f'Both losses from one forward pass. The usual two take {ratio:.2f} times as long'
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -347,7 +388,7 @@ class Result(NamedTuple):
     """What a run found, as it was printed."""
 
     course: dict[int, Quality]
-    differences: list[tuple[float, float]]      # at the start and at the end
+    differences: list[tuple[float, float]]  # at the start and at the end
     costs: dict[str, Cost]
 
 
@@ -371,16 +412,20 @@ def main(argv: list[str] | None = None) -> Result:
     rng = np.random.default_rng(args.seed)
     shuffled = np.stack([rng.permutation(column) for column in held_out.T], 1)
     print(f'\nA classifier of digits is sure (over {SURE}) of')
-    for name, found in {'generated': course[max(course)], 'real, held out':
-                        quality(classifier, held_out), 'pixels shuffled among images':
-                        quality(classifier, shuffled)}.items():
+    for name, found in {
+        'generated': course[max(course)],
+        'real, held out': quality(classifier, held_out),
+        'pixels shuffled among images': quality(classifier, shuffled),
+    }.items():
         print(f'{name:30}{found.sure:4.0%}, and finds of each class', *found.classes)
 
     batch = draw_batch(images, rng)
     differences = [largest_difference(s, batch) for s in (start(args.seed, batch), state)]
     for when, (difference, largest) in zip(('start', 'end'), differences, strict=True):
-        print(f'Gradients of one pass and two, {when} of training: at most {difference:.1e} apart, '
-              f'where the largest is {largest:.1e}')
+        print(
+            f'Gradients of one pass and two, {when} of training: at most {difference:.1e} apart, '
+            f'where the largest is {largest:.1e}'
+        )
     costs = costs_of(state, batch, 3 if args.quick else 40)
     print_costs(costs)
     draw(painted, held_out, costs['two passes'].times, args.output)

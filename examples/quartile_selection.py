@@ -103,7 +103,7 @@ def f(a_low: Array, a_high: Array, low: Array | None = None, high: Array | None 
 def quartiles(scores: Array) -> tuple[Array, Array]:
     """Return the places of the lowest quarter of the scores, and of the highest."""
     order = jnp.argsort(scores)
-    return order[:len(scores) // 4], order[-(len(scores) // 4):]
+    return order[: len(scores) // 4], order[-(len(scores) // 4) :]
 
 
 def of_scores(a: Array, scores: Array) -> Array:
@@ -118,19 +118,22 @@ def hard(params: Params, rows: Rows, key: Array | None = None) -> Array:
 
 def noise_on_theta(params: Params, rows: Rows, key: Array) -> Array:
     smooth = perturbations.make_perturbed_fun(
-        lambda params: hard(params, rows), SAMPLES, SIGMA_THETA, perturbations.Normal())
+        lambda params: hard(params, rows), SAMPLES, SIGMA_THETA, perturbations.Normal()
+    )
     return smooth(key, params)
 
 
 def noise_on_scores(params: Params, rows: Rows, key: Array) -> Array:
     smooth = perturbations.make_perturbed_fun(
-        lambda scores: of_scores(rows.a, scores), SAMPLES, SIGMA_C, perturbations.Normal())
+        lambda scores: of_scores(rows.a, scores), SAMPLES, SIGMA_C, perturbations.Normal()
+    )
     return smooth(key, rows.b @ params['theta'])
 
 
 def soft_sort(params: Params, rows: Rows, key: Array) -> Array:
     """Return f of two soft groups: of all entries, by how far they belong to each."""
     import softjax
+
     places = softjax.argsort(rows.b @ params['theta'], softness=SOFTNESS, method='softsort')
     quarter = len(rows.a) // 4
     return f(rows.a, rows.a, places[:quarter].sum(0), places[-quarter:].sum(0))
@@ -138,8 +141,10 @@ def soft_sort(params: Params, rows: Rows, key: Array) -> Array:
 
 def estimators() -> dict[str, Smoothed]:
     """Return what there is to train with, softjax only where it is installed."""
-    found = {'noise on θ': Smoothed(noise_on_theta, SIGMA_THETA / 4, '#0072b2'),
-             'noise on C': Smoothed(noise_on_scores, SIGMA_THETA / 4, '#d55e00')}
+    found = {
+        'noise on θ': Smoothed(noise_on_theta, SIGMA_THETA / 4, '#0072b2'),
+        'noise on C': Smoothed(noise_on_scores, SIGMA_THETA / 4, '#d55e00'),
+    }
     try:
         import softjax  # noqa: F401  (whether it is there)
     except ImportError:
@@ -166,13 +171,16 @@ def nearest_tie(theta: Array, rows: Rows) -> np.ndarray:
     return ways[np.argmin((ways**2).sum(-1))]
 
 
-def explain_zero(smoothed: dict[str, Smoothed], params: Params, rows: Rows, key: Array
-                 ) -> tuple[np.ndarray, sg.Flow]:
+def explain_zero(
+    smoothed: dict[str, Smoothed], params: Params, rows: Rows, key: Array
+) -> tuple[np.ndarray, sg.Flow]:
     """Print the zero and why it is there; return the gradient, and the flow of all losses."""
     gradient = np.asarray(jax.grad(hard)(params, rows)['theta'])
     way = nearest_tie(params['theta'], rows)
-    print(f'f is {hard(params, rows):.4f}, and its gradient {gradient}.\nIf θ moves by less than '
-          f'{np.linalg.norm(way):.6f}, in any direction, the groups stay. Towards the nearest tie:')
+    print(
+        f'f is {hard(params, rows):.4f}, and its gradient {gradient}.\nIf θ moves by less than '
+        f'{np.linalg.norm(way):.6f}, in any direction, the groups stay. Towards the nearest tie:'
+    )
     for share in (0.5, 0.99, 1.01):
         moved = {'theta': params['theta'] + jnp.asarray(share * way, jnp.float32)}
         print(f'  θ moves by {share * np.linalg.norm(way):.6f}, f is {hard(moved, rows):.4f}')
@@ -181,16 +189,20 @@ def explain_zero(smoothed: dict[str, Smoothed], params: Params, rows: Rows, key:
     expected = {name: sg.nothing if name == 'f' else 'theta' for name in losses}
     flow = sg.assert_flow(losses, expected, norms=True)(params, rows, key)
     record = flow['f', 'theta']
-    print(f'\n{flow}\n\n{record.name} is {record.verdict} for {record.loss}: {record.operation} '
-          f'at {record.source}')
+    print(
+        f'\n{flow}\n\n{record.name} is {record.verdict} for {record.loss}: {record.operation} '
+        f'at {record.source}'
+    )
     return gradient, flow
 
 
 def five_point(loss: Callable[[Params], Array], params: Params, step: float) -> Array:
     """Return central differences of fourth order."""
+
     def along(direction: Array) -> Array:
         values = jax.vmap(lambda t: loss({'theta': params['theta'] + t * direction}))(
-            step * jnp.array([-2.0, -1.0, 1.0, 2.0]))
+            step * jnp.array([-2.0, -1.0, 1.0, 2.0])
+        )
         return values @ jnp.array([1.0, -8.0, 8.0, -1.0]) / (12 * step)
 
     return jax.lax.map(along, jnp.eye(len(params['theta'])))
@@ -204,13 +216,15 @@ class Mean(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def over_keys(smoothed: Smoothed, params: Params, rows: Rows, keys: Array, differences: bool
-              ) -> Mean:
+def over_keys(
+    smoothed: Smoothed, params: Params, rows: Rows, keys: Array, differences: bool
+) -> Mean:
     """Return the mean gradient of a smoothed loss, by JAX or by differences.
 
     A key gives the same noise whatever the parameters are, so that a difference is one of values
     with common random numbers.
     """
+
     def each(key: Array) -> Array:
         loss = lambda params: smoothed.loss(params, rows, key)
         if differences:
@@ -221,40 +235,58 @@ def over_keys(smoothed: Smoothed, params: Params, rows: Rows, keys: Array, diffe
     return Mean(found.mean(0), found.std(0, ddof=1) / np.sqrt(len(keys)))
 
 
-def compare(smoothed: dict[str, Smoothed], params: Params, rows: Rows, number: int, key: Array
-            ) -> dict[str, tuple[Mean, Mean]]:
+def compare(
+    smoothed: dict[str, Smoothed], params: Params, rows: Rows, number: int, key: Array
+) -> dict[str, tuple[Mean, Mean]]:
     """Print and return the gradients, and central differences with noise of their own."""
-    print(f'\nGradients at the start ± standard error, over {4 * number} times {SAMPLES} samples, '
-          f'and differences over {number} times {SAMPLES} other ones:')
+    print(
+        f'\nGradients at the start ± standard error, over {4 * number} times {SAMPLES} samples, '
+        f'and differences over {number} times {SAMPLES} other ones:'
+    )
     found = {}
     for name, each in smoothed.items():
         keys = jax.random.split(key, 5 * number)
         gradient = jax.device_get(over_keys(each, params, rows, keys[number:], False))
         truth = jax.device_get(over_keys(each, params, rows, keys[:number], True))
         found[name] = gradient, truth
-        for title, (mean, error) in ((f'{name:12}gradient', gradient),
-                                     (f'{"":12}differences', truth)):
-            print(f'{title:25}' + '  '.join(
-                f'{m:7.3f} ± {e:.3f}' for m, e in zip(mean, error, strict=True)), flush=True)
+        for title, (mean, error) in (
+            (f'{name:12}gradient', gradient),
+            (f'{"":12}differences', truth),
+        ):
+            print(
+                f'{title:25}'
+                + '  '.join(f'{m:7.3f} ± {e:.3f}' for m, e in zip(mean, error, strict=True)),
+                flush=True,
+            )
         apart, length = np.linalg.norm(gradient.mean - truth.mean), np.linalg.norm(truth.mean)
         expected = np.linalg.norm(np.hypot(gradient.error, truth.error)) / length
         one = np.linalg.norm(gradient.error) * np.sqrt(4 * number) / length
-        print(f'{"":12}apart by {apart / length:.2%}, '
-              + (f'while the standard errors are {expected:.2%}; a gradient of {SAMPLES} samples '
-                 f'is off by {one:.0%}' if one > 1e-3 else 'and there is no noise'))
+        print(
+            f'{"":12}apart by {apart / length:.2%}, '
+            + (
+                f'while the standard errors are {expected:.2%}; a gradient of {SAMPLES} samples '
+                f'is off by {one:.0%}'
+                if one > 1e-3
+                else 'and there is no noise'
+            )
+        )
     return found
 
 
-def train(name: str, loss: Loss, params: Params, rows: Rows, held_out: Rows, steps: int, key: Array
-          ) -> tuple[Params, dict[str, np.ndarray]]:
+def train(
+    name: str, loss: Loss, params: Params, rows: Rows, held_out: Rows, steps: int, key: Array
+) -> tuple[Params, dict[str, np.ndarray]]:
     """Train; return the parameters, and the values of f at the start and after each step."""
     optimiser = optax.adam(0.03)
     training, spare = jax.random.split(key)
 
     @jax.jit
     def values(params: Params) -> dict[str, Array]:
-        return {'hard': hard(params, rows), 'held-out rows': hard(params, held_out),
-                'held-out noise': loss(params, rows, spare)}
+        return {
+            'hard': hard(params, rows),
+            'held-out rows': hard(params, held_out),
+            'held-out noise': loss(params, rows, spare),
+        }
 
     def step(carry, key):
         params, opt_state = carry
@@ -268,10 +300,13 @@ def train(name: str, loss: Loss, params: Params, rows: Rows, held_out: Rows, ste
     course = [jax.tree.map(jnp.atleast_1d, values(params))]
     keys, part = jax.random.split(training, steps), max(1, -(-steps // 4))
     for first in range(0, steps, part):
-        carry, some = run(carry, keys[first:first + part])
+        carry, some = run(carry, keys[first : first + part])
         course.append(some)
-        print(f'{name:12}step {min(first + part, steps):4d}: '
-              + ', '.join(f'{key} {value[-1]:.3f}' for key, value in some.items()), flush=True)
+        print(
+            f'{name:12}step {min(first + part, steps):4d}: '
+            + ', '.join(f'{key} {value[-1]:.3f}' for key, value in some.items()),
+            flush=True,
+        )
     return carry[0], jax.tree.map(lambda *parts: np.concatenate(parts), *course)
 
 
@@ -281,32 +316,47 @@ def least_squares(rows: Rows) -> Params:
     return {'theta': jnp.asarray(theta / np.linalg.norm(theta), jnp.float32)}
 
 
-def landscape(smoothed: dict[str, Smoothed], start: Params, end: Params, rows: Rows, number: int,
-              key: Array) -> dict[str, tuple[np.ndarray, Array]]:
+def landscape(
+    smoothed: dict[str, Smoothed], start: Params, end: Params, rows: Rows, number: int, key: Array
+) -> dict[str, tuple[np.ndarray, Array]]:
     """Return f, f closely, and the smoothed losses, along the line from start to end."""
+
     @functools.partial(jax.jit, static_argnums=0)
     def along(loss: Loss, at: Array) -> Array:
         def of(t: Array) -> Array:
             params = jax.tree.map(lambda a, b: a + t * (b - a), start, end)
             return jax.vmap(lambda key: loss(params, rows, key))(jax.random.split(key, 2)).mean()
+
         return jax.lax.map(of, at)
 
-    fine, coarse, close = (np.linspace(*ends, dtype=np.float32) for ends in (
-        (-0.3, 1.5, 30 * number), (-0.3, 1.5, number), (0, 0.04, 30 * number)))
-    return {'f': (fine, along(hard, fine)), 'close': (close, along(hard, close)),
-            **{name: (coarse, along(each.loss, coarse)) for name, each in smoothed.items()}}
+    fine, coarse, close = (
+        np.linspace(*ends, dtype=np.float32)
+        for ends in ((-0.3, 1.5, 30 * number), (-0.3, 1.5, number), (0, 0.04, 30 * number))
+    )
+    return {
+        'f': (fine, along(hard, fine)),
+        'close': (close, along(hard, close)),
+        **{name: (coarse, along(each.loss, coarse)) for name, each in smoothed.items()},
+    }
 
 
-def draw(path: str, smoothed: dict[str, Smoothed], lines: dict[str, Any],
-         gradients: dict[str, tuple[Mean, Mean]], courses: dict[str, dict[str, np.ndarray]],
-         rival: float) -> None:
+def draw(
+    path: str,
+    smoothed: dict[str, Smoothed],
+    lines: dict[str, Any],
+    gradients: dict[str, tuple[Mean, Mean]],
+    courses: dict[str, dict[str, np.ndarray]],
+    rival: float,
+) -> None:
     """Save the picture: f along a line, the gradients, and the training."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
     figure, ((line, bars), (trained, unseen)) = plt.subplots(
-        2, 2, figsize=(13, 9), layout='constrained')
+        2, 2, figsize=(13, 9), layout='constrained'
+    )
     line.plot(*lines['f'], color='black', lw=0.8, label='f, hard quartiles')
     inset = line.inset_axes((0.56, 0.54, 0.42, 0.38))
     inset.plot(*lines['close'], color='black', lw=1)
@@ -318,19 +368,33 @@ def draw(path: str, smoothed: dict[str, Smoothed], lines: dict[str, Any],
         places = np.arange(len(START)) + 0.25 * (number - (len(smoothed) - 1) / 2)
         gradient, truth = gradients[name]
         bars.bar(places, truth.mean, 0.2, color=each.colour, alpha=0.35)
-        bars.errorbar(places, gradient.mean, 2 * np.hypot(gradient.error, truth.error), fmt='o',
-                      ms=4, color=each.colour, capsize=3, label=name)
+        bars.errorbar(
+            places,
+            gradient.mean,
+            2 * np.hypot(gradient.error, truth.error),
+            fmt='o',
+            ms=4,
+            color=each.colour,
+            capsize=3,
+            label=name,
+        )
         course = courses[name]
         trained.plot(course['hard'], color=each.colour, lw=0.9, label=f'{name}: f')
-        trained.plot(course['held-out noise'], color=each.colour, ls='--', lw=2,
-                     label=f'{name}: smoothed')
+        trained.plot(
+            course['held-out noise'], color=each.colour, ls='--', lw=2, label=f'{name}: smoothed'
+        )
         unseen.plot(course['held-out rows'], color=each.colour, label=name)
-    line.set(title='training rows: f along a line of θ, flat between jumps',
-             xlabel='0: start, 1: after training')
+    line.set(
+        title='training rows: f along a line of θ, flat between jumps',
+        xlabel='0: start, 1: after training',
+    )
     line.legend(loc='lower left')
     bars.axhline(0, color='black', lw=1, label='gradient of f: zero')
-    bars.set(title='gradients at the start: dots ± 2 standard errors, differences as bars',
-             xticks=range(len(START)), xticklabels=[f'θ{i}' for i in range(1, len(START) + 1)])
+    bars.set(
+        title='gradients at the start: dots ± 2 standard errors, differences as bars',
+        xticks=range(len(START)),
+        xticklabels=[f'θ{i}' for i in range(1, len(START) + 1)],
+    )
     bars.legend(loc='lower right')
     trained.set(title='training rows: f, and the smoothed f on held-out noise', xlabel='step')
     trained.legend(fontsize=9)
@@ -361,18 +425,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print('\nTraining, with values of f:')
     ends, courses = {}, {}
     for name, each in smoothed.items():
-        ends[name], courses[name] = train(
-            name, each.loss, start, rows, held_out, steps, keys[2])
+        ends[name], courses[name] = train(name, each.loss, start, rows, held_out, steps, keys[2])
     rival = least_squares(rows)
     print(f'\n{"":15}{"f, training":>12}{"f, held out":>12}   θ')
     for name, params in {'start': start, 'least squares': rival, **ends}.items():
-        print(f'{name:15}{hard(params, rows):12.3f}{hard(params, held_out):12.3f}   '
-              + ' '.join(f'{x:5.2f}' for x in params['theta']))
+        print(
+            f'{name:15}{hard(params, rows):12.3f}{hard(params, held_out):12.3f}   '
+            + ' '.join(f'{x:5.2f}' for x in params['theta'])
+        )
     lines = landscape(smoothed, start, ends['noise on θ'], rows, points, keys[3])
     draw(args.output, smoothed, lines, gradients, courses, float(hard(rival, held_out)))
     print(f'Picture: {args.output}. {time.perf_counter() - began:.1f} s.')
-    return {'gradient': gradient, 'flow': flow, 'gradients': gradients, 'courses': courses,
-            'ends': ends}
+    return {
+        'gradient': gradient,
+        'flow': flow,
+        'gradients': gradients,
+        'courses': courses,
+        'ends': ends,
+    }
 
 
 if __name__ == '__main__':

@@ -54,11 +54,7 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen
 
 # Which parameters of the element each of its losses trains. The blocks of the model and the labels
 # of the optimiser both come from here. A block names what it stops: hence the ~ in front of them.
-TRAINS = {
-    'gln': sg.path('gln'),
-    'code': sg.path('code_*'),
-    'explanation': sg.path('explanation'),
-}
+TRAINS = {'gln': sg.path('gln'), 'code': sg.path('code_*'), 'explanation': sg.path('explanation')}
 LOSSES = ('reader', 'gln', 'code', 'explanation')
 
 
@@ -172,8 +168,9 @@ class SharedElement(EncodingElement):
     def second_pass(self, given: jax.Array, noise: jax.Array) -> SecondPass:
         guess = self.quick_code(given)
         code = self.refine(self.gln(given), guess, noise)
-        return SecondPass(guess, code, self.explanation(guess.message),
-                          self.explanation(code.message))
+        return SecondPass(
+            guess, code, self.explanation(guess.message), self.explanation(code.message)
+        )
 
     def second_passes(self, given: jax.Array, noise: jax.Array) -> dict[str, SecondPass]:
         """Return the second pass as each loss sees it: to each only its own part is trainable."""
@@ -232,7 +229,8 @@ class World(nn.Module):
     def setup(self) -> None:
         self.retina = Retina(self.observation_features)
         self.encoding = self.element(
-            self.observation_features, self.units, self.iterations, self.remat)
+            self.observation_features, self.units, self.iterations, self.remat
+        )
         self.reader = Perceptron(64)
 
     def __call__(self, pixels: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
@@ -263,11 +261,15 @@ class GatedLinear(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, side: jax.Array) -> jax.Array:
-        cells = 2 ** self.halfspaces
-        planes = np.random.default_rng(self.features).standard_normal(
-            (side.shape[-1], self.features, self.halfspaces)).astype(np.float32)
-        kernel = self.param('kernel', _alike_in_every_cell,
-                            (self.features, cells, inputs.shape[-1]))
+        cells = 2**self.halfspaces
+        planes = (
+            np.random.default_rng(self.features)
+            .standard_normal((side.shape[-1], self.features, self.halfspaces))
+            .astype(np.float32)
+        )
+        kernel = self.param(
+            'kernel', _alike_in_every_cell, (self.features, cells, inputs.shape[-1])
+        )
         bits = jnp.einsum('bs,suh->buh', side, planes) > 0
         cell = jax.nn.one_hot(bits @ 2 ** np.arange(self.halfspaces), cells)
         return jnp.einsum('bf,ucf,buc->bu', inputs, kernel, cell)
@@ -312,8 +314,9 @@ class Retina(nn.Module):
 # --- The computation without weights --------------------------------------------------------------
 
 
-def iterated_sampler(parameters: ScanParameters, start: Code, noise: jax.Array, *,
-                     remat: bool = False) -> Code:
+def iterated_sampler(
+    parameters: ScanParameters, start: Code, noise: jax.Array, *, remat: bool = False
+) -> Code:
     """Refine a code step by step; `noise` has a row for each step. This is the expensive part."""
     rate, temperature = 0.1, 0.001
 
@@ -335,8 +338,9 @@ def squared_error(guess: jax.Array, truth: jax.Array) -> jax.Array:
 
 def code_mismatch(guess: Code, truth: Code) -> jax.Array:
     """How far a guess is from a refined code: squared error of values, divergence of presences."""
-    needed, least = (optax.sigmoid_binary_cross_entropy(code.logit, truth.presence)
-                     for code in (guess, truth))
+    needed, least = (
+        optax.sigmoid_binary_cross_entropy(code.logit, truth.presence) for code in (guess, truth)
+    )
     return squared_error(guess.value, truth.value) + jnp.mean(needed - least)
 
 
@@ -363,7 +367,8 @@ def load_data() -> tuple[Digits, Digits, np.ndarray]:
     data, target = load_digits(return_X_y=True)
     pixels = (data / 16).astype(np.float32)
     train, held_out, train_labels, held_out_labels = train_test_split(
-        pixels, target, test_size=0.25, stratify=target, random_state=0)
+        pixels, target, test_size=0.25, stratify=target, random_state=0
+    )
     mean = train.mean(0)
     return Digits(train - mean, train_labels), Digits(held_out - mean, held_out_labels), mean
 
@@ -375,14 +380,18 @@ def init(world: World, rng: jax.Array) -> Params:
 
 def make_optimizer(params: Params) -> optax.GradientTransformation:
     """Give each part its own Adam, by the predicates that the model's blocks use."""
-    labels = {'retina': 'world', 'reader': 'world',
-              'encoding': sg.labels(TRAINS, params['encoding'])}
+    labels = {
+        'retina': 'world',
+        'reader': 'world',
+        'encoding': sg.labels(TRAINS, params['encoding']),
+    }
     rates = {'world': 1e-3, 'gln': 3e-3, 'code': 3e-3, 'explanation': 3e-3}
     return optax.partition({part: optax.adam(rate) for part, rate in rates.items()}, labels)
 
 
-def train(world: World, params: Params, digits: Digits, *, steps: int, seed: int, batch: int = 128
-          ) -> tuple[Params, dict[str, np.ndarray]]:
+def train(
+    world: World, params: Params, digits: Digits, *, steps: int, seed: int, batch: int = 128
+) -> tuple[Params, dict[str, np.ndarray]]:
     """Train with the sum of all losses; return parameters and the course of each loss."""
     optimizer = make_optimizer(params)
     state = optimizer.init(params)
@@ -427,6 +436,7 @@ class Cost(NamedTuple):
 
 def cost_of(world: World, params: Params, pixels: jax.Array, rng: jax.Array) -> Cost:
     """Count loops, forward and backward, and memory; time a step, the least of some."""
+
     def total(params: Params) -> jax.Array:
         return sum(world.apply({'params': params}, pixels, rng).values())
 
@@ -436,18 +446,26 @@ def cost_of(world: World, params: Params, pixels: jax.Array, rng: jax.Array) -> 
         start = time.perf_counter()
         jax.block_until_ready(step(params))
         times.append(time.perf_counter() - start)
-    return Cost(step.as_text().count(' while('), step.memory_analysis().temp_size_in_bytes, min(times))
+    return Cost(
+        step.as_text().count(' while('), step.memory_analysis().temp_size_in_bytes, min(times)
+    )
 
 
 def gradient_norms(grads: dict[str, Params]) -> dict[str, dict[str, float]]:
     """Return, for each part of the model, the norm of each loss's gradient."""
+
     def row(part_of: Callable[[Params], Params]) -> dict[str, float]:
         return {loss: float(optax.tree.norm(part_of(grads[loss]))) for loss in LOSSES}
 
-    element = {f'encoding/{name}': row(lambda grad, name=name: grad['encoding'][name])
-               for name in ('gln', 'code_value', 'code_presence', 'explanation')}
-    return {'retina': row(lambda grad: grad['retina']), **element,
-            'reader': row(lambda grad: grad['reader'])}
+    element = {
+        f'encoding/{name}': row(lambda grad, name=name: grad['encoding'][name])
+        for name in ('gln', 'code_value', 'code_presence', 'explanation')
+    }
+    return {
+        'retina': row(lambda grad: grad['retina']),
+        **element,
+        'reader': row(lambda grad: grad['reader']),
+    }
 
 
 def print_table(rows: dict[str, dict[str, float]], digits: int) -> None:
@@ -461,13 +479,14 @@ def print_table(rows: dict[str, dict[str, float]], digits: int) -> None:
 def probe(codes: np.ndarray, train: Digits, held_out: Digits) -> float:
     """Fit a linear classifier to the codes of `train`, which come first; return its accuracy."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    model.fit(codes[:len(train.labels)], train.labels)
-    return model.score(codes[len(train.labels):], held_out.labels)
+    model.fit(codes[: len(train.labels)], train.labels)
+    return model.score(codes[len(train.labels) :], held_out.labels)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def infer_codes(world: World, params: Params, pixels: jax.Array, rng: jax.Array
-                ) -> tuple[jax.Array, jax.Array, jax.Array]:
+def infer_codes(
+    world: World, params: Params, pixels: jax.Array, rng: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     return world.apply({'params': params}, pixels, rng, method=World.codes)
 
 
@@ -475,12 +494,15 @@ def probe_codes(world: World, params: Params, train: Digits, held_out: Digits) -
     """Return the probe's accuracy on the codes of each pass."""
     pixels = np.concatenate((train.pixels, held_out.pixels))
     first, second, _ = jax.device_get(infer_codes(world, params, pixels, jax.random.key(1)))
-    return {'first pass': probe(first, train, held_out),
-            'second pass': probe(second, train, held_out)}
+    return {
+        'first pass': probe(first, train, held_out),
+        'second pass': probe(second, train, held_out),
+    }
 
 
-def save_picture(path: str, course: dict[str, np.ndarray], digits: np.ndarray, drawings: np.ndarray
-                 ) -> None:
+def save_picture(
+    path: str, course: dict[str, np.ndarray], digits: np.ndarray, drawings: np.ndarray
+) -> None:
     """Save the loss curves, and below them digits with what the reader makes of their codes."""
     figure = plt.figure(figsize=(8, 6), layout='constrained')
     top, bottom = figure.subfigures(2, 1, height_ratios=(2, 1))
@@ -544,19 +566,23 @@ def main(argv: Sequence[str] | None = None) -> Result:
     costs = {}
     if args.shared:
         print('\nThe compiled step: loops, one of which draws the noise; temporary memory; time')
-        for remat in (False, True)[:1 + args.remat]:
+        for remat in (False, True)[: 1 + args.remat]:
             for element, what in COMPARED.items():
                 cost = cost_of(world.clone(element=element, remat=remat), params, *example)
                 costs[element, remat] = cost
-                print(f'{cost.loops:4}  {cost.temporary_bytes / 1e6:6.2f} MB  '
-                      f'{cost.seconds * 1e3:7.2f} ms  {what}{", rematerialised" * remat}')
+                print(
+                    f'{cost.loops:4}  {cost.temporary_bytes / 1e6:6.2f} MB  '
+                    f'{cost.seconds * 1e3:7.2f} ms  {what}{", rematerialised" * remat}'
+                )
 
     print(f'\nAccuracy of a linear probe on the {world.units} numbers of a code, held-out digits')
     print_table(accuracy, 3)
     pca = PCA(world.units).fit(digits.pixels)
     components = pca.transform(np.concatenate((digits.pixels, held_out.pixels)))
-    print(f'For comparison: {world.units} principal components '
-          f'{probe(components, digits, held_out):.3f}')
+    print(
+        f'For comparison: {world.units} principal components '
+        f'{probe(components, digits, held_out):.3f}'
+    )
 
     shown = held_out.pixels[:10]
     _, _, drawings = infer_codes(world, params, shown, jax.random.key(1))

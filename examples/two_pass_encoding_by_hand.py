@@ -57,8 +57,9 @@ def stop_gradient_on_some_weights(weights: Params) -> tuple[Params, Params, Para
     return weights_sg, weights_g, weights_c, weights_e
 
 
-def infer(element: EncodingElement, observation: jax.Array, rng: jax.Array, weights: Params
-          ) -> Inference:
+def infer(
+    element: EncodingElement, observation: jax.Array, rng: jax.Array, weights: Params
+) -> Inference:
     """Do what `EncodingElement.infer` does, as a pure function of the weights."""
     weights_sg, weights_g, weights_c, weights_e = stop_gradient_on_some_weights(weights)
 
@@ -90,8 +91,9 @@ def infer(element: EncodingElement, observation: jax.Array, rng: jax.Array, weig
     return Inference(quick.message, code, losses)
 
 
-def losses_by_hand(world: World, params: Params, pixels: jax.Array, rng: jax.Array
-                   ) -> dict[str, jax.Array]:
+def losses_by_hand(
+    world: World, params: Params, pixels: jax.Array, rng: jax.Array
+) -> dict[str, jax.Array]:
     """Return the losses of the element and its neighbours, as `World.__call__` does."""
     retina = Retina(world.observation_features)
     element = EncodingElement(world.observation_features, world.units, world.iterations)
@@ -101,8 +103,9 @@ def losses_by_hand(world: World, params: Params, pixels: jax.Array, rng: jax.Arr
     return {'reader': squared_error(drawing, pixels), **inference.losses}
 
 
-def losses_by_blocks(world: World, params: Params, pixels: jax.Array, rng: jax.Array
-                     ) -> dict[str, jax.Array]:
+def losses_by_blocks(
+    world: World, params: Params, pixels: jax.Array, rng: jax.Array
+) -> dict[str, jax.Array]:
     """Return the same from two_pass_encoding.py."""
     return world.apply({'params': params}, pixels, rng)
 
@@ -110,8 +113,9 @@ def losses_by_blocks(world: World, params: Params, pixels: jax.Array, rng: jax.A
 Losses = Callable[[World, Params, jax.Array, jax.Array], dict[str, jax.Array]]
 
 
-def gradients(losses: Losses, world: World, params: Params, pixels: jax.Array, rng: jax.Array
-              ) -> dict[str, Params]:
+def gradients(
+    losses: Losses, world: World, params: Params, pixels: jax.Array, rng: jax.Array
+) -> dict[str, Params]:
     """Return the gradient of each loss."""
     return jax.jacrev(lambda params: losses(world, params, pixels, rng))(params)
 
@@ -137,10 +141,14 @@ def train(losses: Losses, world: World, params: Params, pixels: np.ndarray, step
 
 def unequal(a: Any, b: Any) -> list[str]:
     """Return the paths of the leaves that differ in any bit."""
-    pairs = jax.tree.leaves_with_path(jax.tree.map(lambda x, y: (x, y), a, b),
-                                      is_leaf=lambda x: isinstance(x, tuple))
-    return [jax.tree_util.keystr(path) for path, (x, y) in pairs
-            if np.asarray(x).tobytes() != np.asarray(y).tobytes()]
+    pairs = jax.tree.leaves_with_path(
+        jax.tree.map(lambda x, y: (x, y), a, b), is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return [
+        jax.tree_util.keystr(path)
+        for path, (x, y) in pairs
+        if np.asarray(x).tobytes() != np.asarray(y).tobytes()
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> bool:
@@ -157,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> bool:
             blocks, copies = (run(losses, world, params, pixels, rng) for losses in both)
             found |= {f'gradient of {name}, {how}': (blocks[name], copies[name]) for name in LOSSES}
     found['parameters after 20 steps'] = tuple(
-        train(losses, world, params, pixels, 20) for losses in both)
+        train(losses, world, params, pixels, 20) for losses in both
+    )
 
     for name, (blocks, copies) in found.items():
         differ, count = unequal(blocks, copies), len(jax.tree.leaves(blocks))

@@ -52,9 +52,9 @@ import optax
 
 from flax_sg import nn
 
-Y1, Y2 = -1.0, 4.0         # the two observations, in conflict
-A, S = 0.5, 1.0            # θ2|θ1 ~ N(A θ1, S²)
-R1, R2 = 1.0, 1.0          # noise of y1 and y2
+Y1, Y2 = -1.0, 4.0  # the two observations, in conflict
+A, S = 0.5, 1.0  # θ2|θ1 ~ N(A θ1, S²)
+R1, R2 = 1.0, 1.0  # noise of y1 and y2
 KAPPA = S**2 / (S**2 + R2**2)
 
 Array = jax.Array
@@ -104,8 +104,11 @@ class Choice:
 
     def q1(self) -> tuple[float, float]:
         """Return the mean and standard deviation of the target of φ1."""
-        terms = [(0.0, 1.0), (Y1, 1 / R1**2),
-                 (Y2 / (1 + A), self.kappa * (1 + A) ** 2 / (S**2 + R2**2))]
+        terms = [
+            (0.0, 1.0),
+            (Y1, 1 / R1**2),
+            (Y2 / (1 + A), self.kappa * (1 + A) ** 2 / (S**2 + R2**2)),
+        ]
         precision = sum(p for _, p in terms)
         return sum(m * p for m, p in terms) / precision, precision**-0.5
 
@@ -156,6 +159,7 @@ def two_copies(choice: Choice, phi: Params, phi_bar: Params, noise1: Array, nois
     Marked terms take what is held from ``phi_bar``. The gradient of K is the gradient with respect
     to ``phi`` alone, at ``phi_bar`` = ``phi``.
     """
+
     def terms(phi1: Params, phi2: Params) -> dict[str, Array]:
         mean1, scale1 = phi1['mean'], jnp.exp(phi1['log_scale'])
         theta1 = mean1 + scale1 * noise1
@@ -194,11 +198,14 @@ def gradients(choice: Choice, phi: Params, noise1: Array, noise2: Array) -> tupl
     return jax.value_and_grad(estimate, argnums=1)(choice, phi, noise1, noise2)
 
 
-def gradients_by_hand(choice: Choice, phi: Params, noise1: Array, noise2: Array
-                      ) -> tuple[Array, Params]:
+def gradients_by_hand(
+    choice: Choice, phi: Params, noise1: Array, noise2: Array
+) -> tuple[Array, Params]:
     """Return the same from K̂."""
+
     def k_hat(phi: Params, phi_bar: Params) -> Array:
         return jnp.mean(two_copies(choice, phi, phi_bar, noise1, noise2))
+
     return jax.value_and_grad(k_hat, argnums=0)(phi, phi)
 
 
@@ -220,8 +227,9 @@ def target(choice: Choice) -> Params:
     (mean, sd), (slope, intercept, sd2) = choice.q1(), choice.q2
     return {
         'q1': {'mean': np.float64(mean), 'log_scale': np.log(sd)},
-        'q2': {'net': {'kernel': np.array([[slope, 0.0]]),
-                       'bias': np.array([intercept, np.log(sd2)])}},
+        'q2': {
+            'net': {'kernel': np.array([[slope, 0.0]]), 'bias': np.array([intercept, np.log(sd2)])}
+        },
     }
 
 
@@ -253,8 +261,12 @@ def summary(phi: Params) -> tuple[float, ...]:
     """Return q1's mean and standard deviation, and q2's slope, intercept and sd at q1's mean."""
     mean, (slope, tilt) = phi['q1']['mean'], phi['q2']['net']['kernel'][0]
     intercept, log_sd2 = phi['q2']['net']['bias']
-    return tuple(map(float, (
-        mean, np.exp(phi['q1']['log_scale']), slope, intercept, np.exp(log_sd2 + tilt * mean))))
+    return tuple(
+        map(
+            float,
+            (mean, np.exp(phi['q1']['log_scale']), slope, intercept, np.exp(log_sd2 + tilt * mean)),
+        )
+    )
 
 
 def largest(tree: Params) -> float:
@@ -265,30 +277,44 @@ def print_gradients() -> None:
     """Print the gradients of each choice at one point, beside those of K̂."""
     noise = jax.random.normal(jax.random.key(2), (2, 1000))
     print('At the start, with 1000 draws:')
-    print(f'{"":22}{"value":>9}{"∇ mean1":>10}{"∇ log sd1":>11}{"|∇φ2|":>9}   '
-          'largest difference to ∇K̂')
+    print(
+        f'{"":22}{"value":>9}{"∇ mean1":>10}{"∇ log sd1":>11}{"|∇φ2|":>9}   '
+        'largest difference to ∇K̂'
+    )
     for choice in CHOICES.values():
         value, grads = jax.jit(gradients, static_argnums=0)(choice, start(), *noise)
         _, by_hand = jax.jit(gradients_by_hand, static_argnums=0)(choice, start(), *noise)
         worst = largest(jax.tree.map(lambda a, b: a - b, grads, by_hand))
-        print(f'{choice.title:22}{value:9.4f}{grads["q1"]["mean"]:10.4f}'
-              f'{grads["q1"]["log_scale"]:11.4f}{optax.tree.norm(grads["q2"]):9.4f}   {worst:.1e}')
+        print(
+            f'{choice.title:22}{value:9.4f}{grads["q1"]["mean"]:10.4f}'
+            f'{grads["q1"]["log_scale"]:11.4f}{optax.tree.norm(grads["q2"]):9.4f}   {worst:.1e}'
+        )
     print()
 
 
 def print_results(histories: dict[str, Params]) -> None:
     """Print what each choice learned, beside its target."""
-    print(f'\n{"learned (exact)":22}' + ''.join(
-        f'{name:>16}' for name in ('q1 mean', 'q1 sd', 'q2 slope', 'q2 intercept', 'q2 sd'))
-        + '   largest gradient there')
+    print(
+        f'\n{"learned (exact)":22}'
+        + ''.join(
+            f'{name:>16}' for name in ('q1 mean', 'q1 sd', 'q2 slope', 'q2 intercept', 'q2 sd')
+        )
+        + '   largest gradient there'
+    )
     for name, choice in CHOICES.items():
         learned = summary(last(histories[name]))
         pairs = zip(learned, (*choice.q1(), *choice.q2), strict=True)
         # The collapsed q2 has no density: there is no gradient at that target.
-        gradient = f'{largest(expected_gradient(choice, target(choice))):.1e}' \
-            if choice.q2[2] else 'none: q2 collapses'
-        print(f'{choice.title:22}' + ''.join(f'{a:7.3f} ({e:6.3f})' for a, e in pairs)
-              + f'   {gradient}')
+        gradient = (
+            f'{largest(expected_gradient(choice, target(choice))):.1e}'
+            if choice.q2[2]
+            else 'none: q2 collapses'
+        )
+        print(
+            f'{choice.title:22}'
+            + ''.join(f'{a:7.3f} ({e:6.3f})' for a, e in pairs)
+            + f'   {gradient}'
+        )
 
 
 def last(history: Params) -> Params:
@@ -298,16 +324,21 @@ def last(history: Params) -> Params:
 def draw(histories: dict[str, Params], path: str) -> None:
     """Save the picture: densities of q1, their way there, and q2."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
     # Where choices agree, the later and thinner lines lie on the earlier ones.
     styles = {
-        'elbo': {'color': '#0072b2', 'lw': 5}, 'k': {'color': '#d55e00', 'lw': 3.5},
-        'cut': {'color': '#009e73', 'lw': 2}, 'all': {'color': '#999999', 'lw': 2, 'ls': ':'}}
+        'elbo': {'color': '#0072b2', 'lw': 5},
+        'k': {'color': '#d55e00', 'lw': 3.5},
+        'cut': {'color': '#009e73', 'lw': 2},
+        'all': {'color': '#999999', 'lw': 2, 'ls': ':'},
+    }
     exact = {'color': 'black', 'lw': 1, 'ls': (0, (5, 4))}
     figure, (densities, means, conditional) = plt.subplots(
-        1, 3, figsize=(15, 4.6), layout='constrained')
+        1, 3, figsize=(15, 4.6), layout='constrained'
+    )
     x, theta1 = np.linspace(-3, 3, 400), np.linspace(-2, 2, 50)
     for name, choice in CHOICES.items():
         history, style = histories[name], styles[name]
@@ -328,12 +359,17 @@ def draw(histories: dict[str, Params], path: str) -> None:
     densities.legend(fontsize=8, loc='upper left')
     densities.set(title='q1(θ1), learned', xlabel='θ1', ylabel='density', ylim=(0, 0.95))
     means.set(title='mean of q1 on the way', xlabel='step', xscale='log')
-    for name, text in (('elbo', 'p(θ1|y1, y2)'), ('k', 'p(θ1|y1) p(y2|θ1)^κ'),
-                       ('cut', 'p(θ1|y1)')):
-        means.text(len(path_of_mean), CHOICES[name].q1()[0] + 0.07, text, ha='right',
-                   color=styles[name]['color'])
-    conditional.set(title='q2(θ2|θ1), learned: mean ± sd', xlabel='θ1', ylabel='θ2',
-                    ylim=(-1.5, 4.2))
+    for name, text in (('elbo', 'p(θ1|y1, y2)'), ('k', 'p(θ1|y1) p(y2|θ1)^κ'), ('cut', 'p(θ1|y1)')):
+        means.text(
+            len(path_of_mean),
+            CHOICES[name].q1()[0] + 0.07,
+            text,
+            ha='right',
+            color=styles[name]['color'],
+        )
+    conditional.set(
+        title='q2(θ2|θ1), learned: mean ± sd', xlabel='θ1', ylabel='θ2', ylim=(-1.5, 4.2)
+    )
     conditional.text(-1.95, 3.6, 'p(θ2|θ1, y2), in three choices of four')
     conditional.text(-0.6, -0.85, '⊥ in place of ⊥_φ1:\nthe sd goes to 0', color='#777777')
     figure.savefig(path, dpi=110)
@@ -361,8 +397,10 @@ def main(argv: list[str] | None = None) -> dict[str, Params]:
     histories = {}
     for name, choice in CHOICES.items():
         histories[name] = optimise(choice, steps, draws, rate)
-        print(f'{choice.title}: {steps} steps of {draws} draws, '
-              f'{time.perf_counter() - began:.1f} s so far')
+        print(
+            f'{choice.title}: {steps} steps of {draws} draws, '
+            f'{time.perf_counter() - began:.1f} s so far'
+        )
     print_results(histories)
     draw(histories, args.output)
     print(f'\nκ = {KAPPA:.3g}. Picture: {args.output}. {time.perf_counter() - began:.1f} s.')

@@ -146,12 +146,14 @@ def reconstruct(params: Params, pixels: Array) -> tuple[Array, Array]:
 def load_data() -> tuple[np.ndarray, np.ndarray]:
     """Return digits to train on and held-out digits, of shape (digits, 64), between 0 and 1."""
     data, target = load_digits(return_X_y=True)
-    return train_test_split((data / 16).astype(np.float32), test_size=0.25, stratify=target,
-                            random_state=0)
+    return train_test_split(
+        (data / 16).astype(np.float32), test_size=0.25, stratify=target, random_state=0
+    )
 
 
-def train(pixels: np.ndarray, held_out: np.ndarray, steps: int, batch: int = 128
-          ) -> tuple[Params, dict[str, np.ndarray]]:
+def train(
+    pixels: np.ndarray, held_out: np.ndarray, steps: int, batch: int = 128
+) -> tuple[Params, dict[str, np.ndarray]]:
     """Train; return the parameters and what was measured on the way, 40 times."""
     optimiser = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     params = init(jax.random.key(0))
@@ -175,14 +177,23 @@ def train(pixels: np.ndarray, held_out: np.ndarray, steps: int, batch: int = 128
     for i, some in enumerate(keys, 1):
         (params, opt_state), found = run((params, opt_state), some)
         drawn, index = reconstruct(params, held_out)
-        course.append({
-            'step': i * len(some), 'held out': float(distance(drawn, held_out)),
-            'perplexity': perplexity(index),
-            **{name: float(term.mean()) for name, term in found.items()}})
+        course.append(
+            {
+                'step': i * len(some),
+                'held out': float(distance(drawn, held_out)),
+                'perplexity': perplexity(index),
+                **{name: float(term.mean()) for name, term in found.items()},
+            }
+        )
         if i % 5 == 0:
-            print(f'step {course[-1]["step"]:5d}  ' + '  '.join(
-                f'{name} {course[-1][name]:.3f}' for name in (*TERMS, 'held out', 'perplexity'))
-                + f'  {time.perf_counter() - began:.1f} s', flush=True)
+            print(
+                f'step {course[-1]["step"]:5d}  '
+                + '  '.join(
+                    f'{name} {course[-1][name]:.3f}' for name in (*TERMS, 'held out', 'perplexity')
+                )
+                + f'  {time.perf_counter() - began:.1f} s',
+                flush=True,
+            )
     return params, {name: np.array([c[name] for c in course]) for name in course[0]}
 
 
@@ -205,10 +216,12 @@ def baselines(pixels: np.ndarray, held_out: np.ndarray) -> dict[str, np.ndarray]
 
     some, other = quarters(pixels), quarters(held_out)
     each = np.stack([nearest(some[:, i], other[:, i]) for i in range(4)], 1)
-    return {'mean digit': np.broadcast_to(pixels.mean(0), held_out.shape),
-            'PCA, 4 numbers': pca.inverse_transform(pca.transform(held_out)),
-            'k-means, 1 codebook': joined(nearest(some, other)),
-            'k-means, 4 codebooks': joined(each)}
+    return {
+        'mean digit': np.broadcast_to(pixels.mean(0), held_out.shape),
+        'PCA, 4 numbers': pca.inverse_transform(pca.transform(held_out)),
+        'k-means, 1 codebook': joined(nearest(some, other)),
+        'k-means, 4 codebooks': joined(each),
+    }
 
 
 def print_gradients(params: Params, pixels: np.ndarray) -> None:
@@ -222,8 +235,9 @@ def print_gradients(params: Params, pixels: np.ndarray) -> None:
     print()
 
 
-def save_picture(path: str, course: dict[str, np.ndarray], held_out: np.ndarray,
-                 drawn: dict[str, np.ndarray]) -> None:
+def save_picture(
+    path: str, course: dict[str, np.ndarray], held_out: np.ndarray, drawn: dict[str, np.ndarray]
+) -> None:
     """Save the picture: curves, and below them held-out digits as each method draws them."""
     figure = plt.figure(figsize=(12, 8.6), layout='constrained')
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.1))
@@ -269,8 +283,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(f'\n{"held-out digits":20}{"squared error":>15}{"of the mean":>13}')
     for name, error in errors.items():
         print(f'{name:20}{error:15.3f}{error / errors["mean digit"]:13.1%}')
-    print(f'{len(np.unique(index))} of {CODES} codes are used, with perplexity '
-          f'{perplexity(index):.1f}.')
+    print(
+        f'{len(np.unique(index))} of {CODES} codes are used, with perplexity '
+        f'{perplexity(index):.1f}.'
+    )
     save_picture(args.output, course, held_out, drawn)
     print(f'Picture: {args.output}. {time.perf_counter() - began:.1f} s.')
     return errors

@@ -3,8 +3,14 @@
 from flax.errors import ModifyScopeVariableError
 
 __all__ = [
-    'FrozenVariableError', 'LabelError', 'PredicateError', 'UnknownRecordError',
-    'UnmatchedPathError', 'UnreadBlockWarning', 'UnsupportedVersionError', 'UsageError',
+    'FrozenVariableError',
+    'LabelError',
+    'PredicateError',
+    'UnknownRecordError',
+    'UnmatchedPathError',
+    'UnreadBlockWarning',
+    'UnsupportedVersionError',
+    'UsageError',
 ]
 
 

@@ -98,8 +98,10 @@ class Programs(dict):
         def enter(fn):
             assert fn.__name__ not in self
             self[fn.__name__] = Program(
-                fn, params, args or (X,), truth, norms, reverse, vanishes, reason)
+                fn, params, args or (X,), truth, norms, reverse, vanishes, reason
+            )
             return fn
+
         return enter
 
 
@@ -111,15 +113,21 @@ def names(params):
     """Flatten a tree to ``{name: array}``, with the boxes of Flax opened."""
     is_box = lambda v: isinstance(v, nn.meta.AxisMetadata)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): nn.unbox(v)
-            for path, v in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): nn.unbox(v) for path, v in leaves
+    }
 
 
 def marks(fn):
     """Find the marked lines of a function, or of the whole file, as ``{mark: line}``."""
+
     def scan(lines, first):
-        return {mark: first + i for i, line in enumerate(lines)
-                for mark in re.sub(r'.*?(# <- |$)', '', line, count=1).split()}
+        return {
+            mark: first + i
+            for i, line in enumerate(lines)
+            for mark in re.sub(r'.*?(# <- |$)', '', line, count=1).split()
+        }
+
     module = inspect.getmodule(fn)
     return scan(inspect.getsource(module).splitlines(), 1) | scan(*inspect.getsourcelines(fn))
 
@@ -176,6 +184,7 @@ def points(params, count=4):
         if jnp.issubdtype(v.dtype, jnp.floating):
             return jnp.asarray(rng.normal(size=v.shape), v.dtype)
         return v
+
     return [params, *(jax.tree.map(draw, params) for _ in range(count - 1))]
 
 
@@ -184,8 +193,11 @@ def check_gradients(case):
     params = params_of(case)
     losses = jax.eval_shape(case.fn, params, *case.args)
     for loss in losses if isinstance(losses, dict) else [None]:
-        truth = {k.split(':')[-1]: t for k, t in case.truth.items()
-                 if k.startswith(f'{loss}:') or ':' not in k}
+        truth = {
+            k.split(':')[-1]: t
+            for k, t in case.truth.items()
+            if k.startswith(f'{loss}:') or ':' not in k
+        }
         pick = (lambda out: out) if loss is None else lambda out, loss=loss: out[loss]
         seen = dict.fromkeys(names(params), False)
         for point in points(params):

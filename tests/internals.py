@@ -59,8 +59,7 @@ def answers_known():
 
 def stop_nothing(monkeypatch):
     """Let blocks of stop_gradient hand on what is read as it is."""
-    monkeypatch.setattr(
-        StopGradient, 'read', lambda self, info, value, other: value)
+    monkeypatch.setattr(StopGradient, 'read', lambda self, info, value, other: value)
 
 
 def names_of_flax():
@@ -133,6 +132,7 @@ def watch_transposes(monkeypatch):
     def trace(self, *args):
         traced.append(original(self, *args))
         return traced[-1]
+
     monkeypatch.setattr(pullbacks.ViewMaps, '_trace', trace)
     return traced
 
@@ -143,5 +143,8 @@ def watch_transposes(monkeypatch):
 def misjudge(monkeypatch, name):
     """Let gradient_flow think that an operation hands on nothing."""
     ask, nothing = tangents._ask, tangents.Answer((frozenset(),))
-    monkeypatch.setattr(tangents, '_ask', lambda eqn, context: (
-        nothing if eqn.primitive.name == name else ask(eqn, context)))
+    monkeypatch.setattr(
+        tangents,
+        '_ask',
+        lambda eqn, context: nothing if eqn.primitive.name == name else ask(eqn, context),
+    )

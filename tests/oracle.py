@@ -29,6 +29,7 @@ def one_copy(two_copy_fn: Callable) -> Callable:
 
 def scalar(fn: Callable) -> Callable:
     """Make a function's output one number, with a different weight for each element of it."""
+
     def loss(*args: Any) -> jax.Array:
         total = jnp.float32(0)
         for i, leaf in enumerate(jax.tree.leaves(fn(*args))):
@@ -36,6 +37,7 @@ def scalar(fn: Callable) -> Callable:
                 weights = np.cos(np.arange(leaf.size) + i).reshape(leaf.shape)
                 total = total + jnp.sum(leaf * weights.astype(leaf.dtype))
         return total
+
     return loss
 
 
@@ -74,12 +76,16 @@ def tangents_of(tree: Any) -> Any:
     """Return a fixed direction in a tree's space, different for each leaf and element."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten(
-        [jnp.asarray(np.sin(np.arange(x.size) + 1.0 + 2 * i).reshape(x.shape), x.dtype)
-         for i, x in enumerate(map(jnp.asarray, leaves))])
+        [
+            jnp.asarray(np.sin(np.arange(x.size) + 1.0 + 2 * i).reshape(x.shape), x.dtype)
+            for i, x in enumerate(map(jnp.asarray, leaves))
+        ]
+    )
 
 
-def derivatives(fn: Callable, two_copies: bool, params: Any, args: Sequence[Any],
-                order: str) -> Callable[[], Any]:
+def derivatives(
+    fn: Callable, two_copies: bool, params: Any, args: Sequence[Any], order: str
+) -> Callable[[], Any]:
     """Return a function of no argument that computes one kind of derivative of ``fn``.
 
     Derivatives are with respect to the parameters and every argument that is a tree of floats. With
@@ -94,26 +100,38 @@ def derivatives(fn: Callable, two_copies: bool, params: Any, args: Sequence[Any]
     if order == 'hessian':
         return lambda *xs: jax.hessian(loss, wrt)(*xs)
     if order == 'jvp':
+
         def push(*xs):
             def moved(*ys):
                 rest = dict(zip(wrt, ys, strict=True))
                 return fn(*(rest.get(i, x) for i, x in enumerate(xs)))
+
             primals = tuple(xs[i] for i in wrt)
             return jax.jvp(moved, primals, tuple(map(tangents_of, primals)))
+
         return push
     if order == 'vmap':
         axes = tuple(0 if i in wrt[1:] else None for i in range(len(every)))
         batch = lambda x: jnp.stack([x, 0.5 * x + 0.25, -x])  # noqa: E731
+
         def per_example(*xs):
             xs = [jax.tree.map(batch, x) if a == 0 else x for x, a in zip(xs, axes, strict=True)]
             return jax.vmap(jax.grad(loss, wrt), axes)(*xs)
+
         return per_example if len(wrt) > 1 else lambda *xs: ()
     raise ValueError(f'order={order!r}; expected one of {ORDERS}')
 
 
-def compare(masked_fn: Callable, two_copy_fn: Callable, params: Any, *args: Any,
-            orders: Sequence[str] = ORDERS, modes: Sequence[str] = ('eager', 'jit'),
-            exact: bool = True, rtol: float = 2e-5) -> Any:
+def compare(
+    masked_fn: Callable,
+    two_copy_fn: Callable,
+    params: Any,
+    *args: Any,
+    orders: Sequence[str] = ORDERS,
+    modes: Sequence[str] = ('eager', 'jit'),
+    exact: bool = True,
+    rtol: float = 2e-5,
+) -> Any:
     """Compare a masked program with its two-copy meaning, in value and derivatives.
 
     Args:

@@ -65,8 +65,12 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         scan = nn.scan(
-            lambda layer, x, _: (layer(x), None), {'params': 0}, split_rngs={'params': True},
-            length=2, metadata_params={nn.PARTITION_NAME: None})
+            lambda layer, x, _: (layer(x), None),
+            {'params': 0},
+            split_rngs={'params': True},
+            length=2,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
         return scan(Layer(self.style, name='layer'), x, None)[0]
 
 
@@ -97,20 +101,35 @@ class Net(nn.Module):
 
 
 # A predicate from the encoder, and from the net; which leaves of the encoder it means.
-KERNELS = {False: ('**', 'encoder', lambda path: True),
-           True: ('**/kernel', 'encoder/**/kernel', lambda path: "'kernel'" in path)}
+KERNELS = {
+    False: ('**', 'encoder', lambda path: True),
+    True: ('**/kernel', 'encoder/**/kernel', lambda path: "'kernel'" in path),
+}
 # Which of the two passes each use stops.
-PASSES = {'none': (False, False), 'block': (True, False), 'method': (True, False),
-          'instance': (True, False), 'class': (True, True), 'around apply': (True, True),
-          'around jit': (True, True), 'tree': (True, True)}
+PASSES = {
+    'none': (False, False),
+    'block': (True, False),
+    'method': (True, False),
+    'instance': (True, False),
+    'class': (True, True),
+    'around apply': (True, True),
+    'around jit': (True, True),
+    'tree': (True, True),
+}
 USES = tuple(use for use in PASSES if use != 'none')
 
 
 class Masked:
     """The program with a mask, which ``make`` makes of a predicate, in one of its uses."""
 
-    def __init__(self, encoder_cls: type[nn.Module], style: str, use: str, kernels: bool = False,
-                 make: Callable = sg.stop_gradient):
+    def __init__(
+        self,
+        encoder_cls: type[nn.Module],
+        style: str,
+        use: str,
+        kernels: bool = False,
+        make: Callable = sg.stop_gradient,
+    ):
         inner, outer, _ = KERNELS[kernels]
         self.transform = make(inner if use in ('class', 'instance') else outer)
         self.net, self.use = Net(encoder_cls, style, use, self.transform), use
@@ -128,8 +147,14 @@ class Masked:
 class ByHand:
     """The same program without the library. ``change`` may do worse than stop a parameter."""
 
-    def __init__(self, encoder_cls: type[nn.Module], style: str, use: str, kernels: bool = False,
-                 change: Callable = jax.lax.stop_gradient):
+    def __init__(
+        self,
+        encoder_cls: type[nn.Module],
+        style: str,
+        use: str,
+        kernels: bool = False,
+        change: Callable = jax.lax.stop_gradient,
+    ):
         self.encoder, self.passes = encoder_cls(style), PASSES[use]
         self.stopped, self.change = KERNELS[kernels][2], change
 
@@ -138,8 +163,10 @@ class ByHand:
 
     def loss(self, variables, x, y):
         params = variables['params']
+
         def hold(path, leaf):
             return self.change(leaf) if self.stopped(jax.tree_util.keystr(path)) else leaf
+
         held = jax.tree_util.tree_map_with_path(hold, params['encoder'])
         for stopped in self.passes:
             x = self.encoder.apply({'params': held if stopped else params['encoder']}, x)
@@ -166,23 +193,30 @@ class Case:
         shapes = {s: jax.eval_shape(nets[s].init, jax.random.key(0), BLANK) for s in STYLES}
         if style == 'logical':
             self.shardings = nn.logical_to_mesh_sharding(
-                nn.get_partition_spec(shapes[style]), mesh, RULES)
+                nn.get_partition_spec(shapes[style]), mesh, RULES
+            )
         else:
             self.shardings = nn.get_sharding(shapes['partitioned'], mesh)
         rng = np.random.default_rng(0)
+
         def place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
             value = 0.3 * rng.standard_normal(shape.shape, np.float32)
             return jax.make_array_from_callback(shape.shape, sharding, lambda index: value[index])
+
         self.variables = jax.tree.map(
-            place, shapes[style], jax.tree.broadcast(self.shardings, shapes[style]))
+            place, shapes[style], jax.tree.broadcast(self.shardings, shapes[style])
+        )
         self.rows = NamedSharding(mesh, P('data'))
-        self.data = tuple(place(jax.ShapeDtypeStruct((4, 4, n), np.float32), self.rows)
-                          for n in (8, 4))
+        self.data = tuple(
+            place(jax.ShapeDtypeStruct((4, 4, n), np.float32), self.rows) for n in (8, 4)
+        )
 
     def step(self, program: Masked | ByHand) -> tuple[jax.stages.Compiled, Any]:
         """Compile the gradients of parameters and inputs, and run them."""
-        step = jax.jit(lambda *args: jax.grad(program.loss, (0, 1))(*args),
-                       in_shardings=(self.shardings, self.rows, self.rows))
+        step = jax.jit(
+            lambda *args: jax.grad(program.loss, (0, 1))(*args),
+            in_shardings=(self.shardings, self.rows, self.rows),
+        )
         with environment(self.mesh), program.around('jit'):
             compiled = step.lower(self.variables, *self.data).compile()
             return compiled, compiled(self.variables, *self.data)
@@ -199,13 +233,19 @@ def instructions(compiled: jax.stages.Compiled) -> collections.Counter[str]:
     """Count a program's instructions by operation, shape, layout and, of collectives, groups."""
     return collections.Counter(
         ' '.join((opcode, shape, *_GROUPS.findall(rest)))
-        for shape, opcode, rest in _INSTRUCTION.findall(compiled.as_text()))
+        for shape, opcode, rest in _INSTRUCTION.findall(compiled.as_text())
+    )
 
 
 def collectives(compiled: jax.stages.Compiled) -> collections.Counter[str]:
     """Count what a program moves between devices."""
-    return collections.Counter({line: n for line, n in instructions(compiled).items()
-                                if line.split(' ', 1)[0].removesuffix('-start') in COLLECTIVES})
+    return collections.Counter(
+        {
+            line: n
+            for line, n in instructions(compiled).items()
+            if line.split(' ', 1)[0].removesuffix('-start') in COLLECTIVES
+        }
+    )
 
 
 def collective_counts(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -278,16 +318,22 @@ def masked_reads(mesh: Mesh) -> Iterator[tuple[str, jax.Array, jax.Array]]:
     variables = {'params': {'w': nn.Partitioned(stored, ('data', 'model'))}}
     transform = sg.stop_gradient('w')
     net, lifted = Weight(transform), transform(Weight)(transform)
+
     def around(variables):
         with transform:
             return net.apply(variables)
+
     def of_tree(variables):
         return transform(variables['params'])['w'].value
+
     reads = {
-        'around apply': around, 'tree': of_tree, 'class': lifted.apply,
+        'around apply': around,
+        'tree': of_tree,
+        'class': lifted.apply,
         'block': lambda v: net.apply(v, method='inside'),
         'method': lambda v: net.apply(v, method=transform(Weight.__call__)),
-        'instance': lambda v: transform(net.bind(v))()}
+        'instance': lambda v: transform(net.bind(v))(),
+    }
     with jax.transfer_guard('disallow_explicit'):
         for name, read in reads.items():
             for got in jax.tree.leaves(read(variables)):
@@ -316,8 +362,9 @@ def buffers(array: jax.Array) -> list[int]:
 def run_process(address: str, processes: int, process: int) -> dict[str, Any]:
     """Make the comparison together with other processes, and return what was compared."""
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(address, processes, process, initialization_timeout=60,
-                               coordinator_bind_address=address)
+    jax.distributed.initialize(
+        address, processes, process, initialization_timeout=60, coordinator_bind_address=address
+    )
     mesh = Mesh(np.array(jax.devices()).reshape(processes, -1), ('data', 'model'))
     steps = {}
     for style, use in (('plain', 'block'), ('partitioned', 'around jit')):
@@ -325,15 +372,23 @@ def run_process(address: str, processes: int, process: int) -> dict[str, Any]:
         masked, by_hand = (case.step(kind(*case.of, use)) for kind in (Masked, ByHand))
         spread = sum(not x.is_fully_addressable for x in jax.tree.leaves(case.variables))
         steps[f'{style}, {use}'] = {
-            'shards': compare_steps(masked, by_hand), 'spread': spread,
-            'collectives': collective_counts(masked[0]), 'moved': sorted(collectives(masked[0]))}
+            'shards': compare_steps(masked, by_hand),
+            'spread': spread,
+            'collectives': collective_counts(masked[0]),
+            'moved': sorted(collectives(masked[0])),
+        }
     reads = 0
     for _, got, stored in masked_reads(mesh):
         assert not stored.is_fully_addressable
         assert_same_buffers(got, stored)
         reads += 1
-    record = {'process': jax.process_index(), 'processes': jax.process_count(),
-              'devices': jax.device_count(), 'reads': reads, 'steps': steps}
+    record = {
+        'process': jax.process_index(),
+        'processes': jax.process_count(),
+        'devices': jax.device_count(),
+        'reads': reads,
+        'steps': steps,
+    }
     jax.distributed.shutdown()
     return record
 

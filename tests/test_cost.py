@@ -22,19 +22,28 @@ MODELS = {
     'scan': functools.partial(cases.transformer_cases, **SMALL, scan=True),
     'scan_remat': functools.partial(cases.transformer_cases, **SMALL, scan=True, remat=True),
     'recurrent': functools.partial(
-        cases.encoder_cases, features=3, hidden=4, iterations=3, batch=2),
+        cases.encoder_cases, features=3, hidden=4, iterations=3, batch=2
+    ),
     'example': functools.partial(cases.example_cases, iterations=3, batch=2),
 }
-TRANSFORMER = ['block around apply', 'block inside', 'method', 'instance, bound',
-               'instance, unbound', 'class of the encoder']
+TRANSFORMER = [
+    'block around apply',
+    'block inside',
+    'method',
+    'instance, bound',
+    'instance, unbound',
+    'class of the encoder',
+]
 LAYER, IN_BODY = 'class of the layer', 'class of the layer, held in the scan by hand too'
 PAIRS = [
     *(('loop', name) for name in (*TRANSFORMER, LAYER)),
     *(('scan', name) for name in (*TRANSFORMER, IN_BODY)),
     *(('remat', name) for name in ('block inside', LAYER)),
     *(('scan_remat', name) for name in ('block inside', IN_BODY)),
-    *(('recurrent', name) for name in
-      ('blocks around apply', 'blocks inside', 'methods', 'instances, bound')),
+    *(
+        ('recurrent', name)
+        for name in ('blocks around apply', 'blocks inside', 'methods', 'instances, bound')
+    ),
     ('example', 'blocks inside'),
 ]
 # Scans in the undifferentiated program: the layers; a run for each of three losses; the sampler.
@@ -57,8 +66,10 @@ def count_scans(value):
     value = getattr(value, 'jaxpr', value)
     if isinstance(value, (tuple, list)):
         return sum(map(count_scans, value))
-    return sum((eqn.primitive.name == 'scan') + count_scans(list(eqn.params.values()))
-               for eqn in getattr(value, 'eqns', ()))
+    return sum(
+        (eqn.primitive.name == 'scan') + count_scans(list(eqn.params.values()))
+        for eqn in getattr(value, 'eqns', ())
+    )
 
 
 @pytest.mark.thinned(12)
@@ -122,7 +133,8 @@ def added_calls(mask, depth):
 def calls_of(mask, depth):
     model, x = FirstHeld(transformer.Encoder(depth=depth, width=4, heads=2), mask), TOKENS
     return measure.calls_in(
-        lambda: (lambda params: model.apply(params, x), (params_of(depth),)), flax_sg)
+        lambda: (lambda params: model.apply(params, x), (params_of(depth),)), flax_sg
+    )
 
 
 @functools.cache
@@ -132,10 +144,17 @@ def params_of(depth):
 
 
 @pytest.mark.thinned(6)
-@pytest.mark.parametrize('predicate', [
-    True, 'encoder/layer_*', '**/attention', path('encoder/layer_0') | path('encoder/layer_1'),
-    lambda v: v.name.endswith('bias'),
-], ids=['everything', 'glob', 'deep', 'either', 'callable'])
+@pytest.mark.parametrize(
+    'predicate',
+    [
+        True,
+        'encoder/layer_*',
+        '**/attention',
+        path('encoder/layer_0') | path('encoder/layer_1'),
+        lambda v: v.name.endswith('bias'),
+    ],
+    ids=['everything', 'glob', 'deep', 'either', 'callable'],
+)
 def test_added_trace_grows_with_the_reads_and_not_with_the_model(predicate):
     mask = stop_gradient(predicate)
     few, many = added_calls(mask, 2), added_calls(mask, 10)
@@ -145,6 +164,7 @@ def test_added_trace_grows_with_the_reads_and_not_with_the_model(predicate):
 
 def test_a_pattern_that_nothing_in_the_block_meets_is_looked_up_and_not_searched_for():
     """As in `with stop_gradient(~path('head'))` around an encoder."""
+
     def added(depth):
         last = f'encoder/layer_{depth - 1}'
         return added_calls(stop_gradient(~path(last) & ~path(f'/{last}/up/ker*')), depth)

@@ -68,9 +68,9 @@ def test_the_first_two_shell_commands_set_up_the_main_job_and_the_tests():
         assert command.startswith('python3 -m venv .venv && .venv/bin/pip install')
 
 
-@pytest.mark.parametrize('name', [
-    'README.md', 'docs/guide.md', 'docs/how_it_works.md', 'docs/optimisers.md',
-])
+@pytest.mark.parametrize(
+    'name', ['README.md', 'docs/guide.md', 'docs/how_it_works.md', 'docs/optimisers.md']
+)
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text()
     for target in re.findall(r'\]\((?!http)([^)#]+)\)', text):
@@ -98,7 +98,7 @@ def test_the_page_on_gradient_flow(capsys):
     with pytest.raises(AssertionError) as caught:
         exec(compile(check, 'model.py', 'exec'), names)
     assert str(caught.value).splitlines() == error.splitlines()
-    readme, = (code for code in blocks('README.md', 'python') if 'gradient_flow' in code)
+    (readme,) = (code for code in blocks('README.md', 'python') if 'gradient_flow' in code)
     exec(readme, names)
     shown = capsys.readouterr().out.splitlines()
     assert shown == table.splitlines() == blocks('README.md', 'text')[0].splitlines()

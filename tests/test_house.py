@@ -14,7 +14,9 @@ import flax_sg
 ROOT = Path(flax_sg.__file__).parent
 JAX = {'_errors', '_compat.jax'}
 MAY_IMPORT = {
-    '_errors': set(), 'data_structures': set(), '_compat': set(),
+    '_errors': set(),
+    'data_structures': set(),
+    '_compat': set(),
     '_filters': {'_errors'},
     '_jax': JAX,
     '_transforms': {'_filters', '_jax', *JAX},
@@ -43,8 +45,9 @@ def imports(file):
 
 
 def of_ours(file):
-    return {module.removeprefix('flax_sg.') for module in imports(file)
-            if module.startswith('flax_sg.')}
+    return {
+        module.removeprefix('flax_sg.') for module in imports(file) if module.startswith('flax_sg.')
+    }
 
 
 @pytest.mark.parametrize('file', FILES, ids=name_of)
@@ -68,8 +71,12 @@ def test_no_circle():
 def test_private_names_live_in_one_folder(file):
     if name_of(file).startswith('_compat'):
         return
-    private = [module for module in imports(file) if module.split('.')[0] in ('jax', 'flax')
-               and any(part.startswith('_') for part in module.split('.')[1:])]
+    private = [
+        module
+        for module in imports(file)
+        if module.split('.')[0] in ('jax', 'flax')
+        and any(part.startswith('_') for part in module.split('.')[1:])
+    ]
     assert not private
 
 
@@ -77,8 +84,9 @@ def test_private_names_live_in_one_folder(file):
 def test_linen_is_known_in_nn_alone(file):
     if name_of(file).split('.')[0] == 'nn' or name_of(file) == '_compat.linen':
         return
-    assert not [module for module in imports(file)
-                if module.startswith(('flax.linen', 'flax_sg.nn.'))]
+    assert not [
+        module for module in imports(file) if module.startswith(('flax.linen', 'flax_sg.nn.'))
+    ]
 
 
 def test_each_folder_says_what_lives_there():

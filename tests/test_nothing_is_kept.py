@@ -30,6 +30,7 @@ def held(grads):
 
 # What a predicate holds may change ---------------------------------------------------------------
 
+
 class Trainer:
     """Its predicate looks at an attribute, which a later stage changes."""
 
@@ -54,6 +55,7 @@ def by_cell(names):
     def change(new):
         nonlocal current
         current = new
+
     change(names)
     return predicate
 
@@ -82,8 +84,12 @@ FORMS = {
     'attribute': lambda names: (lambda t: lambda v: v.name in t.names)(Trainer(names)),
     'method': lambda names: Trainer(names).selects,
     'partial': lambda names: functools.partial(lambda names, v: v.name in names, names),
-    'list': by_list, 'cell': by_cell, 'default': by_default, 'object': Callable,
-    'unhashable': Unhashable}
+    'list': by_list,
+    'cell': by_cell,
+    'default': by_default,
+    'object': Callable,
+    'unhashable': Unhashable,
+}
 ORDER = ['a', 'b', 'a', 'ab', 'a']
 
 
@@ -103,10 +109,15 @@ def changing():
     def change(new):
         trainer.names, obj.names, cell[0] = new, new, new
         names[:] = new
+
     return change, {
-        'attribute': lambda v: v.name in trainer.names, 'method': trainer.selects,
-        'list': lambda v: v.name in names, 'cell': lambda v: v.name in cell[0], 'object': obj,
-        'partial': partial}
+        'attribute': lambda v: v.name in trainer.names,
+        'method': trainer.selects,
+        'list': lambda v: v.name in names,
+        'cell': lambda v: v.name in cell[0],
+        'object': obj,
+        'partial': partial,
+    }
 
 
 @pytest.mark.parametrize('form', ['attribute', 'method', 'list', 'cell', 'object', 'partial'])
@@ -117,10 +128,12 @@ def test_one_predicate_whose_object_changes_between_steps(use, form):
     if use == 'class':
         model = t(Two)()
     elif use == 'inside':
+
         class Net(Two):
             def __call__(self, x):
                 with t:
                     return super().__call__(x)
+
         model = Net()
     elif use == 'method':
         model = type('Net', (Two,), {'__call__': t(Two.__call__), '__module__': __name__})()
@@ -132,6 +145,7 @@ def test_one_predicate_whose_object_changes_between_steps(use, form):
             return jax.grad(model.apply)(PARAMS, 1.0)
         with t:
             return jitted(PARAMS, 1.0)
+
     jitted = jax.jit(jax.grad(model.apply))
     for names in ORDER:
         change(list(names))
@@ -148,9 +162,12 @@ def test_a_global_that_a_predicate_looks_at():
 
 def test_a_predicate_that_changes_inside_a_block_is_an_error():
     names = ['a']
-    with pytest.raises(sg.UsageError, match=r"its predicate said True of 'a' before, and now "
-                       'False, in one block. A predicate may change between blocks, not inside '
-                       'one.'):
+    with pytest.raises(
+        sg.UsageError,
+        match=r"its predicate said True of 'a' before, and now "
+        'False, in one block. A predicate may change between blocks, not inside '
+        'one.',
+    ):
         with sg.stop_gradient(lambda v: v.name in names):
             Two().apply(PARAMS, 1.0)
             names[:] = 'b'
@@ -159,8 +176,10 @@ def test_a_predicate_that_changes_inside_a_block_is_an_error():
 
 def test_nested_blocks_of_one_line():
     """They say the same of what was asked so far, and then not."""
+
     def block(names):
         return sg.stop_gradient(lambda v: v.name in names, allow_unmatched=True)
+
     f = jax.jit(jax.grad(Two().apply))
     for outer, inner in (('a', 'b'), ('b', 'a'), ('', 'a'), ('a', ''), ('a', 'b')):
         with block(outer):
@@ -189,9 +208,14 @@ def test_a_lifted_class_is_made_of_the_function_at_hand(kind):
         return {
             'map_values': lambda: sg.map_values('a', lambda i, w: w * box['a']),
             'map_gradient': lambda: sg.map_gradient('a', lambda i, ct: ct * box['a']),
-            'replace_values': lambda: sg.replace_values('a', box)}[kind]()(Two)
-    value = lambda cls: (float(jax.grad(cls().apply)(PARAMS, 1.0)['params']['a'])
-                         if kind != 'replace_values' else float(cls().apply(PARAMS, 1.0)))
+            'replace_values': lambda: sg.replace_values('a', box),
+        }[kind]()(Two)
+
+    value = lambda cls: (
+        float(jax.grad(cls().apply)(PARAMS, 1.0)['params']['a'])
+        if kind != 'replace_values'
+        else float(cls().apply(PARAMS, 1.0))
+    )
     first = {'a': 5.0}
     lift(first)
     first['a'] = 7.0
@@ -211,19 +235,24 @@ def test_a_variable_that_the_callable_of_a_class_closes_over_is_bound_anew():
         def rename(new):
             nonlocal name
             name = new
+
         return sg.stop_gradient(lambda v: v.name == name)(Two), rename
+
     grads = lambda cls: held(jax.grad(cls().apply)(PARAMS, 1.0))
     alone, rename = make('a')
-    rename('b')                      # nobody else has the class: it follows, as a block does
+    rename('b')  # nobody else has the class: it follows, as a block does
     assert grads(alone) == {'b'}
     del alone, rename
     gc.collect()
     (first, rename), (second, _) = make('a'), make('a')
     assert first is second and grads(first) == {'a'}
     rename('b')
-    with pytest.raises(sg.UsageError, match=r'Two, lifted by stop_gradient\(where\(.*\)\): a '
-                       'variable that its callable closes over was bound anew since, and an equal '
-                       'one shares'):
+    with pytest.raises(
+        sg.UsageError,
+        match=r'Two, lifted by stop_gradient\(where\(.*\)\): a '
+        'variable that its callable closes over was bound anew since, and an equal '
+        'one shares',
+    ):
         grads(second)
     assert grads(make('a')[0]) == {'a'} and grads(make('b')[0]) == {'b'}
 
@@ -247,6 +276,7 @@ class Counter(nn.Module):
 @dataclasses.dataclass
 class State:
     """A trainer that is made anew in each step."""
+
     names: tuple
     params: dict
     step: int
@@ -271,15 +301,20 @@ def loops():
 
     def eager_function(i):
         array = jnp.ones(()) * i
-        with sg.map_gradient('a', lambda info, ct: ct * array), sg.replace_values(
-                'b', {'a': array, 'b': array}):
+        with (
+            sg.map_gradient('a', lambda info, ct: ct * array),
+            sg.replace_values('b', {'a': array, 'b': array}),
+        ):
             jax.grad(Two().apply)(PARAMS, 1.0)
 
     def eager_factor(i):
         with sg.scale_gradient('a', jnp.ones(()) * i):
             jax.grad(Two().apply)(PARAMS, 1.0)
-    return {f.__name__: f for f in (
-        own_predicate, new_object, in_a_module, eager_function, eager_factor)}
+
+    return {
+        f.__name__: f
+        for f in (own_predicate, new_object, in_a_module, eager_function, eager_factor)
+    }
 
 
 @pytest.mark.parametrize('loop', loops())
@@ -298,8 +333,8 @@ def compiles():
     """The names of what JAX compiles."""
     names = []
     listen = lambda event, seconds, **kwargs: (
-        names.append(kwargs.get('fun_name'))
-        if event.endswith('backend_compile_duration') else None)
+        names.append(kwargs.get('fun_name')) if event.endswith('backend_compile_duration') else None
+    )
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
@@ -326,13 +361,16 @@ def test_what_a_predicate_holds_can_be_collected(jit):
 
 def custom(fwd_calls_itself, traces=None):
     """A function with a rule that applies the model, as JAX's documentation writes its own."""
+
     def run(params):
         if traces is not None:
             traces.append(params)
         return Two().apply(params, 1.0)
+
     f = jax.custom_vjp(run)
-    f.defvjp(lambda p: ((f if fwd_calls_itself else run)(p), p),
-             lambda p, ct: jax.vjp(run, p)[1](ct))
+    f.defvjp(
+        lambda p: ((f if fwd_calls_itself else run)(p), p), lambda p, ct: jax.vjp(run, p)[1](ct)
+    )
     return f
 
 
@@ -343,8 +381,11 @@ def test_rules_in_a_loop_of_new_predicates(form, fwd_calls_itself):
     gone = []
     for _ in range(5):
         trainer = Trainer(['a'])
-        predicate = {'attribute': lambda v, trainer=trainer: v.name in trainer.names,
-                     'method': trainer.selects, 'list': by_list(['a'])}[form]
+        predicate = {
+            'attribute': lambda v, trainer=trainer: v.name in trainer.names,
+            'method': trainer.selects,
+            'list': by_list(['a']),
+        }[form]
         with sg.stop_gradient(predicate):
             assert held(step(PARAMS)) == {'a'}
         gone.append(weakref.ref(trainer))
@@ -378,8 +419,12 @@ def test_a_predicate_that_changes_before_a_rule_runs_is_an_error():
     with sg.stop_gradient(trainer.selects):
         pull = jax.vjp(f, jax.tree.map(jnp.asarray, PARAMS))[1]
     trainer.names = ['b']
-    with pytest.raises(sg.UsageError, match=(
-            "its predicate said True of 'a' before, and now False, in one block. A predicate may")):
+    with pytest.raises(
+        sg.UsageError,
+        match=(
+            "its predicate said True of 'a' before, and now False, in one block. A predicate may"
+        ),
+    ):
         pull(1.0)
     trainer.names = ['a']
     assert held(pull(1.0)[0]) == {'a'}
@@ -414,6 +459,7 @@ def test_two_lifted_classes_of_one_line():
 
         def second(self, x):
             return self.get_variable('params', 'b') * x
+
     lift = lambda names: sg.stop_gradient(lambda v: v.name in names)(Split)
     both, one_ = lift(('a', 'b')), lift(('a',))
 
@@ -421,4 +467,5 @@ def test_two_lifted_classes_of_one_line():
         first, second = both().bind({'params': p}), one_().bind({'params': p})
         out = first.first(1.0) + second.first(1.0)
         return out + 3 * second.second(1.0) + 5 * first.second(1.0)
+
     assert jax.grad(loss)(PARAMS['params']) == {'a': 0, 'b': 3}

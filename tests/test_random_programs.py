@@ -84,9 +84,10 @@ def test_the_machine_and_the_library_agree_on_what_a_filter_selects(seed):
     rng = random.Random(seed)
     mask = Generator(rng).mask()
     paths = [tuple(rng.choices(NAMES, k=rng.randint(0, 2))) + ('vwk'[i % 3],) for i in range(8)]
-    paths = [p for p in dict.fromkeys(paths) if not any(q[:len(p)] == p != q for q in paths)]
+    paths = [p for p in dict.fromkeys(paths) if not any(q[: len(p)] == p != q for q in paths)]
     chosen = eval(mask.filter.source(), {'sg': sg}).mask(
-        unflatten(dict.fromkeys(paths, 0.0)), allow_unmatched=True)
+        unflatten(dict.fromkeys(paths, 0.0)), allow_unmatched=True
+    )
     assert flatten(chosen) == {p: mask.filter.selects(p, p) for p in paths}
 
 
@@ -95,14 +96,55 @@ def test_programs_stop_gradients_often_and_hold_every_form():
     """A generator that drifts into trivial programs would leave the tests above green."""
     programs = [draw(seed)[0] for seed in range(150)]
     text = ''.join(map(report, programs))
-    for form in ('with sg', '    @sg', ')(self.', 'nn.compact', 'def setup', 'inner: nn.Module',
-                 'layers[', "table['", '.aux(', 'get_variable', '.variables[', 'self.s', 'self.t',
-                 'stat(', 'noise(', 'M0()', 'M0(name=', 'raw_scan', 'raw_checkpoint', 'raw_jit',
-                 'raw_cond', 'raw_vmap', 'lifted_scan', 'lifted_remat', 'lifted_jit',
-                 'lifted_cond', 'scan_b(', 'scan_s(', 'vmap_b(', 'vmap_s(', 'remat(', 'jit(',
-                 'lambda c', 're.compile', "'../", "'/", '~(', ') & (', 'bound: True',
-                 'params: True', 'grad: True', ')(M0)', 'tied(', 'ruled(', 'def steps', ', named',
-                 ', centre'):
+    for form in (
+        'with sg',
+        '    @sg',
+        ')(self.',
+        'nn.compact',
+        'def setup',
+        'inner: nn.Module',
+        'layers[',
+        "table['",
+        '.aux(',
+        'get_variable',
+        '.variables[',
+        'self.s',
+        'self.t',
+        'stat(',
+        'noise(',
+        'M0()',
+        'M0(name=',
+        'raw_scan',
+        'raw_checkpoint',
+        'raw_jit',
+        'raw_cond',
+        'raw_vmap',
+        'lifted_scan',
+        'lifted_remat',
+        'lifted_jit',
+        'lifted_cond',
+        'scan_b(',
+        'scan_s(',
+        'vmap_b(',
+        'vmap_s(',
+        'remat(',
+        'jit(',
+        'lambda c',
+        're.compile',
+        "'../",
+        "'/",
+        '~(',
+        ') & (',
+        'bound: True',
+        'params: True',
+        'grad: True',
+        ')(M0)',
+        'tied(',
+        'ruled(',
+        'def steps',
+        ', named',
+        ', centre',
+    ):
         assert form in text, form
     assert sum(check(p) for p in programs[:24]) >= 8
 

@@ -26,8 +26,9 @@ def test_it_passes():
     self_check_of(HELD)
 
 
-@pytest.mark.parametrize('owner, name, variable', [
-    (Scope, 'get_variable', "['held']"), (Scope, 'variables', "['held']")])
+@pytest.mark.parametrize(
+    'owner, name, variable', [(Scope, 'get_variable', "['held']"), (Scope, 'variables', "['held']")]
+)
 def test_reads_that_pass_by_are_an_error(monkeypatch, owner, name, variable):
     pass_by(monkeypatch, owner, name)
     with pytest.raises(sg.UnsupportedVersionError) as error:
@@ -37,7 +38,8 @@ def test_reads_that_pass_by_are_an_error(monkeypatch, owner, name, variable):
         f'{variable} is held, and has a gradient. flax {flax.__version__} with jax '
         f'{jax.__version__} reads variables in a way that this flax_sg does not know, so that '
         'nothing it says about gradients would be true. Install a newer flax_sg, or an older '
-        'flax.')
+        'flax.'
+    )
 
 
 def test_what_is_live_must_have_a_gradient():
@@ -48,6 +50,7 @@ def test_what_is_live_must_have_a_gradient():
 def test_an_error_of_the_check_is_told():
     def block():
         raise KeyError('new')
+
     with pytest.raises(sg.UnsupportedVersionError, match="and it raised KeyError: 'new'"):
         self_check(block)
 
@@ -56,10 +59,14 @@ def _uses():
     def block():
         with sg.stop_gradient(True, allow_unmatched=True):
             pass
-    return {'block': block, 'class': lambda: sg.stop_gradient('*')(nn.Dense),
-            'instance': lambda: sg.stop_gradient('*')(nn.Dense(1)),
-            'method': lambda: sg.stop_gradient('*')(nn.Dense.__call__),
-            'views': lambda: sg.gradient_views({'a': '*'})(nn.Dense)}
+
+    return {
+        'block': block,
+        'class': lambda: sg.stop_gradient('*')(nn.Dense),
+        'instance': lambda: sg.stop_gradient('*')(nn.Dense(1)),
+        'method': lambda: sg.stop_gradient('*')(nn.Dense.__call__),
+        'views': lambda: sg.gradient_views({'a': '*'})(nn.Dense),
+    }
 
 
 @pytest.mark.parametrize('use', _uses())
@@ -103,8 +110,10 @@ def test_a_first_block_inside_a_running_module_and_a_trace():
 
 
 def test_no_device_is_touched():
-    code = ('import flax_sg as sg\n'
-            'with sg.stop_gradient(True, allow_unmatched=True): pass\n'
-            'from jax._src import xla_bridge\n'
-            'assert not xla_bridge._backends')
+    code = (
+        'import flax_sg as sg\n'
+        'with sg.stop_gradient(True, allow_unmatched=True): pass\n'
+        'from jax._src import xla_bridge\n'
+        'assert not xla_bridge._backends'
+    )
     subprocess.run([sys.executable, '-c', code], check=True)

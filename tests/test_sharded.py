@@ -49,12 +49,16 @@ def step_by_hand(encoder_cls, style, passes, kernels=False):
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.parametrize('encoder_cls, style, use, kernels', [
-    *((Layer, 'plain', use, False) for use in programs.USES),
-    (Layer, 'plain', 'class', True),
-    *((Layer, 'partitioned', use, False) for use in ('block', 'instance', 'around jit')),
-    (Layer, 'logical', 'block', False),
-    *((Stack, 'partitioned', use, False) for use in ('block', 'around apply'))])
+@pytest.mark.parametrize(
+    'encoder_cls, style, use, kernels',
+    [
+        *((Layer, 'plain', use, False) for use in programs.USES),
+        (Layer, 'plain', 'class', True),
+        *((Layer, 'partitioned', use, False) for use in ('block', 'instance', 'around jit')),
+        (Layer, 'logical', 'block', False),
+        *((Stack, 'partitioned', use, False) for use in ('block', 'around apply')),
+    ],
+)
 def test_step_is_the_one_written_by_hand(encoder_cls, style, use, kernels):
     case = case_of(encoder_cls, style)
     by_hand = step_by_hand(encoder_cls, style, programs.PASSES[use], kernels)
@@ -98,13 +102,17 @@ def test_siblings_move_no_data_that_programs_by_hand_do_not(sibling, encoder_cls
 
 def test_comparison_sees_a_resharded_parameter():
     """Gather stopped parameters on every device: the same bits, more collectives."""
+
     def gather(leaf):
         held = jax.lax.stop_gradient(leaf)
         return jax.lax.with_sharding_constraint(held, NamedSharding(mesh(), P()))
+
     by_hand = step_by_hand(Layer, 'plain', (True, False))
     worse = case_of(Layer, 'plain').step(ByHand(Layer, 'plain', 'block', change=gather))
-    assert (programs.collective_counts(worse[0])['all-gather']
-            > programs.collective_counts(by_hand[0])['all-gather'])
+    assert (
+        programs.collective_counts(worse[0])['all-gather']
+        > programs.collective_counts(by_hand[0])['all-gather']
+    )
     with pytest.raises(AssertionError, match='collective_counts: .* of all-gather'):
         programs.compare_steps(worse, by_hand)
 
@@ -121,11 +129,14 @@ def test_comparison_sees_a_live_parameter():
 @pytest.mark.parametrize('use', ['block', 'around jit'])
 def test_init_places_the_same_parameters(use):
     case = case_of(Layer, 'partitioned')
+
     def init(program):
         with programs.environment(mesh()), program.around('jit'):
-            make = jax.jit(lambda key: program.net.init(key, programs.BLANK),
-                           out_shardings=case.shardings)
+            make = jax.jit(
+                lambda key: program.net.init(key, programs.BLANK), out_shardings=case.shardings
+            )
             return make(jax.random.key(1))
+
     masked, plain = (init(Masked(Layer, 'partitioned', u)) for u in (use, 'none'))
     programs.assert_same_shardings(masked, case.variables)
     assert programs.assert_same_bits(masked, plain) == 8 * len(jax.tree.leaves(plain))
@@ -157,25 +168,35 @@ def types_of(tree):
 def test_explicit_shardings_keep_their_types():
     explicit = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(AxisType.Explicit,) * 2)
     place = lambda value, *axes: jax.device_put(
-        jnp.asarray(value, jnp.float32), NamedSharding(explicit, P(*axes)))
+        jnp.asarray(value, jnp.float32), NamedSharding(explicit, P(*axes))
+    )
     rng = np.random.default_rng(0)
-    dense = {'bias': place(rng.standard_normal(16), 'model'),
-             'kernel': place(rng.standard_normal((8, 16)), None, 'model')}
+    dense = {
+        'bias': place(rng.standard_normal(16), 'model'),
+        'kernel': place(rng.standard_normal((8, 16)), None, 'model'),
+    }
     params, x = {'Dense_0': dense}, place(rng.standard_normal((4, 8)), 'data', None)
     seen = []
+
     def masked(params, x):
         net = Columns(sg.stop_gradient('Dense_0/kernel'), lambda v: seen.append(types_of(v)))
         return net.apply({'params': params}, x)
+
     def by_hand(params, x):
         p = params['Dense_0']
         held = {'bias': p['bias'], 'kernel': jax.lax.stop_gradient(p['kernel'])}
         apply = lambda p: nn.Dense(16).apply({'params': p}, x)
         return apply(p) + apply(held) * 2
+
     def step(fn):
         with jax.set_mesh(explicit):
-            compiled = jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), (0, 1))).lower(
-                params, x).compile()
+            compiled = (
+                jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), (0, 1)))
+                .lower(params, x)
+                .compile()
+            )
             return compiled, compiled(params, x)
+
     ours = step(masked)
     assert programs.compare_steps(ours, step(by_hand)) == 8 * 3
     assert seen == [types_of(dense)]
@@ -209,7 +230,8 @@ def test_shard_map(use):
     shapes = {'up': {'kernel': (8, 16), 'bias': (16,)}, 'down': {'kernel': (16, 8)}}
     rng = np.random.default_rng(0)
     place = lambda shape, spec: jax.device_put(
-        rng.standard_normal(shape).astype(np.float32), NamedSharding(mesh(), spec))
+        rng.standard_normal(shape).astype(np.float32), NamedSharding(mesh(), spec)
+    )
     params = jax.tree.map(place, shapes, specs, is_leaf=lambda x: isinstance(x, tuple))
     x = place((4, 8), P('data'))
 
@@ -225,14 +247,17 @@ def test_shard_map(use):
     def loss(first, second):
         def body(params, x):
             h = second(params, first(params, x))
-            return jax.lax.pmean(jnp.mean(h ** 2), 'data')
+            return jax.lax.pmean(jnp.mean(h**2), 'data')
+
         return jax.shard_map(body, mesh=mesh(), in_specs=(specs, P('data')), out_specs=P())
 
     live = lambda params, x: Part().apply({'params': params}, x)
     if use == 'around shard_map':
+
         def masked(params, x):
             with transform:
                 return loss(live, live)(params, x)
+
         by_hand = loss(first_by_hand, first_by_hand)
     else:
         masked, by_hand = loss(first, live), loss(first_by_hand, live)
@@ -240,6 +265,7 @@ def test_shard_map(use):
     def step(fn):
         compiled = jax.jit(jax.grad(fn, (0, 1))).lower(params, x).compile()
         return compiled, compiled(params, x)
+
     ours = step(masked)
     assert programs.compare_steps(ours, step(by_hand)) == 8 * 4
     assert programs.collective_counts(ours[0])['all-reduce'] > 1
@@ -273,8 +299,10 @@ class Affine(nn.Module):
 
 def test_eager_gradients():
     case = Case(mesh(), Affine, 'plain')
+
     def gradients(program):
         return jax.grad(program.loss)(case.variables, *case.data)
+
     masked, by_hand = (gradients(kind(Affine, 'plain', 'block')) for kind in (Masked, ByHand))
     programs.assert_same_shardings(masked, by_hand)
     assert programs.assert_same_bits(masked, by_hand) == 8 * len(jax.tree.leaves(masked))
@@ -290,8 +318,12 @@ def worker_environment():
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith('_proxy')}
     flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', env.get('XLA_FLAGS', ''))
     library = pathlib.Path(sg.__file__).parents[1]
-    return {**env, 'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=2',
-            'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(library)}
+    return {
+        **env,
+        'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=2',
+        'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': str(library),
+    }
 
 
 def run_processes(folder, count=2):
@@ -304,10 +336,23 @@ def run_processes(folder, count=2):
     try:
         for i, output in enumerate(outputs):
             with output.open('w') as f:
-                workers.append(subprocess.Popen(
-                    [sys.executable, '-W', 'error', programs.__file__, address, str(count), str(i)],
-                    stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
-                    env=worker_environment()))
+                workers.append(
+                    subprocess.Popen(
+                        [
+                            sys.executable,
+                            '-W',
+                            'error',
+                            programs.__file__,
+                            address,
+                            str(count),
+                            str(i),
+                        ],
+                        stdin=subprocess.DEVNULL,
+                        stdout=f,
+                        stderr=subprocess.STDOUT,
+                        env=worker_environment(),
+                    )
+                )
         end = time.monotonic() + SECONDS
         while any(w.poll() is None for w in workers) and not any(w.poll() for w in workers):
             if time.monotonic() > end:

@@ -59,9 +59,11 @@ TRACERS = {
     'checkpoint': lambda m: jax.checkpoint(lambda x: m(x)),
     'scan': lambda m: through_scan(lambda c, x: (c + m(x), None)),
     'cond': lambda m: (lambda yes, no: lambda x: jax.lax.cond(x > 0, yes, no, x))(
-        lambda x: m(x), lambda x: x * 0),
+        lambda x: m(x), lambda x: x * 0
+    ),
     'while': lambda m: (lambda body: lambda x: jax.lax.fori_loop(0, 1, body, x * 0) * x)(
-        lambda i, c: c + m(jnp.ones(()))),
+        lambda i, c: c + m(jnp.ones(()))
+    ),
     'vmap of jit': lambda m: (lambda f: lambda x: jax.vmap(f)(x[None])[0])(jax.jit(lambda x: m(x))),
     'custom_jvp': lambda m: m,
     'method': lambda m: m.__call__,
@@ -91,8 +93,10 @@ def test_blocks_inside_a_module(name, order):
 
         def __call__(self, x):
             f = TRACERS[name](self.two)
-            held = {'a': sg.stop_gradient('two/a'),
-                    'b': sg.stop_gradient(lambda v: v.name[-1] == 'b')}
+            held = {
+                'a': sg.stop_gradient('two/a'),
+                'b': sg.stop_gradient(lambda v: v.name[-1] == 'b'),
+            }
             out = []
             for mask in order:
                 if mask == 'live':
@@ -108,8 +112,12 @@ def test_blocks_inside_a_module(name, order):
     assert got == [WANT[mask] for mask in order]
 
 
-BLOCKS = {'': sg.stop_gradient(sg.nothing), 'a': sg.stop_gradient('two/a'),
-          'b': sg.stop_gradient(lambda v: v.name == 'two/b'), 'ab': sg.stop_gradient('two')}
+BLOCKS = {
+    '': sg.stop_gradient(sg.nothing),
+    'a': sg.stop_gradient('two/a'),
+    'b': sg.stop_gradient(lambda v: v.name == 'two/b'),
+    'ab': sg.stop_gradient('two'),
+}
 
 
 def plans(rng, depth=0):
@@ -140,8 +148,13 @@ class Nest(nn.Module):
                 inside = helper(x)
             return inside + helper(x)
 
-        return [jax.jit(lambda x: self.two(x)), jax.checkpoint(lambda x: self.two.a * x), helper,
-                through_scan(lambda c, x: (c + self.two.b * x, None)), jax.jit(opens)]
+        return [
+            jax.jit(lambda x: self.two(x)),
+            jax.checkpoint(lambda x: self.two.a * x),
+            helper,
+            through_scan(lambda c, x: (c + self.two.b * x, None)),
+            jax.jit(opens),
+        ]
 
     def __call__(self, x):
         return run_plans(self, self.plans, x)
@@ -217,6 +230,7 @@ def check_nest(order, blocks, jit):
 
 def test_a_trace_that_depends_on_a_block_through_one_inside_it(shared_key):
     """g opens a block and calls f in it: g's trace, too, depends on the block around g."""
+
     class Model(nn.Module):
         def setup(self):
             self.two = Two()
@@ -261,9 +275,11 @@ class Layer(nn.Module):
             return x * self.param('w', nn.initializers.ones, ())
 
 
-@pytest.mark.parametrize('predicate', [
-    '/one', sg.where(lambda v: v.absolute_name.startswith('one')), sg.regex('^w$') & '/one',
-], ids=repr)
+@pytest.mark.parametrize(
+    'predicate',
+    ['/one', sg.where(lambda v: v.absolute_name.startswith('one')), sg.regex('^w$') & '/one'],
+    ids=repr,
+)
 @pytest.mark.parametrize('order', ['one two', 'two one', 'one two one two'])
 def test_equal_layers_at_other_paths_under_nn_jit(predicate, order):
     class Model(nn.Module):
@@ -296,6 +312,7 @@ def test_a_block_around_equal_layers_with_writable_parameters(order):
 
     params = {'one': {'w': jnp.ones(())}, 'two': {'w': jnp.ones(())}}
     for mutable in (False, ['params']):
+
         def loss(params, mutable=mutable):
             out = Model().apply({'params': params}, jnp.ones(()), mutable=mutable)
             return out[0] if mutable else out
@@ -308,10 +325,16 @@ def masks(prefix):
     return sg.stop_gradient(lambda v: v.name.startswith(prefix))
 
 
-@pytest.mark.parametrize('make', [
-    lambda: sg.stop_gradient('a'), lambda: sg.stop_gradient(sg.path('a') & ~sg.path('b')),
-    lambda: masks('a'), lambda: sg.stop_gradient(lambda v: v.name == 'a')],
-    ids=['glob', 'combination', 'closure', 'lambda'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: sg.stop_gradient('a'),
+        lambda: sg.stop_gradient(sg.path('a') & ~sg.path('b')),
+        lambda: masks('a'),
+        lambda: sg.stop_gradient(lambda v: v.name == 'a'),
+    ],
+    ids=['glob', 'combination', 'closure', 'lambda'],
+)
 def test_an_equal_filter_does_not_trace_again(make):
     traces = []
 
@@ -320,7 +343,8 @@ def test_an_equal_filter_does_not_trace_again(make):
         def __call__(self, x):
             traces.append(x)
             return x * self.param('a', nn.initializers.ones, ()) + self.param(
-                'b', nn.initializers.ones, ())
+                'b', nn.initializers.ones, ()
+            )
 
     jitted = jax.jit(Counted().apply)
     grad = jax.jit(jax.grad(Counted().apply))
@@ -522,29 +546,44 @@ class Runs(nn.Module):
 
 
 helper = jax.jit(lambda x: jnp.clip(jnp.sin(x) * x, -2.0, 2.0))
-MIRRORS = {'held': (sg.stop_gradient('w'), 0.0), 'scaled': (sg.scale_gradient('w', 3.0), 3.0),
-           'also scaled': (sg.scale_gradient('w', 5.0), 5.0), 'live': (None, 1.0)}
+MIRRORS = {
+    'held': (sg.stop_gradient('w'), 0.0),
+    'scaled': (sg.scale_gradient('w', 3.0), 3.0),
+    'also scaled': (sg.scale_gradient('w', 5.0), 5.0),
+    'live': (None, 1.0),
+}
 LOOPS = {
     'eager': lambda f, x: f(x),
     'scan': lambda f, x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0],
     'checkpoint': lambda f, x: jax.checkpoint(f)(x),
     'cond': lambda f, x: jax.lax.cond(x > 0, f, lambda x: 0 * x, x),
-    'jit': lambda f, x: jax.jit(f)(x)}
+    'jit': lambda f, x: jax.jit(f)(x),
+}
 
 
 @pytest.mark.parametrize('inner', ['plain', 'helper before', 'helper after'])
 @pytest.mark.parametrize('loop', LOOPS)
-@pytest.mark.parametrize('order', [
-    ('held', 'scaled', 'live'), ('live', 'held', 'also scaled'),
-    ('scaled', 'also scaled', 'scaled'),
-    ('scaled', 'live', 'held', 'live', 'scaled')], ids=' '.join)
+@pytest.mark.parametrize(
+    'order',
+    [
+        ('held', 'scaled', 'live'),
+        ('live', 'held', 'also scaled'),
+        ('scaled', 'also scaled', 'scaled'),
+        ('scaled', 'live', 'held', 'live', 'scaled'),
+    ],
+    ids=' '.join,
+)
 def test_one_jitted_function_read_by_methods_of_mirrors_in_loops(order, loop, inner):
     """It reads a module that it captured, in the block that the method opens in the body."""
+
     def total(w):
         module = Runs().bind({'params': {'w': w}})
         read = jax.jit(lambda x: x * module.get_variable('params', 'w'))
-        f = {'plain': read, 'helper before': lambda x: read(helper(x)),
-             'helper after': lambda x: helper(read(x))}[inner]
+        f = {
+            'plain': read,
+            'helper before': lambda x: read(helper(x)),
+            'helper after': lambda x: helper(read(x)),
+        }[inner]
         out = []
         for name in order:
             t, _ = MIRRORS[name]

@@ -68,13 +68,17 @@ class Mask(NamedTuple):
     def by_hand(self, tree: Any) -> Any:
         def of(path: tuple, leaf: Any) -> Any:
             return self.on_leaf(leaf) if self.chooses(tuple(map(name_of, path))) else leaf
+
         return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def remade(module: Any, lift: Callable) -> Any:
     """Make a module of the lifted class with the fields of this one."""
-    fields = {name: getattr(module, name) for name, field in
-              type(module).__dataclass_fields__.items() if field.init}
+    fields = {
+        name: getattr(module, name)
+        for name, field in type(module).__dataclass_fields__.items()
+        if field.init
+    }
     return lift(type(module))(**fields | {'parent': None})
 
 
@@ -88,8 +92,10 @@ def selects(pattern: str, names: tuple[str, ...]) -> bool:
     if pattern.startswith('**/'):
         pattern, starts = pattern[3:], range(len(names))
     wanted = pattern.split('/')
-    return any(len(names) - start >= len(wanted)
-               and all(map(fnmatch.fnmatchcase, names[start:], wanted)) for start in starts)
+    return any(
+        len(names) - start >= len(wanted) and all(map(fnmatch.fnmatchcase, names[start:], wanted))
+        for start in starts
+    )
 
 
 @jax.custom_vjp
@@ -107,22 +113,33 @@ def halved(x: jax.Array) -> jax.Array:
 
 def masks(parts: tuple[str, ...]) -> Iterator[Mask]:
     """Yield stop_gradient of each part, its complement and everything; two of its siblings."""
+
     def all_but(part: str) -> Callable:
         return lambda names: not selects(part, names)
 
     def stop(predicate: str, where: Any, chooses: Callable) -> Mask:
-        return Mask('stop_gradient', predicate, sg.stop_gradient(where), jax.lax.stop_gradient,
-                    chooses)
+        return Mask(
+            'stop_gradient', predicate, sg.stop_gradient(where), jax.lax.stop_gradient, chooses
+        )
 
     for part in parts:
         yield stop(part, part, functools.partial(selects, part))
         yield stop(f'~{part}', ~sg.path(part), all_but(part))
     yield stop('everything', sg.everything, lambda names: True)
-    yield Mask('scale_gradient', f'~{parts[0]}', sg.scale_gradient(~sg.path(parts[0]), FACTOR),
-               scaled, all_but(parts[0]))
-    yield Mask('map_values', 'everything',
-               sg.map_values(sg.everything, lambda info, value: halved(value)), halved,
-               lambda names: True)
+    yield Mask(
+        'scale_gradient',
+        f'~{parts[0]}',
+        sg.scale_gradient(~sg.path(parts[0]), FACTOR),
+        scaled,
+        all_but(parts[0]),
+    )
+    yield Mask(
+        'map_values',
+        'everything',
+        sg.map_values(sg.everything, lambda info, value: halved(value)),
+        halved,
+        lambda names: True,
+    )
 
 
 def unlifted(module_class: type) -> type:
@@ -143,6 +160,7 @@ class Step(NamedTuple):
 
 def uses(program: Program, transform: Any) -> dict[str, Step]:
     """Make the program masked by the transform, in each of its uses."""
+
     def block(params: Any) -> Any:
         with transform:
             return program.loss(unlifted, params)
@@ -154,8 +172,7 @@ def uses(program: Program, transform: Any) -> dict[str, Step]:
         'block': Step(block),
         'around grad': Step(loss, around=transform),
         'class': Step(lambda params: program.loss(transform, params)),
-        'tree': Step(lambda params: program.loss(
-            unlifted, program.each_model(transform, params))),
+        'tree': Step(lambda params: program.loss(unlifted, program.each_model(transform, params))),
     }
     if program.eager:
         steps |= {'block, eager': Step(block, eager=True)}
@@ -200,17 +217,26 @@ def checked(program: Program) -> Iterator[Verdict]:
     for part in program.parts:
         for label, chosen in ((part, True), (f'~{part}', False)):
             found = []
-            program.each_model(lambda tree, found=found: found.extend(
-                leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-                if selects(part, tuple(map(name_of, path))) is chosen) or tree, gradient)  # noqa: B023
+            program.each_model(
+                lambda tree, found=found: (
+                    found.extend(
+                        leaf
+                        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+                        if selects(part, tuple(map(name_of, path))) is chosen
+                    )
+                    or tree
+                ),
+                gradient,
+            )  # noqa: B023
             if not any(np.any(leaf) for leaf in found):
                 yield Verdict('none', label, 'unmasked', 'WRONG', 'its gradient is zero: vacuous')
             if not all(np.all(jnp.isfinite(leaf)) for leaf in found):
                 yield Verdict('none', label, 'unmasked', 'WRONG', 'its gradient is not finite')
 
 
-def compare(program: Program, chosen: list[Mask], progress: Callable[[str], None]) -> Iterator[
-        Verdict]:
+def compare(
+    program: Program, chosen: list[Mask], progress: Callable[[str], None]
+) -> Iterator[Verdict]:
     """Yield the verdict of each mask and use of a program."""
     yield from checked(program)
     for mask in chosen:
@@ -221,8 +247,9 @@ def compare(program: Program, chosen: list[Mask], progress: Callable[[str], None
 
         known = run(Step(by_hand), program.params)
         for use, step in uses(program, mask.transform).items():
-            yield Verdict(mask.name, mask.predicate, use,
-                          *judged(step, by_hand, known, program.params))
+            yield Verdict(
+                mask.name, mask.predicate, use, *judged(step, by_hand, known, program.params)
+            )
         progress(f'{mask.name}({mask.predicate}) {time.monotonic() - start:.0f} s')
 
 

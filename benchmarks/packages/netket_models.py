@@ -11,7 +11,7 @@ import numpy as np
 
 from .comparison import Program
 
-SPINS = np.array([[1., -1., 1., 1.], [-1., -1., 1., -1.], [1., 1., -1., 1.]])
+SPINS = np.array([[1.0, -1.0, 1.0, 1.0], [-1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, 1.0]])
 
 
 def amplitude_of(module: Any, parts: tuple[str, ...]) -> Program:
@@ -28,25 +28,31 @@ def amplitude_of(module: Any, parts: tuple[str, ...]) -> Program:
 
 def rbm_with_phase() -> Program:
     import netket as nk
+
     return amplitude_of(nk.models.RBMModPhase(alpha=2), ('Dense_0', '*/bias'))
 
 
 def deep_set() -> Program:
     import netket as nk
-    return amplitude_of(nk.models.DeepSetMLP(features_phi=4, features_rho=4),
-                        ('**/ds_phi', '**/bias'))
+
+    return amplitude_of(
+        nk.models.DeepSetMLP(features_phi=4, features_rho=4), ('**/ds_phi', '**/bias')
+    )
 
 
 def autoregressive() -> Program:
     import netket as nk
+
     hilbert = nk.hilbert.Spin(0.5, 4)
-    return amplitude_of(nk.models.ARNNDense(hilbert=hilbert, layers=2, features=4),
-                        ('_layers_0', '**/bias'))
+    return amplitude_of(
+        nk.models.ARNNDense(hilbert=hilbert, layers=2, features=4), ('_layers_0', '**/bias')
+    )
 
 
 def energy() -> Program:
     """The energy of an Ising chain, by the custom rule of nk.jax.expect."""
     import netket as nk
+
     hilbert = nk.hilbert.Spin(0.5, 4)
     ising = nk.operator.IsingJax(hilbert, nk.graph.Chain(4), h=1.0)
 
@@ -65,5 +71,6 @@ def energy() -> Program:
         return nk.jax.expect(log_probability, local_energy, params, SPINS)[0]
 
     params = nk.models.RBM(alpha=2).init(jax.random.key(0), SPINS)['params']
-    return Program(loss, jax.tree.map(lambda leaf: leaf + 0.1, params), ('Dense', 'visible_bias'),
-                   eager=True)
+    return Program(
+        loss, jax.tree.map(lambda leaf: leaf + 0.1, params), ('Dense', 'visible_bias'), eager=True
+    )

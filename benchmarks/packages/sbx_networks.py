@@ -59,6 +59,7 @@ def sac() -> Program:
     """The loss of SAC's actor through the minimum of its vmapped critics, and the critics'."""
     sys.meta_path.insert(0, HollowFinder())
     from sbx.sac.policies import SquashedGaussianActor, VectorCritic
+
     actor_fields, critic_fields = dict(net_arch=(8, 8), action_dim=2), dict(net_arch=(8, 8))
 
     def loss(lift: Callable, params: Any) -> jax.Array:
@@ -68,11 +69,13 @@ def sac() -> Program:
         actions = seen.sample(seed=jax.random.key(0))
         values = critic.apply({'params': params['critic']}, OBSERVATIONS, actions)
         old = critic.apply({'params': params['critic']}, OBSERVATIONS, ACTIONS)
-        return (seen.log_prob(actions) - values.min(axis=0)[:, 0]).mean() + (old ** 2).mean()
+        return (seen.log_prob(actions) - values.min(axis=0)[:, 0]).mean() + (old**2).mean()
 
     key = jax.random.key(0)
-    params = {'actor': SquashedGaussianActor(**actor_fields).init(key, OBSERVATIONS),
-              'critic': VectorCritic(**critic_fields).init(key, OBSERVATIONS, ACTIONS)}
+    params = {
+        'actor': SquashedGaussianActor(**actor_fields).init(key, OBSERVATIONS),
+        'critic': VectorCritic(**critic_fields).init(key, OBSERVATIONS, ACTIONS),
+    }
     return Program(loss, {name: shifted(tree) for name, tree in params.items()}, PARTS, each_model)
 
 
@@ -80,6 +83,7 @@ def ppo() -> Program:
     """The log probability of PPO's actor, whose spread is a parameter, and the value."""
     sys.meta_path.insert(0, HollowFinder())
     from sbx.ppo.policies import Actor, Critic
+
     fields = dict(net_arch=(8, 8))
 
     def loss(lift: Callable, params: Any) -> jax.Array:
@@ -87,9 +91,11 @@ def ppo() -> Program:
         seen = actor.apply({'params': params['actor']}, OBSERVATIONS)
         value = critic.apply({'params': params['critic']}, OBSERVATIONS)
         advantage = jnp.tanh(value[:, 0])
-        return -(seen.log_prob(ACTIONS) * advantage).mean() + (value ** 2).mean()
+        return -(seen.log_prob(ACTIONS) * advantage).mean() + (value**2).mean()
 
     key = jax.random.key(0)
-    params = {'actor': Actor(action_dim=2, **fields).init(key, OBSERVATIONS),
-              'critic': Critic(**fields).init(key, OBSERVATIONS)}
+    params = {
+        'actor': Actor(action_dim=2, **fields).init(key, OBSERVATIONS),
+        'critic': Critic(**fields).init(key, OBSERVATIONS),
+    }
     return Program(loss, {name: shifted(tree) for name, tree in params.items()}, PARTS, each_model)

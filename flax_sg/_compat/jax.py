@@ -30,9 +30,25 @@ from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, Primitive
 from jax.interpreters import ad
 
 __all__ = [
-    'batched', 'checked', 'is_ref', 'operation_of', 'pruned', 'pulled_back', 'scan_counts',
-    'scope_names', 'set_cache_key', 'split', 'staging_trace', 'tap', 'tap_linear_call',
-    'tap_rules', 'trace_context', 'trace_state', 'traced', 'varying', 'without_refs',
+    'batched',
+    'checked',
+    'is_ref',
+    'operation_of',
+    'pruned',
+    'pulled_back',
+    'scan_counts',
+    'scope_names',
+    'set_cache_key',
+    'split',
+    'staging_trace',
+    'tap',
+    'tap_linear_call',
+    'tap_rules',
+    'trace_context',
+    'trace_state',
+    'traced',
+    'varying',
+    'without_refs',
     'written_at',
 ]
 
@@ -94,8 +110,9 @@ def tap_rules(fn: Callable) -> Callable:
     return fn
 
 
-def _call_with_rules(fn: Callable, names: tuple, original: Callable, self: Any, /, *args: Any,
-                     **kwargs: Any) -> Any:
+def _call_with_rules(
+    fn: Callable, names: tuple, original: Callable, self: Any, /, *args: Any, **kwargs: Any
+) -> Any:
     rules = [getattr(self, name, None) for name in names]
     if not any(map(callable, args)) and all(map(_is_of_jax, (self.fun, *rules))):
         return original(self, *args, **kwargs)
@@ -115,8 +132,7 @@ def _is_of_jax(fn: Any) -> bool:
     if not callable(fn):
         return True
     fn = inspect.unwrap(fn)  # a jitted function
-    if not isinstance(fn, types.FunctionType) or not (
-            fn.__module__ or '').startswith('jax.'):
+    if not isinstance(fn, types.FunctionType) or not (fn.__module__ or '').startswith('jax.'):
         return False
     try:
         return all(_is_of_jax(cell.cell_contents) for cell in fn.__closure__ or ())
@@ -136,7 +152,8 @@ def traced(fn: Callable, *args: Any) -> ClosedJaxpr:
     function closes over, tracers included; nothing is kept in JAX's caches.
     """
     found = _partial_eval.trace_to_jaxpr_dynamic(  # no public name as of 0.12
-        _linear_util.wrap_init(fn, debug_info=_TRACED), [jax.typeof(x) for x in args])
+        _linear_util.wrap_init(fn, debug_info=_TRACED), [jax.typeof(x) for x in args]
+    )
     return ClosedJaxpr(found[0], found[2])
 
 
@@ -154,17 +171,24 @@ def split(jaxpr: Any, unknown: list[bool], late: Any = True) -> tuple[ClosedJaxp
     """
     closed = ClosedJaxpr(getattr(jaxpr, 'jaxpr', jaxpr), [])
     known, rest, *_ = _partial_eval.partial_eval_jaxpr_nounits(  # public since 0.12
-        closed, unknown, late)
+        closed, unknown, late
+    )
     if rest.consts:  # these are results of the first part, too
         consts, inputs = rest.jaxpr.constvars, rest.jaxpr.invars
         done = 0 if late is True else late.count(False)
         outvars, info = known.jaxpr.outvars, known.jaxpr.debug_info.with_unknown_names()
-        known = ClosedJaxpr(known.jaxpr.replace(
-            constvars=[*known.jaxpr.constvars, *consts], debug_info=info,
-            outvars=[*outvars[:done], *consts, *outvars[done:]]), [*known.consts, *rest.consts])
+        known = ClosedJaxpr(
+            known.jaxpr.replace(
+                constvars=[*known.jaxpr.constvars, *consts],
+                debug_info=info,
+                outvars=[*outvars[:done], *consts, *outvars[done:]],
+            ),
+            [*known.consts, *rest.consts],
+        )
         info = rest.jaxpr.debug_info.with_unknown_names()
-        rest = ClosedJaxpr(rest.jaxpr.replace(
-            constvars=[], invars=[*consts, *inputs], debug_info=info), [])
+        rest = ClosedJaxpr(
+            rest.jaxpr.replace(constvars=[], invars=[*consts, *inputs], debug_info=info), []
+        )
     return known, rest
 
 
@@ -180,9 +204,15 @@ def pulled_back(jaxpr: ClosedJaxpr, inputs: tuple, cotangents: list) -> list:
     """
     wanted = [type(ct) is not ad.Zero for ct in cotangents]
     part, used = pruned(jaxpr.jaxpr, wanted, [False] * len(inputs))  # a scan wants all its own
-    found = iter(_ad.backward_pass(
-        part, False, jaxpr.consts, [x for x, u in zip(inputs, used, strict=True) if u],
-        [ct for ct, w in zip(cotangents, wanted, strict=True) if w]))
+    found = iter(
+        _ad.backward_pass(
+            part,
+            False,
+            jaxpr.consts,
+            [x for x, u in zip(inputs, used, strict=True) if u],
+            [ct for ct, w in zip(cotangents, wanted, strict=True) if w],
+        )
+    )
     each = [next(found) if u else None for u in used]
     return [ct if ad.is_undefined_primal(x) else None for x, ct in zip(inputs, each, strict=True)]
 
@@ -258,13 +288,15 @@ def checked(primitive: Primitive, inputs_of: Callable, bind: Callable) -> None:
     *operands, **params)`` binds it to another jaxpr, which has the errors as inputs before the
     others, and more results, at the end; so has then the primitive, and `bind` returns these.
     """
+
     def rule(*args: Any, jaxpr: ClosedJaxpr, **params: Any) -> tuple[Any, list]:
-        context = args[:not isinstance(args[0], _checkify.Error)]  # there is one since 0.12
-        error, enabled, *operands = args[len(context):]
+        context = args[: not isinstance(args[0], _checkify.Error)]  # there is one since 0.12
+        error, enabled, *operands = args[len(context) :]
         errors, tree = jax.tree.flatten(error)
         inputs = [*errors, *inputs_of(*operands, **params)]
         made, tree, _ = _checkify.jaxpr_to_checkify_jaxpr(
-            *context, jaxpr, enabled, tree, *map(jax.typeof, inputs))
+            *context, jaxpr, enabled, tree, *map(jax.typeof, inputs)
+        )
         count = tree.num_leaves - len(jaxpr.out_avals)
 
         def errors_last(*inputs: Any) -> list:

@@ -21,10 +21,29 @@ from flax.linen import transforms as _transforms
 from flax_sg._compat.jax import tap
 
 __all__ = [
-    'CALL', 'Module', 'Scope', 'Variable', 'child', 'counts', 'current_module', 'draws',
-    'in_scratch_root', 'in_setup', 'lifted_call', 'packed_scopes', 'root_variables',
-    'run_setup', 'scope_path', 'setup_pending', 'stored', 'tap_map_variables', 'tap_pack',
-    'tap_value', 'transform_of', 'unwrapped', 'wrapped',
+    'CALL',
+    'Module',
+    'Scope',
+    'Variable',
+    'child',
+    'counts',
+    'current_module',
+    'draws',
+    'in_scratch_root',
+    'in_setup',
+    'lifted_call',
+    'packed_scopes',
+    'root_variables',
+    'run_setup',
+    'scope_path',
+    'setup_pending',
+    'stored',
+    'tap_map_variables',
+    'tap_pack',
+    'tap_value',
+    'transform_of',
+    'unwrapped',
+    'wrapped',
 ]
 
 
@@ -42,8 +61,11 @@ def transform_of(cls: type) -> str | None:
     for member in vars(cls).values():
         while hasattr(member, '__wrapped__'):
             code = getattr(member, '__code__', None)
-            if (code is not None and member.__globals__ is vars(_transforms)
-                    and code.co_qualname.startswith('module_class_lift_transform')):
+            if (
+                code is not None
+                and member.__globals__ is vars(_transforms)
+                and code.co_qualname.startswith('module_class_lift_transform')
+            ):
                 cells = dict(zip(code.co_freevars, member.__closure__, strict=True))
                 if cells['module_class'].cell_contents is cls.__base__:
                     return cells['transform'].cell_contents.__name__
@@ -81,7 +103,7 @@ def scope_path(scope: Scope) -> tuple[str, ...]:
 def stored(scope: Scope, collection: str, path: tuple[str, ...]) -> Any:
     """Return what the scope's root stores at an absolute path; KeyError if there is nothing."""
     value = root_variables(scope)[collection]
-    for name in path[len(scope.root.path):]:  # in a lifted body the root is a module's scope
+    for name in path[len(scope.root.path) :]:  # in a lifted body the root is a module's scope
         value = value[name]
     return value
 
@@ -95,29 +117,35 @@ def packed_scopes(scopes: list[Scope]) -> tuple[tuple[Scope, ...], list[int]]:
     return packed, [packed.index(root) for root, _ in places]  # scopes compare by what they show
 
 
-def lifted_call(body: Callable, fn: Callable, module: Module, /, *args: Any, **kwargs: Any
-                ) -> Any:
+def lifted_call(body: Callable, fn: Callable, module: Module, /, *args: Any, **kwargs: Any) -> Any:
     """Call ``fn(module, *args, **kwargs)`` as the body of a transform that Flax lifts.
 
     ``body`` gets a function of no argument, which may be called in a trace of JAX and returns what
     ``fn`` does and the variables that it may have written; ``body`` returns both.
     """
+
     def transform(core: Callable, scopes: Any, /, *args: Any, **kwargs: Any) -> Any:
         def inner(scope_fn: Callable, repack_fn: Callable, groups: Any, rngs: Any) -> Any:
             def call() -> tuple[Any, Any]:
                 inside = scope_fn(groups, rngs)
                 out = core(inside, *args, **kwargs)
                 return out, repack_fn(inside)
+
             return body(call)
+
         return lift.pack(inner, (True,), (True,), (True,), name='gradient_views')(scopes)
+
     return _transforms.lift_direct_transform(transform, (fn,), module, *args, **kwargs)
 
 
 def setup_pending(module: Module) -> bool:
     """Say whether the next use of the module will run its ``setup``."""
     state = module._state
-    return (module.scope is not None and not state.in_setup
-            and state.setup_called != _module.SetupState.DONE)
+    return (
+        module.scope is not None
+        and not state.in_setup
+        and state.setup_called != _module.SetupState.DONE
+    )
 
 
 def run_setup(module: Module) -> None:

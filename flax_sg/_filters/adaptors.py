@@ -124,6 +124,7 @@ def from_haiku(fn: Callable[[str, str, Any], bool]) -> Filter:
     """
     if not callable(fn):
         raise PredicateError(
-            f'from_haiku: expected a callable of (module_name, name, value), got {fn!r}.')
+            f'from_haiku: expected a callable of (module_name, name, value), got {fn!r}.'
+        )
     check_arity(fn, ('module_name', 'name', 'value'), 'from_haiku')
     return asked(_FromHaiku(fn), f'from_haiku({describe_callable(fn)})')

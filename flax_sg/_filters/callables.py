@@ -15,8 +15,13 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 __all__ = [
-    'callable_key', 'callable_source', 'cell_contents', 'describe_callable', 'identity_key',
-    'lasting_key', 'value_key',
+    'callable_key',
+    'callable_source',
+    'cell_contents',
+    'describe_callable',
+    'identity_key',
+    'lasting_key',
+    'value_key',
 ]
 
 
@@ -62,10 +67,15 @@ def callable_key(fn: Callable, _seen: tuple[int, ...] = ()) -> Hashable:
     if isinstance(fn, types.FunctionType):
         code, defaults = fn.__code__, fn.__kwdefaults__ or {}
         return (
-            'function', code, code.co_filename, fn.__qualname__, _Identity(fn.__globals__),
+            'function',
+            code,
+            code.co_filename,
+            fn.__qualname__,
+            _Identity(fn.__globals__),
             tuple(map(value, fn.__defaults__ or ())),
             tuple((name, value(defaults[name])) for name in sorted(defaults)),
-            tuple(value(cell_contents(cell)) for cell in fn.__closure__ or ()))
+            tuple(value(cell_contents(cell)) for cell in fn.__closure__ or ()),
+        )
     return _hashable(fn)
 
 

@@ -23,8 +23,16 @@ from flax_sg._filters.unmatched import check_matched
 from flax_sg._filters.variables import Path, VariableInfo, filled, map_tree, walk
 
 __all__ = [
-    'Filter', 'Predicate', 'as_filter', 'asked', 'everything', 'nothing', 'path', 'regex',
-    'where', 'written',
+    'Filter',
+    'Predicate',
+    'as_filter',
+    'asked',
+    'everything',
+    'nothing',
+    'path',
+    'regex',
+    'where',
+    'written',
 ]
 
 Predicate = Union[
@@ -101,7 +109,8 @@ class Filter:
             raise PredicateError(
                 f'{self!r} was called with one argument, as optax calls a mask. A filter is called '
                 f'with (path, value), as NNX does; for optax pass {self!r}.mask, which makes a '
-                'tree of bools of the parameters.')
+                'tree of bools of the parameters.'
+            )
         names = tuple(str(part) for part in path)
         collection = getattr(value, 'collection', None) or 'params'
         shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
@@ -131,7 +140,8 @@ class Filter:
     def __bool__(self) -> bool:
         raise PredicateError(
             f'{self!r} was used as a bool, as by `not`, `and`, `or` and `if`. Combine filters with '
-            '~, & and |; call .mask(params) for bools.')
+            '~, & and |; call .mask(params) for bools.'
+        )
 
 
 def _flat(kind: type, item: Filter) -> tuple[Filter, ...]:
@@ -392,7 +402,8 @@ def where(fn: Callable[[VariableInfo], bool]) -> Filter:
     if not callable(fn):
         raise PredicateError(
             f'where: got {kind_of(fn)}; expected a callable of one VariableInfo that returns a '
-            'bool.')
+            'bool.'
+        )
     return _where(fn, 'where')
 
 
@@ -424,7 +435,8 @@ def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
         if not predicate:
             raise PredicateError(
                 f'{name}: an empty {type(predicate).__name__} selects nothing. If that is meant, '
-                'pass flax_sg.nothing.')
+                'pass flax_sg.nothing.'
+            )
         return functools.reduce(lambda a, b: a | b, (as_filter(p, name=name) for p in predicate))
     refuse(predicate, name)
     if callable(predicate):
@@ -432,7 +444,8 @@ def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
     raise PredicateError(
         f'{name}: got {kind_of(predicate)}; expected a string (a glob), a compiled regex, a '
         'callable of a VariableInfo, a bool, a filter, or a tuple or list of these.'
-        f'{order(predicate, name)}')
+        f'{order(predicate, name)}'
+    )
 
 
 def written(filter: Filter) -> str:

@@ -25,6 +25,7 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     Raises:
       PredicateError: the pattern is not a glob.
     """
+
     def bad(why: str) -> PredicateError:
         return PredicateError(f'path({pattern!r}): {why}')
 
@@ -60,10 +61,12 @@ def _name(part: str, bad: Callable[[str], PredicateError]) -> str:
         elif char == '[':
             end = part.find(']', i + 1 + part.startswith('!', i))  # a first ']' is a literal
             if end < 0:
-                raise bad(f"{part!r} has a '[' without a ']'. Close it, or write '[[]' for the "
-                          'character itself.')
+                raise bad(
+                    f"{part!r} has a '[' without a ']'. Close it, or write '[[]' for the "
+                    'character itself.'
+                )
             negated = part.startswith('!', i)
-            members = re.sub(r'([\\\[\]^&~|])', r'\\\1', part[i + negated:end])
+            members = re.sub(r'([\\\[\]^&~|])', r'\\\1', part[i + negated : end])
             text, i = text + f'(?!/)[{"^" * negated}{members}]', end + 1
         else:
             text += re.escape(char)

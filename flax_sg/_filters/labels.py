@@ -19,8 +19,13 @@ __all__ = ['labels']
 _SHOWN = 6
 
 
-def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | None = None,
-           allow_unmatched: bool = False) -> Any:
+def labels(
+    predicates: Mapping[str, Predicate],
+    params: Any,
+    *,
+    default: str | None = None,
+    allow_unmatched: bool = False,
+) -> Any:
     """Label every parameter with the name of the one predicate that selects it.
 
     Use it for ``optax.partition``, so that the optimiser follows the predicates of the model.
@@ -57,14 +62,21 @@ def labels(predicates: Mapping[str, Predicate], params: Any, *, default: str | N
             check_matched(item.patterns(), infos, where=f'labels[{label!r}]', of='the tree')
     found = [[label for label, f in filters.items() if f.selects(info)] for info in infos]
     empty = [not jax.tree.leaves(value) for _, value in pairs]  # as None, which is no parameter
-    both = [f'{info.name} ({" and ".join(names)})' for info, names, none
-            in zip(infos, found, empty, strict=True) if names[1:] and not none]
+    both = [
+        f'{info.name} ({" and ".join(names)})'
+        for info, names, none in zip(infos, found, empty, strict=True)
+        if names[1:] and not none
+    ]
     if both:
         raise LabelError(
             f'labels: each parameter takes one label; {_list(both)}. Make the predicates disjoint, '
-            "for example 'a' and path('b') & ~path('a').")
-    left = [info.name for info, names, none in zip(infos, found, empty, strict=True)
-            if not names and not none]
+            "for example 'a' and path('b') & ~path('a')."
+        )
+    left = [
+        info.name
+        for info, names, none in zip(infos, found, empty, strict=True)
+        if not names and not none
+    ]
     if left and default is None:
         raise LabelError(f'labels: no predicate selects {_list(left)}. Add one, or pass default=.')
     chosen = iter([(*names, default)[0] for names in found])
@@ -76,13 +88,19 @@ def _check_arguments(predicates: Any, params: Any) -> None:
     if not isinstance(predicates, Mapping):
         raise PredicateError(
             f'labels: got {kind_of(predicates)} as predicates; expected a dict of a predicate for '
-            "each label, such as {'encoder': 'encoder'}.")
-    if _holds_values(predicates) and isinstance(params, Mapping) and params and all(
-            isinstance(p, (str, re.Pattern, Filter)) for p in params.values()):
+            "each label, such as {'encoder': 'encoder'}."
+        )
+    if (
+        _holds_values(predicates)
+        and isinstance(params, Mapping)
+        and params
+        and all(isinstance(p, (str, re.Pattern, Filter)) for p in params.values())
+    ):
         raise PredicateError(
             'labels: got a tree of values as predicates and predicates as the tree; expected '
             f'labels(predicates, params). Swap them: labels({{{next(iter(params))!r}: ...}}, '
-            'params).')
+            'params).'
+        )
 
 
 def _holds_values(tree: Mapping) -> bool:

@@ -60,7 +60,8 @@ def rebuilt(node: Mapping, children: Mapping[Any, Any]) -> Any:
     found = None
     for out in (_by_class if _is_leaf(node) else _by_jax)(node, items):
         if _holds(out, node, items) and (
-                found is None or jax.tree.structure(out) == jax.tree.structure(found)):
+            found is None or jax.tree.structure(out) == jax.tree.structure(found)
+        ):
             found = out
             if list(out) == list(node):  # JAX sorts some; then see what the class itself does
                 return out
@@ -70,7 +71,8 @@ def rebuilt(node: Mapping, children: Mapping[Any, Any]) -> Any:
     raise UsageError(
         f'a mapping of type {kind.__name__} with {names} cannot be made with other values: '
         f'{kind.__name__}(dict) gives no mapping of these alone, nor does JAX. Register it with '
-        'jax.tree_util.register_pytree_node, its items being its children, or pass a dict.')
+        'jax.tree_util.register_pytree_node, its items being its children, or pass a dict.'
+    )
 
 
 def _is_leaf(node: Any) -> bool:
@@ -88,7 +90,8 @@ def _by_jax(node: Mapping, items: dict[Any, Any]) -> Iterator[Any]:
         old = type(node)(children_of(node))
         count = len(jax.tree.leaves([node[name] for name in node]))  # values may be no items
         if jax.tree.structure(old) == jax.tree.structure(node) and count == len(
-                jax.tree.leaves(node)):
+            jax.tree.leaves(node)
+        ):
             yield from _by_class(node, items)
 
 
@@ -123,11 +126,13 @@ def _holds(out: Any, node: Mapping, items: dict[Any, Any]) -> bool:
     old = {id(node[name]) for name in node} - set(map(id, items.values()))
     kept = getattr(out, '__dict__', {}).values()  # in which a class may keep them a second time
     return all(_same(out[name], child) for name, child in items.items()) and not any(
-        id(value) in old for value in kept)
+        id(value) in old for value in kept
+    )
 
 
 def _same(value: Any, child: Any) -> bool:
     """Say whether a mapping gives back a child, or shows it as an object made for that."""
     values, children = jax.tree.flatten(value), jax.tree.flatten(child)
     return values[1] == children[1] and all(
-        a is b for a, b in zip(values[0], children[0], strict=True))
+        a is b for a, b in zip(values[0], children[0], strict=True)
+    )

@@ -18,12 +18,22 @@ from flax_sg._errors import PredicateError, UsageError
 from flax_sg._filters.callables import describe_callable
 
 __all__ = [
-    'arguments_of', 'as_bool', 'check_arity', 'check_tree', 'kind_of', 'order', 'refuse',
+    'arguments_of',
+    'as_bool',
+    'check_arity',
+    'check_tree',
+    'kind_of',
+    'order',
+    'refuse',
     'swapped',
 ]
 
-_ARGUMENTS = {'scale_gradient': 'predicate, factor', 'map_gradient': 'predicate, fn',
-              'map_values': 'predicate, fn', 'replace_values': 'predicate, source'}
+_ARGUMENTS = {
+    'scale_gradient': 'predicate, factor',
+    'map_gradient': 'predicate, fn',
+    'map_values': 'predicate, fn',
+    'replace_values': 'predicate, source',
+}
 _TRANSFORMS = {*_ARGUMENTS, 'stop_gradient', 'constant'}
 
 # Of front ends: what the transform is to be applied to instead, for objects of theirs, or ''.
@@ -49,6 +59,7 @@ def order(value: Any, name: str) -> str:
 
 def swapped(name: str, first: Any, second: Any) -> str:
     """Return a sentence if the arguments of a maker of transforms look exchanged, otherwise ''."""
+
     def is_predicate(value: Any) -> bool:
         return isinstance(value, (str, re.Pattern, bool)) or hasattr(type(value), 'selects')
 
@@ -60,8 +71,11 @@ def refuse(predicate: Any, name: str) -> None:
     """Raise PredicateError for what is often handed over in place of a predicate."""
     why = _refusal(predicate, name)
     if why:
-        shown = f'the class {predicate.__name__}' if isinstance(predicate, type) else (
-            kind_of(predicate))
+        shown = (
+            f'the class {predicate.__name__}'
+            if isinstance(predicate, type)
+            else (kind_of(predicate))
+        )
         raise PredicateError(f'{name}: got {shown}. {why}')
 
 
@@ -69,17 +83,23 @@ def _refusal(predicate: Any, name: str) -> str:
     make = _call_of(name)
     apply_to = f'A predicate says which variables; make the transform first: {make}'
     if isinstance(predicate, type):
-        return ('A predicate selects by name; for an NNX filter such as a variable type use '
-                f'flax_sg.from_nnx. To transform a Module class, make the transform first: {make}'
-                '(ModuleClass).')
+        return (
+            'A predicate selects by name; for an NNX filter such as a variable type use '
+            f'flax_sg.from_nnx. To transform a Module class, make the transform first: {make}'
+            '(ModuleClass).'
+        )
     if hasattr(type(predicate), 'in_collections'):  # a Transform, which this file does not know
-        return (f'{predicate!r} is a transform, no predicate. Pass what it selects, its .filter; '
-                'to have both, nest their blocks: `with a, b:`.')
+        return (
+            f'{predicate!r} is a transform, no predicate. Pass what it selects, its .filter; '
+            'to have both, nest their blocks: `with a, b:`.'
+        )
     if isinstance(predicate, nnx.Module):
         return f'{apply_to}(nnx.state(module)).'
     if isinstance(predicate, nnx.Variable):
-        return (f'{apply_to}(tree), or name the variable by its path. For its value use '
-                'jax.lax.stop_gradient(variable[...]).')
+        return (
+            f'{apply_to}(tree), or name the variable by its path. For its value use '
+            'jax.lax.stop_gradient(variable[...]).'
+        )
     if isinstance(predicate, (jax.Array, np.ndarray, np.generic)):
         return f'{apply_to}(tree). For a single array use jax.lax.stop_gradient(array).'
     for refused in also_refused:
@@ -102,11 +122,13 @@ def check_arity(fn: Callable, wanted: tuple[str, ...], name: str) -> None:
     if names[:1] == ['self']:
         raise PredicateError(
             f'{name}: got the method {describe_callable(fn)}; expected a predicate. To decorate a '
-            f'method, write @nn.{_decorator(name)}.')
+            f'method, write @nn.{_decorator(name)}.'
+        )
     if not fits:
         raise PredicateError(
             f'{name}: got {describe_callable(fn)}, a callable of ({", ".join(names)}); expected '
-            f'one of ({", ".join(wanted)}).{_other_callables(names, wanted, name)}')
+            f'one of ({", ".join(wanted)}).{_other_callables(names, wanted, name)}'
+        )
 
 
 def arguments_of(fn: Callable, wanted: tuple[str, ...]) -> tuple[list[str], bool]:
@@ -129,9 +151,11 @@ def _decorator(name: str) -> str:
 def _other_callables(names: list[str], wanted: tuple[str, ...], name: str) -> str:
     if len(wanted) > 1:
         return ' Fix its arguments.'
-    way_out = {2: ' For a callable of (path, value), as NNX has it, use flax_sg.from_nnx(fn).',
-               3: ' For a callable of (module_name, name, value), as Haiku has it, use '
-                  'flax_sg.from_haiku(fn).'}.get(len(names), ' Fix its arguments.')
+    way_out = {
+        2: ' For a callable of (path, value), as NNX has it, use flax_sg.from_nnx(fn).',
+        3: ' For a callable of (module_name, name, value), as Haiku has it, use '
+        'flax_sg.from_haiku(fn).',
+    }.get(len(names), ' Fix its arguments.')
     first = f' The predicate comes first: {_call_of(name)}.' if name in _ARGUMENTS else ''
     return f' A predicate sees names, shapes and dtypes, and no value.{way_out}{first}'
 
@@ -142,19 +166,26 @@ def as_bool(answer: Any, predicate: Any, variable: str) -> bool:
         return bool(answer)
     shown = repr(answer) if isinstance(answer, (str, int, float)) else kind_of(answer)
     raise PredicateError(
-        f'{predicate!r} returned {shown} for {variable!r}; expected a bool. {_bool_of(answer)}')
+        f'{predicate!r} returned {shown} for {variable!r}; expected a bool. {_bool_of(answer)}'
+    )
 
 
 def _bool_of(answer: Any) -> str:
     if isinstance(answer, str):
-        return ('For labels, as optax takes them, use flax_sg.labels({label: predicate}, params); '
-                "for a predicate compare: fn(info) == 'frozen'.")
+        return (
+            'For labels, as optax takes them, use flax_sg.labels({label: predicate}, params); '
+            "for a predicate compare: fn(info) == 'frozen'."
+        )
     if isinstance(answer, (int, np.integer)):
-        return ('For class numbers, as of partition_n, use flax_sg.data_structures.partition_n; '
-                'for a predicate compare: fn(...) == 1.')
+        return (
+            'For class numbers, as of partition_n, use flax_sg.data_structures.partition_n; '
+            'for a predicate compare: fn(...) == 1.'
+        )
     if isinstance(answer, (jax.Array, np.ndarray)):
-        return ('A predicate sees names, shapes and dtypes; it cannot depend on a traced value or '
-                'an array.')
+        return (
+            'A predicate sees names, shapes and dtypes; it cannot depend on a traced value or '
+            'an array.'
+        )
     if hasattr(type(answer), 'selects'):
         return 'Use that filter itself as the predicate, or return its .selects(info).'
     return 'Return a comparison, or bool(...) of it if its truth is meant.'
@@ -165,11 +196,13 @@ def check_tree(tree: Any, name: str) -> None:
     if isinstance(tree, Mapping):
         return
     found = tree_of(tree)
-    way_out = {'state': 'Pass nnx.state(module, nnx.Param).',
-               'params': f"Pass the {type(tree).__name__}'s .params."}.get(
-                   found, 'Pass the parameters themselves.')
+    way_out = {
+        'state': 'Pass nnx.state(module, nnx.Param).',
+        'params': f"Pass the {type(tree).__name__}'s .params.",
+    }.get(found, 'Pass the parameters themselves.')
     raise UsageError(
-        f'{name}: got {kind_of(tree)} as tree; expected a nested mapping of variables. {way_out}')
+        f'{name}: got {kind_of(tree)} as tree; expected a nested mapping of variables. {way_out}'
+    )
 
 
 def tree_of(value: Any) -> str:

@@ -32,7 +32,8 @@ class Pattern(Protocol):
 
 
 def check_matched(
-        patterns: Iterable[Pattern], infos: Iterable[VariableInfo], *, where: str, of: str) -> None:
+    patterns: Iterable[Pattern], infos: Iterable[VariableInfo], *, where: str, of: str
+) -> None:
     """Raise UnmatchedPathError when a pattern selects none of ``infos``."""
     missing, seen = tuple(patterns), []
     for info in infos:
@@ -45,8 +46,8 @@ def check_matched(
 
 
 def unmatched(
-        pattern: Pattern, infos: Iterable[VariableInfo], *, where: str, of: str
-        ) -> UnmatchedPathError:
+    pattern: Pattern, infos: Iterable[VariableInfo], *, where: str, of: str
+) -> UnmatchedPathError:
     """Build the error for a pattern that selects nothing among ``infos``."""
     infos = list(infos)
     hint = _deeper(pattern, infos)
@@ -54,21 +55,25 @@ def unmatched(
         names = [info.name for info in infos]
         return UnmatchedPathError(
             f'{where}: {pattern.text} selects no variable of {of}. {hint or _there_are(names)} '
-            'Fix the predicate, or pass allow_unmatched=True.')
+            'Fix the predicate, or pass allow_unmatched=True.'
+        )
     rooted = pattern.text.startswith('/')
     names = [f'/{info.absolute_name}' if rooted else info.name for info in infos]
     return UnmatchedPathError(
         f'{where}: no variable of {of} matches {pattern.text!r}. '
         f'{hint or _suggest(pattern.text, names)} '
-        'Fix the pattern, or pass allow_unmatched=True.')
+        'Fix the pattern, or pass allow_unmatched=True.'
+    )
 
 
 def unmatched_collection(
-        name: str, there: Iterable[str], *, where: str, of: str) -> UnmatchedPathError:
+    name: str, there: Iterable[str], *, where: str, of: str
+) -> UnmatchedPathError:
     """Build the error for a collection that does not exist."""
     return UnmatchedPathError(
         f'{where}: {of} has no collection {name!r}. There are: '
-        f'{", ".join(map(repr, there)) or "none"}. Fix collections=, or pass allow_unmatched=True.')
+        f'{", ".join(map(repr, there)) or "none"}. Fix collections=, or pass allow_unmatched=True.'
+    )
 
 
 def _deeper(pattern: Pattern, infos: Iterable[VariableInfo]) -> str:
@@ -76,7 +81,8 @@ def _deeper(pattern: Pattern, infos: Iterable[VariableInfo]) -> str:
     for info in infos:
         for depth in range(1, len(info.path)):
             cut = dataclasses.replace(
-                info, path=info.path[depth:], absolute_path=info.absolute_path[depth:])
+                info, path=info.path[depth:], absolute_path=info.absolute_path[depth:]
+            )
             if may_select(pattern, cut):
                 return _missing_level(pattern, info, cut, depth)
     return ''
@@ -87,8 +93,10 @@ def _missing_level(pattern: Pattern, info: VariableInfo, cut: VariableInfo, dept
         return "This is the whole dict of variables: pass variables['params']."
     if pattern.anywhere:
         return f'Perhaps {pattern.anywhere!r}: there is {info.name!r}.'
-    return (f'It would select {cut.name!r}, which is {info.name!r} here: a level of the path is '
-            'missing.')
+    return (
+        f'It would select {cut.name!r}, which is {info.name!r} here: a level of the path is '
+        'missing.'
+    )
 
 
 def may_select(pattern: Pattern, info: VariableInfo) -> bool:

@@ -66,8 +66,9 @@ class VariableInfo:
         return cls(path, absolute_path, collection, shape, getattr(value, 'dtype', None))
 
 
-def walk(tree: Any, collection: str = 'params', start: Path = ()
-         ) -> Iterator[tuple[VariableInfo, Any]]:
+def walk(
+    tree: Any, collection: str = 'params', start: Path = ()
+) -> Iterator[tuple[VariableInfo, Any]]:
     """Yield each variable of a nested mapping, which is at the path ``start``, with its info."""
 
     def visit(node: Any, names: Path) -> Iterator[tuple[VariableInfo, Any]]:

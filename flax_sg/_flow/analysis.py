@@ -17,8 +17,12 @@ __all__ = ['Analysis']
 
 # What explains a gradient that is not there, first: what stands in the way is said to be a mask
 # only if there is one, and a mask can be taken away.
-_FIRST = {Verdict.UNKNOWN: 0, Verdict.MASKED: 1, Verdict.CUSTOM_ZERO: 2,
-          Verdict.PIECEWISE_CONSTANT: 3}
+_FIRST = {
+    Verdict.UNKNOWN: 0,
+    Verdict.MASKED: 1,
+    Verdict.CUSTOM_ZERO: 2,
+    Verdict.PIECEWISE_CONSTANT: 3,
+}
 
 
 class Analysis:
@@ -40,9 +44,14 @@ class Analysis:
         self.live = sweep(graph, {self.params[p]: 1 << p for p in moving}, rules.moved)
         self.need = sweep(graph, outputs, rules.computed, back=True)
         alive = lambda step: [(i, o) for i, o in rules.moved(step) if self.live[i]]
-        self.alive = sweep(graph, outputs, lambda step: (
-            alive(step) if any(i is not None and self.live[i] for i in step.ins) else ()),
-            back=True)
+        self.alive = sweep(
+            graph,
+            outputs,
+            lambda step: (
+                alive(step) if any(i is not None and self.live[i] for i in step.ins) else ()
+            ),
+            back=True,
+        )
         self.outputs = outputs
         self._origins: dict[int, Origin] = {}
         self.users: dict[int, list[Step]] = {}
@@ -129,8 +138,14 @@ class Analysis:
         found = sorted(self.obstacles.get((p, k), ()), key=lambda o: (o[0], _FIRST[o[1].verdict]))
         obstacles = tuple(o for _, o in found)
         reached = self.reached(p, k)
-        unknown = next((o for o in obstacles if o.verdict is Verdict.UNKNOWN and not (
-            reached and o.reason == NOT_SEEN)), None)
+        unknown = next(
+            (
+                o
+                for o in obstacles
+                if o.verdict is Verdict.UNKNOWN and not (reached and o.reason == NOT_SEEN)
+            ),
+            None,
+        )
         checked, reason = self.checked.get((p, k), (reached, ''))
         if unknown is not None:
             return _found(Verdict.UNKNOWN, unknown, obstacles)
@@ -143,22 +158,35 @@ class Analysis:
             if beside is not None:
                 found = _found(Verdict.REACHED_PARTLY, beside, obstacles, reason)
                 return {**found, 'used_at': line}
-            return {'verdict': Verdict.REACHED, 'source': line, 'used_at': line,
-                    'reason': reason, 'obstacles': obstacles}
+            return {
+                'verdict': Verdict.REACHED,
+                'source': line,
+                'used_at': line,
+                'reason': reason,
+                'obstacles': obstacles,
+            }
         if obstacles:
             return _found(obstacles[0].verdict, obstacles[0], obstacles)
         if not self.need[self.params[p]] >> k & 1:
             return {'verdict': Verdict.UNUSED}
         if not has_tangent(self.avals[p]):
-            return {'verdict': Verdict.PIECEWISE_CONSTANT,
-                    'operation': f'its dtype, {self.avals[p].dtype}'}
+            return {
+                'verdict': Verdict.PIECEWISE_CONSTANT,
+                'operation': f'its dtype, {self.avals[p].dtype}',
+            }
         return {'verdict': Verdict.UNKNOWN, 'reason': 'no operation was found that stops it'}
 
 
-def _found(verdict: Verdict, obstacle: Obstacle, obstacles: tuple, reason: str = ''
-           ) -> dict[str, Any]:
-    return {'verdict': verdict, 'operation': obstacle.operation, 'obstacles': obstacles,
-            'source': obstacle.source or None, 'reason': obstacle.reason or reason}
+def _found(
+    verdict: Verdict, obstacle: Obstacle, obstacles: tuple, reason: str = ''
+) -> dict[str, Any]:
+    return {
+        'verdict': verdict,
+        'operation': obstacle.operation,
+        'obstacles': obstacles,
+        'source': obstacle.source or None,
+        'reason': obstacle.reason or reason,
+    }
 
 
 def _bits(bits: int) -> Iterator[int]:
@@ -168,15 +196,19 @@ def _bits(bits: int) -> Iterator[int]:
         bits ^= low
 
 
-def check_whole(program: Program, findings: Analysis, moving: list[int]
-           ) -> dict[tuple[int, int], tuple[bool | None, str]]:
+def check_whole(
+    program: Program, findings: Analysis, moving: list[int]
+) -> dict[tuple[int, int], tuple[bool | None, str]]:
     """Ask JAX's derivative of the whole program which losses depend on which parameters.
 
     Returns:
       By parameter and loss, whether a gradient comes, or None if JAX does not say; and a remark.
     """
-    failed = {p for (p, _), found in findings.obstacles.items()
-              if any(o.verdict is Verdict.UNKNOWN and o.reason != NOT_SEEN for _, o in found)}
+    failed = {
+        p
+        for (p, _), found in findings.obstacles.items()
+        if any(o.verdict is Verdict.UNKNOWN and o.reason != NOT_SEEN for _, o in found)
+    }
     looped = 0  # a tangent in the carry of a while loop, which has no reverse mode
     for node in findings.graph.carried:
         looped |= findings.live[node] if findings.alive[node] else 0
@@ -194,10 +226,14 @@ def check_whole(program: Program, findings: Analysis, moving: list[int]
                 says = bool(said >> k & 1)
                 if says is not found:
                     words = {True: 'a path', False: 'no path'}
-                    remark = (f'the operations one by one have {words[found]} for its gradient, '
-                              f"JAX's derivative of the whole has {words[says]}")
+                    remark = (
+                        f'the operations one by one have {words[found]} for its gradient, '
+                        f"JAX's derivative of the whole has {words[says]}"
+                    )
                 elif found and p in pushed:
-                    remark = ('forward mode alone: jax.grad does not differentiate the while loop '
-                              'that it goes through')
+                    remark = (
+                        'forward mode alone: jax.grad does not differentiate the while loop '
+                        'that it goes through'
+                    )
             checked[p, k] = says, remark
     return checked

@@ -17,8 +17,9 @@ from flax_sg._flow.report import Flow
 __all__ = ['assert_flow']
 
 
-def assert_flow(losses: Any, spec: Mapping[str, Predicate], *, norms: bool = False
-                ) -> Callable[..., Flow]:
+def assert_flow(
+    losses: Any, spec: Mapping[str, Predicate], *, norms: bool = False
+) -> Callable[..., Flow]:
     """Assert that each loss reaches the parameters its predicate selects, and nothing else.
 
     Use it in tests and before a long training. It needs no run of the losses.
@@ -56,9 +57,12 @@ def assert_flow(losses: Any, spec: Mapping[str, Predicate], *, norms: bool = Fal
     if not isinstance(spec, Mapping) or not spec:
         raise UsageError(
             f'assert_flow: spec is {kind_of(spec)}; expected a dict '
-            '{loss: predicate} that is not empty.')
-    filters = {loss: as_filter(predicate, name=f'assert_flow[{loss!r}]')
-               for loss, predicate in spec.items()}
+            '{loss: predicate} that is not empty.'
+        )
+    filters = {
+        loss: as_filter(predicate, name=f'assert_flow[{loss!r}]')
+        for loss, predicate in spec.items()
+    }
     flow_of = gradient_flow(losses, norms=norms)
 
     def check(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
@@ -70,13 +74,17 @@ def assert_flow(losses: Any, spec: Mapping[str, Predicate], *, norms: bool = Fal
             if loss not in flow.losses:
                 raise UsageError(
                     f'assert_flow: there is no loss {loss!r}; there is '
-                    f'{", ".join(map(repr, flow.losses))}.')
-        wrong = [line for loss, filter in filters.items() for info in infos
-                 for line in _wrong(flow[loss, info.name], filter, filter.selects(info))]
+                    f'{", ".join(map(repr, flow.losses))}.'
+                )
+        wrong = [
+            line
+            for loss, filter in filters.items()
+            for info in infos
+            for line in _wrong(flow[loss, info.name], filter, filter.selects(info))
+        ]
         if wrong:
             count = '1 gradient is' if len(wrong) == 1 else f'{len(wrong)} gradients are'
-            raise AssertionError('\n  '.join(
-                [f'assert_flow: {count} not as expected.', *wrong]))
+            raise AssertionError('\n  '.join([f'assert_flow: {count} not as expected.', *wrong]))
         return flow
 
     return check

@@ -59,10 +59,12 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
     Source: jax issue 10867, google/flax issue 1857.
     """
     if not callable(losses) and not (
-            isinstance(losses, Mapping) and losses and all(map(callable, losses.values()))):
+        isinstance(losses, Mapping) and losses and all(map(callable, losses.values()))
+    ):
         raise UsageError(
             f'gradient_flow was given {kind_of(losses)}; expected a '
-            'function of (params, *args), or a dict of such functions by name.')
+            'function of (params, *args), or a dict of such functions by name.'
+        )
 
     def flow(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
         infos, leaves, treedef = names_of(params)
@@ -79,8 +81,9 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
     return flow
 
 
-def _records(program: Program, infos: list[VariableInfo], values: list[Any] | None
-             ) -> Iterator[FlowRecord]:
+def _records(
+    program: Program, infos: list[VariableInfo], values: list[Any] | None
+) -> Iterator[FlowRecord]:
     findings = Analysis(program)
     norms = None if values is None else program.norms(values)
     for k, loss in enumerate(program.losses):
@@ -97,6 +100,9 @@ def _with_norm(found: dict[str, Any], norm: float) -> dict[str, Any]:
         if norm == 0:
             found = {**found, 'verdict': Verdict.NUMERIC_ZERO}
     elif norm != 0 and verdict is not Verdict.UNKNOWN:
-        found = {**found, 'verdict': Verdict.UNKNOWN,
-                 'reason': f'the program says {verdict}, and the gradient has the norm {norm}'}
+        found = {
+            **found,
+            'verdict': Verdict.UNKNOWN,
+            'reason': f'the program says {verdict}, and the gradient has the norm {norm}',
+        }
     return {**found, 'norm': norm}

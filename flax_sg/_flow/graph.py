@@ -66,9 +66,17 @@ Edge = tuple[int, int]
 
 # Calls of a jaxpr on the equation's operands, and what the parameter is called.
 _CALLS = {
-    'jit': 'jaxpr', 'pjit': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
-    'checkpoint': 'jaxpr', 'remat': 'jaxpr', 'remat2': 'jaxpr', 'shard_map': 'jaxpr',
-    'custom_vmap_call': 'call', 'eval_jaxpr': 'call_jaxpr', 'flax_sg_push': 'jaxpr',
+    'jit': 'jaxpr',
+    'pjit': 'jaxpr',
+    'closed_call': 'call_jaxpr',
+    'core_call': 'call_jaxpr',
+    'checkpoint': 'jaxpr',
+    'remat': 'jaxpr',
+    'remat2': 'jaxpr',
+    'shard_map': 'jaxpr',
+    'custom_vmap_call': 'call',
+    'eval_jaxpr': 'call_jaxpr',
+    'flax_sg_push': 'jaxpr',
 }
 _CUSTOM = {'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr'}
 
@@ -100,7 +108,7 @@ class Graph:
         return list(range(self.size - count, self.size))
 
     def _join(self, at: JaxprEqn, context: Context, *ins: Node) -> int:
-        node, = self._new(1)
+        (node,) = self._new(1)
         self.steps.append(Step(ins, (node,), None, at, context))
         return node
 
@@ -131,25 +139,26 @@ class Graph:
         refs = [n for n, v in zip(ins, eqn.invars, strict=True) if jax_compat.is_ref(v.aval)]
         joined = refs or any(jax_compat.is_ref(v.aval) for v in eqn.outvars)
         self.loops |= bool(joined)
-        self.steps.append(
-            Step(tuple(ins), (*outs, *refs), None if joined else eqn, eqn, context))
+        self.steps.append(Step(tuple(ins), (*outs, *refs), None if joined else eqn, eqn, context))
         return outs
 
-    def _scan(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
-              ) -> list[Node]:
+    def _scan(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context) -> list[Node]:
         consts, carries = jax_compat.scan_counts(eqn.params)
-        carry = ins[consts:consts + carries]
+        carry = ins[consts : consts + carries]
         length, body = eqn.params['length'], eqn.params['jaxpr']
         run = lambda carry: self._inline(
-            body, [*ins[:consts], *carry, *ins[consts + carries:]], inner)
+            body, [*ins[:consts], *carry, *ins[consts + carries :]], inner
+        )
         if length <= _UNROLLED:
             made = []
             for _ in range(length):
                 outs = run(carry)
                 carry = outs[:carries]
                 made.append(outs[carries:])
-            ys = [self._join(eqn, context, *(step[i] for step in made))
-                  for i in range(len(_open(body).outvars) - carries)]
+            ys = [
+                self._join(eqn, context, *(step[i] for step in made))
+                for i in range(len(_open(body).outvars) - carries)
+            ]
             return [*carry, *ys]
         joins = [self._join(eqn, context, node) for node in carry]
         start = len(self.steps) - carries
@@ -158,30 +167,31 @@ class Graph:
         return outs
 
     def _loop_back(self, start: int, outs: list[Node]) -> None:
-        for step, out in zip(self.steps[start:start + len(outs)], outs, strict=True):
+        for step, out in zip(self.steps[start : start + len(outs)], outs, strict=True):
             step.ins = (*step.ins, out)
         self.loops = True
 
-    def _while(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
-               ) -> list[Node]:
+    def _while(
+        self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
+    ) -> list[Node]:
         params = eqn.params
         cond, body = params['cond_nconsts'], params['body_nconsts']
-        carry = ins[cond + body:]
+        carry = ins[cond + body :]
         joins = [self._join(eqn, context, node) for node in carry]
         start = len(self.steps) - len(carry)
         self.carried += joins
-        more, = self._inline(params['cond_jaxpr'], [*ins[:cond], *joins], inner)
-        outs = self._inline(params['body_jaxpr'], [*ins[cond:cond + body], *joins], inner)
+        (more,) = self._inline(params['cond_jaxpr'], [*ins[:cond], *joins], inner)
+        outs = self._inline(params['body_jaxpr'], [*ins[cond : cond + body], *joins], inner)
         self._loop_back(start, outs)
         return [self._join(eqn, context, join, more) for join in joins]
 
-    def _cond(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
-              ) -> list[Node]:
+    def _cond(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context) -> list[Node]:
         branches = [self._inline(b, ins[1:], inner) for b in eqn.params['branches']]
         return [self._join(eqn, context, *outs, ins[0]) for outs in zip(*branches, strict=True)]
 
-    def _flax_sg_views(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
-                       ) -> list[Node]:
+    def _flax_sg_views(
+        self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
+    ) -> list[Node]:
         params = eqn.params
         jaxpr, count, nesting = params['jaxpr'].jaxpr, params['count'], params['nesting']
         outs: list[Node] = []
@@ -202,8 +212,13 @@ def _open(jaxpr: Any) -> Any:
     return getattr(jaxpr, 'jaxpr', jaxpr)
 
 
-def sweep(graph: Graph, start: dict[int, int], edges: Callable[[Step], Iterator[Edge]], *,
-          back: bool = False) -> list[int]:
+def sweep(
+    graph: Graph,
+    start: dict[int, int],
+    edges: Callable[[Step], Iterator[Edge]],
+    *,
+    back: bool = False,
+) -> list[int]:
     """Carry sets, the bits of an int each, along edges until nothing changes.
 
     Args:

@@ -37,8 +37,15 @@ class Program:
     shapes: list[jax.ShapeDtypeStruct]
 
     @classmethod
-    def trace(cls, name: str | None, fn: Callable, leaves: list[Any], treedef: Any, args: tuple,
-              kwargs: dict) -> Program:
+    def trace(
+        cls,
+        name: str | None,
+        fn: Callable,
+        leaves: list[Any],
+        treedef: Any,
+        args: tuple,
+        kwargs: dict,
+    ) -> Program:
         others, other_tree = jax.tree.flatten((args, kwargs))
         places = [i for i, x in enumerate(others) if isinstance(x, jax.ShapeDtypeStruct)]
         shapes = [others[i] for i in places]
@@ -58,14 +65,17 @@ class Program:
                 raise UsageError(
                     f'gradient_flow: the loss {str(key)!r} returns {got}; expected a real scalar. '
                     'Of a loss with further results take the first: '
-                    'lambda *args: loss(*args)[0].')
+                    'lambda *args: loss(*args)[0].'
+                )
         names = tuple(str(keys[0].key) for keys, _ in jax.tree_util.tree_leaves_with_path(out))
         run = lambda leaves, more: jax.tree.leaves(call(leaves, more))
         return cls(run, jaxpr, names, len(leaves), shapes)
 
     def norms(self, values: list[Any]) -> list[list[Any]]:
         """Run the losses, and return the norm of the gradient of each for each parameter."""
-        moving = [i for i, aval in enumerate(self.jaxpr.in_avals[:self.count]) if has_tangent(aval)]
+        moving = [
+            i for i, aval in enumerate(self.jaxpr.in_avals[: self.count]) if has_tangent(aval)
+        ]
 
         @jax.jit
         def run(values: list[Any]) -> list[list[Any]]:
@@ -75,14 +85,19 @@ class Program:
             for k in range(len(outs)):
                 cts = [jnp.full_like(x, float(i == k)) for i, x in enumerate(outs)]
                 grads = dict(zip(moving, pull(cts), strict=True))
-                rows.append([jnp.sqrt(jnp.sum(jnp.abs(grads[i]) ** 2)) if i in grads else 0.0
-                             for i in range(len(values))])
+                rows.append(
+                    [
+                        jnp.sqrt(jnp.sum(jnp.abs(grads[i]) ** 2)) if i in grads else 0.0
+                        for i in range(len(values))
+                    ]
+                )
             return rows
 
         return run(values)
 
-    def depends(self, params: list[int], *, forward: bool = False, tries: int = 16
-                ) -> dict[int, int | str]:
+    def depends(
+        self, params: list[int], *, forward: bool = False, tries: int = 16
+    ) -> dict[int, int | str]:
         """Ask JAX's derivative of the whole which losses depend on which of some parameters.
 
         Where it fails it is asked of each half, so that one parameter does not spoil it for all.
@@ -101,8 +116,11 @@ class Program:
                 why = f'JAX does not differentiate it: {type(error).__name__}: {first}'
                 return dict.fromkeys(params, why)
         half = len(params) // 2
-        return {key: value for part in (params[:half], params[half:])
-                for key, value in self.depends(part, forward=forward, tries=tries // 2).items()}
+        return {
+            key: value
+            for part in (params[:half], params[half:])
+            for key, value in self.depends(part, forward=forward, tries=tries // 2).items()
+        }
 
     def _pulled(self, params: list[int]) -> list[int]:
         def pulled(values: list[Any], more: list[Any], cts: list[Any]) -> Any:
@@ -111,12 +129,14 @@ class Program:
 
         avals = self.jaxpr.in_avals
         traced = jax.make_jaxpr(pulled)(
-            _like(avals[:self.count]), self.shapes, _like(self.jaxpr.out_avals))
+            _like(avals[: self.count]), self.shapes, _like(self.jaxpr.out_avals)
+        )
         outer = set(map(id, self.jaxpr.consts))
         if any(isinstance(x, jax.core.Tracer) and id(x) not in outer for x in traced.consts):
             # JAX itself finds that only when it compiles.
             raise jax.errors.UnexpectedTracerError(
-                'a function with a rule of its own closes over a parameter or what depends on it')
+                'a function with a rule of its own closes over a parameter or what depends on it'
+            )
         return [bits >> len(avals) for bits in dependence(traced)]
 
     def _pushed(self, params: list[int]) -> list[int]:
@@ -126,10 +146,10 @@ class Program:
 
         avals = self.jaxpr.in_avals
         traced = jax.make_jaxpr(pushed)(
-            _like(avals[:self.count]), self.shapes, _like(avals[p] for p in params))
+            _like(avals[: self.count]), self.shapes, _like(avals[p] for p in params)
+        )
         bits = [b >> len(avals) for b in dependence(traced)]
-        return [sum(1 << k for k, b in enumerate(bits) if b >> j & 1)
-                for j in range(len(params))]
+        return [sum(1 << k for k, b in enumerate(bits) if b >> j & 1) for j in range(len(params))]
 
 
 def _with(values: list[Any], places: list[int], new: Any) -> list[Any]:

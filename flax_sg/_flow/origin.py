@@ -53,9 +53,9 @@ class Origin:
         inside, calls, where = self._calls_of_jax, self.context.calls, self.context.around
         inner = inside[0].eqn if inside else self.eqn
         if inside:  # from the function of JAX outwards
-            where = where[:next(i for i, e in enumerate(where) if e is inner)]
+            where = where[: next(i for i, e in enumerate(where) if e is inner)]
         lines = [next((line for e in (inner, *reversed(where)) if (line := _line(e))), None)]
-        for call in reversed(calls[:len(calls) - len(inside)]):
+        for call in reversed(calls[: len(calls) - len(inside)]):
             if _owner_of(call) not in ('jax', 'flax', 'flax_sg'):
                 lines.append(_line(call.eqn))
         found = list(dict.fromkeys(str(line) for line in lines if line is not None))

@@ -21,8 +21,9 @@ _LIGHT = (Verdict.REACHED_PARTLY, Verdict.NUMERIC_ZERO)
 def draw(flow: Records, path: Any) -> None:
     """Save the picture to a file, SVG or PNG."""
     if os.path.splitext(path)[1].lower() not in ('.svg', '.png'):
-        raise UsageError(f'Flow.plot: {os.fspath(path)!r}; expected a file name ending in .svg or '
-                         '.png.')
+        raise UsageError(
+            f'Flow.plot: {os.fspath(path)!r}; expected a file name ending in .svg or .png.'
+        )
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -49,9 +50,14 @@ def draw(flow: Records, path: Any) -> None:
     axes.tick_params(length=0, labelsize=8)
     axes.set_title(headline(flow).removeprefix('gradient_flow: '), fontsize=9, loc='left')
     number = Counter(record.verdict for record in flow.records)
-    figure.legend(handles=[Patch(color=COLOURS[v], label=f'{_word(v)} ({number[v]})')
-                           for v in COLOURS if number[v]],
-                  loc='outside right upper', fontsize=8, frameon=False)
+    figure.legend(
+        handles=[
+            Patch(color=COLOURS[v], label=f'{_word(v)} ({number[v]})') for v in COLOURS if number[v]
+        ],
+        loc='outside right upper',
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -71,24 +77,38 @@ def _bands(flow: Records) -> list[_Band]:
     """
     if len(flow.names) <= _NAMED:
         return [_Band(name, [name], 1.0) for name in in_order(flow.names)]
-    return [_Band(label_of(row), row.names, len(row.names) ** 0.5)
-            for row in fold(flow, list(flow.names))]
+    return [
+        _Band(label_of(row), row.names, len(row.names) ** 0.5)
+        for row in fold(flow, list(flow.names))
+    ]
 
 
 def _draw_cell(axes: Any, x: float, top: float, height: float, records: list[FlowRecord]) -> None:
     from matplotlib.patches import Rectangle
+
     step = height / len(records)
     runs = itertools.groupby(range(len(records)), lambda i: records[i].verdict)
     for verdict, places in runs:  # one rectangle each, or there are seams between thin ones
         places = list(places)
-        box = Rectangle((x + 0.01, top + places[0] * step), 0.98, len(places) * step, linewidth=0,
-                        facecolor=COLOURS[verdict])
+        box = Rectangle(
+            (x + 0.01, top + places[0] * step),
+            0.98,
+            len(places) * step,
+            linewidth=0,
+            facecolor=COLOURS[verdict],
+        )
         axes.add_patch(box)
     if len({record.verdict for record in records}) == 1:
         verdict, norm = records[0].verdict, records[0].norm if len(records) == 1 else None
-        axes.text(x + 0.5, top + height / 2, _word(verdict) + (f' {norm:.2g}' if norm else ''),
-                  ha='center', va='center', fontsize=7,
-                  color='black' if verdict in _LIGHT else 'white')
+        axes.text(
+            x + 0.5,
+            top + height / 2,
+            _word(verdict) + (f' {norm:.2g}' if norm else ''),
+            ha='center',
+            va='center',
+            fontsize=7,
+            color='black' if verdict in _LIGHT else 'white',
+        )
 
 
 def _word(verdict: Any) -> str:

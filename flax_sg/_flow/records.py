@@ -131,13 +131,16 @@ class Records:
     def _unknown(self, key: Any) -> UnknownRecordError:
         if not isinstance(key, tuple) or len(key) != 2:
             return UnknownRecordError(f'flow[{key!r}]: expected flow[loss, name].')
-        for what, wanted, there in (('loss', key[0], self.losses),
-                                    ('parameter', key[1], self.names)):
+        for what, wanted, there in (
+            ('loss', key[0], self.losses),
+            ('parameter', key[1], self.names),
+        ):
             if wanted not in there:
                 close = difflib.get_close_matches(str(wanted), there, 3, 0.4) or there[:3]
                 return UnknownRecordError(
                     f'flow{list(key)}: there is no {what} {wanted!r}. '
-                    f'Close: {", ".join(map(repr, close))}.')
+                    f'Close: {", ".join(map(repr, close))}.'
+                )
         raise AssertionError(key)
 
     def __iter__(self) -> Iterator[FlowRecord]:
@@ -151,9 +154,20 @@ class Records:
         plain: dict[str, dict[str, Any]] = {loss: {} for loss in self.losses}
         for record in self.records:
             plain[record.loss][record.name] = {
-                'verdict': str(record.verdict), 'operation': record.operation,
-                'source': record.source, 'used_at': record.used_at, 'norm': record.norm,
+                'verdict': str(record.verdict),
+                'operation': record.operation,
+                'source': record.source,
+                'used_at': record.used_at,
+                'norm': record.norm,
                 'reason': record.reason,
-                'obstacles': [{'verdict': str(o.verdict), 'operation': o.operation,
-                               'source': o.source, 'reason': o.reason} for o in record.obstacles]}
+                'obstacles': [
+                    {
+                        'verdict': str(o.verdict),
+                        'operation': o.operation,
+                        'source': o.source,
+                        'reason': o.reason,
+                    }
+                    for o in record.obstacles
+                ],
+            }
         return plain

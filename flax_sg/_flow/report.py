@@ -29,8 +29,9 @@ class Flow(Records):
       losses, names: what there is of each, in order.
     """
 
-    def show(self, predicate: Predicate = True, *, depth: int | None = None, rows: int = 40
-             ) -> None:
+    def show(
+        self, predicate: Predicate = True, *, depth: int | None = None, rows: int = 40
+    ) -> None:
         """Print the table with rich, in colour where the terminal has it.
 
         Parameters that say the same are folded under their common prefix; what no loss trains, and
@@ -53,6 +54,7 @@ class Flow(Records):
 
     def __rich__(self) -> Any:
         from rich.console import Group
+
         rows, (first, *lines) = table.as_rich(self, list(self.names))
         return Group(first, rows, *lines)
 

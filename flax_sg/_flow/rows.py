@@ -60,7 +60,9 @@ def _said(record: FlowRecord) -> tuple:
     return record.verdict, record.operation, record.source, record.reason
 
 
-def fold(flow: Records, names: list[str], *, depth: int | None = None, limit: int = 40) -> list[Row]:
+def fold(
+    flow: Records, names: list[str], *, depth: int | None = None, limit: int = 40
+) -> list[Row]:
     """Return the rows for some parameters: as many as are needed, and not more than ``limit``.
 
     Args:
@@ -78,21 +80,31 @@ def fold(flow: Records, names: list[str], *, depth: int | None = None, limit: in
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Sort paths in the way that puts layer_2 before layer_10."""
-    return sorted(names, key=lambda name: [
-        [(part.isdigit(), int(part) if part.isdigit() else part)
-         for part in re.split(r'(\d+)', step)] for step in name.split('/')])
+    return sorted(
+        names,
+        key=lambda name: [
+            [
+                (part.isdigit(), int(part) if part.isdigit() else part)
+                for part in re.split(r'(\d+)', step)
+            ]
+            for step in name.split('/')
+        ],
+    )
 
 
 def _row(flow: Records, names: list[str], start: tuple, children: list[Row]) -> Row:
     cells = [[flow[loss, name] for name in names] for loss in flow.losses]
     prefix = '/'.join(start) + '/'
-    inner = {name.removeprefix(prefix): tuple(_said(cell[i]) for cell in cells)
-             for i, name in enumerate(names)}
+    inner = {
+        name.removeprefix(prefix): tuple(_said(cell[i]) for cell in cells)
+        for i, name in enumerate(names)
+    }
     return Row(prefix if children else names[0], names, cells, inner, children)
 
 
-def _level(flow: Records, names: list[str], paths: dict[str, tuple], start: tuple, depth: int
-           ) -> list[Row]:
+def _level(
+    flow: Records, names: list[str], paths: dict[str, tuple], start: tuple, depth: int
+) -> list[Row]:
     """Return the rows of the parameters below a prefix."""
     groups: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
@@ -123,9 +135,13 @@ def _merged(rows: list[Row]) -> list[Row]:
             continue
         children = [*(last.children if last.parts > 1 else [last]), row]
         merged[-1] = Row(
-            _label(children), last.names + row.names,
-            [a + b for a, b in zip(last.cells, row.cells, strict=True)], row.inner, children,
-            last.parts + 1)
+            _label(children),
+            last.names + row.names,
+            [a + b for a, b in zip(last.cells, row.cells, strict=True)],
+            row.inner,
+            children,
+            last.parts + 1,
+        )
     return merged
 
 

@@ -14,9 +14,14 @@ __all__ = ['COLOURS', 'as_html', 'as_rich', 'as_text', 'headline', 'label_of', '
 
 # For a light and a dark ground, and told apart by people who see fewer colours.
 COLOURS = {
-    Verdict.REACHED: '#2a9d5c', Verdict.REACHED_PARTLY: '#a6c83c', Verdict.MASKED: '#4c78c8',
-    Verdict.CUSTOM_ZERO: '#b04fb0', Verdict.PIECEWISE_CONSTANT: '#e07b28',
-    Verdict.UNUSED: '#8c8c8c', Verdict.NUMERIC_ZERO: '#d9b310', Verdict.UNKNOWN: '#d62f3c',
+    Verdict.REACHED: '#2a9d5c',
+    Verdict.REACHED_PARTLY: '#a6c83c',
+    Verdict.MASKED: '#4c78c8',
+    Verdict.CUSTOM_ZERO: '#b04fb0',
+    Verdict.PIECEWISE_CONSTANT: '#e07b28',
+    Verdict.UNUSED: '#8c8c8c',
+    Verdict.NUMERIC_ZERO: '#d9b310',
+    Verdict.UNKNOWN: '#d62f3c',
 }
 _NOTES = 20  # lines below the table
 
@@ -52,8 +57,9 @@ def _said(cell: list[Any], numbers: dict[str, int]) -> list[tuple[Verdict, str]]
     return parts
 
 
-def as_rich(flow: Records, names: list[str], *, depth: int | None = None, limit: int = 40
-            ) -> tuple[Any, list[Any]]:
+def as_rich(
+    flow: Records, names: list[str], *, depth: int | None = None, limit: int = 40
+) -> tuple[Any, list[Any]]:
     """Return the table and the lines around it, of which the first comes before, for rich."""
     from rich.table import Table
     from rich.text import Text
@@ -117,19 +123,28 @@ def as_html(flow: Records) -> str:
     head = ''.join(f'<b>{html.escape(text)}</b>' for text in ('parameter', *flow.losses))
     body = ''.join(_html_row(row, columns, numbers) for row in rows)
     lines = ''.join(f'<br>[{n}] {html.escape(text)}' for text, n in numbers.items())
-    return (f'{_STYLE}<div class="flow-table" style="display: block"><p>'
-            f'{html.escape(headline(flow))}</p><div style="{columns}">{head}</div>{body}'
-            f'<small>{lines}</small></div>')
+    return (
+        f'{_STYLE}<div class="flow-table" style="display: block"><p>'
+        f'{html.escape(headline(flow))}</p><div style="{columns}">{head}</div>{body}'
+        f'<small>{lines}</small></div>'
+    )
 
 
 def _html_row(row: Row, columns: str, numbers: dict[str, int]) -> str:
     cells = ''.join(
-        '<span>' + '<br>'.join(f'<b style="color: {COLOURS[verdict]}">{html.escape(text)}</b>'
-                               for verdict, text in _said(cell, numbers)) + '</span>'
-        for cell in row.cells)
+        '<span>'
+        + '<br>'.join(
+            f'<b style="color: {COLOURS[verdict]}">{html.escape(text)}</b>'
+            for verdict, text in _said(cell, numbers)
+        )
+        + '</span>'
+        for cell in row.cells
+    )
     label = html.escape(label_of(row))
     if not row.children:
         return f'<div style="{columns}"><span>{label}</span>{cells}</div>'
     inner = ''.join(_html_row(child, columns, numbers) for child in row.children)
-    return (f'<details><summary style="{columns}"><span>▸ {label}</span>{cells}</summary>{inner}'
-            '</details>')
+    return (
+        f'<details><summary style="{columns}"><span>▸ {label}</span>{cells}</summary>{inner}'
+        '</details>'
+    )

@@ -39,10 +39,19 @@ class Answer:
 
 
 # Of several operands, each comes out by itself. (This is about values, not about tangents.)
-_SEPARATE = frozenset({
-    'device_put', 'optimization_barrier', 'pbroadcast', 'pmax', 'pmin', 'psum', 'psum2',
-    'psum_invariant', 'pvary',
-})
+_SEPARATE = frozenset(
+    {
+        'device_put',
+        'optimization_barrier',
+        'pbroadcast',
+        'pmax',
+        'pmin',
+        'psum',
+        'psum2',
+        'psum_invariant',
+        'pvary',
+    }
+)
 
 
 def value_edges(step: Step) -> Iterable[Edge]:
@@ -51,7 +60,7 @@ def value_edges(step: Step) -> Iterable[Edge]:
     if name in _SEPARATE:
         pairs = zip(step.ins, step.outs, strict=True)
     elif name == 'sort':  # the keys put each operand in order
-        keys = step.ins[:step.eqn.params['num_keys']]
+        keys = step.ins[: step.eqn.params['num_keys']]
         pairs = {*itertools.product(keys, step.outs), *zip(step.ins, step.outs, strict=True)}
     else:
         pairs = itertools.product(step.ins, step.outs)
@@ -90,16 +99,23 @@ class Differentiation:
             return value_edges(step)
         if id(body) not in self._bodies:  # a function with a rule of its own
             self._bodies[id(body)] = body, dependence(body)
-        return [(i, o) for o, bits in zip(step.outs, self._bodies[id(body)][1], strict=True)
-                for place, i in enumerate(step.ins) if i is not None and bits >> place & 1]
+        return [
+            (i, o)
+            for o, bits in zip(step.outs, self._bodies[id(body)][1], strict=True)
+            for place, i in enumerate(step.ins)
+            if i is not None and bits >> place & 1
+        ]
 
     def moved(self, step: Step) -> Iterable[Edge]:
         """Return from which nodes to which tangents get in a step."""
         if step.eqn is None:
             return value_edges(step)
-        return [(step.ins[place], o)
-                for o, places in zip(step.outs, self._answer(step).live, strict=True)
-                for place in places if step.ins[place] is not None]
+        return [
+            (step.ins[place], o)
+            for o, places in zip(step.outs, self._answer(step).live, strict=True)
+            for place in places
+            if step.ins[place] is not None
+        ]
 
     def _answer(self, step: Step) -> Answer:
         eqn, context = step.eqn, step.context
@@ -116,10 +132,15 @@ class Differentiation:
 
 def _key(eqn: JaxprEqn, context: Context) -> Any:
     places: dict[int, int] = {}  # one variable may be several operands
-    return (eqn.primitive, tuple(sorted(eqn.params.items(), key=lambda item: item[0])),
-            tuple((v.aval, None if isinstance(v, Literal) else places.setdefault(id(v), i))
-                  for i, v in enumerate(eqn.invars)),
-            tuple(id(call) for call in context.manual))
+    return (
+        eqn.primitive,
+        tuple(sorted(eqn.params.items(), key=lambda item: item[0])),
+        tuple(
+            (v.aval, None if isinstance(v, Literal) else places.setdefault(id(v), i))
+            for i, v in enumerate(eqn.invars)
+        ),
+        tuple(id(call) for call in context.manual),
+    )
 
 
 def _ask(eqn: JaxprEqn, context: Context) -> Answer:
@@ -156,7 +177,7 @@ def _survive(alone: SingleEquation, context: Context) -> tuple[list[int], str]:
     holds = any(True for _ in jaxprs_in_params(alone.eqn.params))
     rules = (_reverse, _forward) if holds else (_forward, _reverse)
     failures = []
-    for trace in ([alone.trace, alone.trace_manual] if context.manual else [alone.trace]):
+    for trace in [alone.trace, alone.trace_manual] if context.manual else [alone.trace]:
         for rule in rules:
             try:
                 return rule(alone, functools.partial(trace, context)), ''
@@ -173,17 +194,24 @@ class SingleEquation:
         self.moved = [i for i, v in enumerate(eqn.outvars) if has_tangent(v.aval)]
         self.outputs = eqn.outvars
         self._jaxpr = Jaxpr(
-            constvars=[], invars=inputs, outvars=list(eqn.outvars), eqns=[eqn],
-            effects=eqn.effects, debug_info=DebugInfo('equation', eqn.primitive.name, None, None))
+            constvars=[],
+            invars=inputs,
+            outvars=list(eqn.outvars),
+            eqns=[eqn],
+            effects=eqn.effects,
+            debug_info=DebugInfo('equation', eqn.primitive.name, None, None),
+        )
 
     def of(self, xs: list[Any]) -> Callable[..., list]:
         """Return the equation as a function of what moves to what may move."""
+
         def run(*moving: Any) -> list:
             values = list(xs)
             for i, x in zip(self.moving, moving, strict=True):
                 values[i] = x
             outs = jax.core.eval_jaxpr(self._jaxpr, [], *values)
             return [outs[i] for i in self.moved]
+
         return run
 
     def trace(self, context: Context, fn: Callable, ins: list[Any], outs: list[Any]) -> ClosedJaxpr:
@@ -191,8 +219,9 @@ class SingleEquation:
         like = lambda vs: [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in vs]
         return jax.make_jaxpr(fn)(like(self.inputs), like(ins))
 
-    def trace_manual(self, context: Context, fn: Callable, ins: list[Any], outs: list[Any]
-                     ) -> ClosedJaxpr:
+    def trace_manual(
+        self, context: Context, fn: Callable, ins: list[Any], outs: list[Any]
+    ) -> ClosedJaxpr:
         """Do so in the body of a `shard_map` like that around the equation."""
         # What varies gets a leading axis that is divided over the mesh.
         axes = lambda v: tuple(sorted(jax_compat.varying(v.aval)))
@@ -206,7 +235,8 @@ class SingleEquation:
             return n
 
         whole = lambda vs: [
-            jax.ShapeDtypeStruct((size(v), *v.aval.shape), v.aval.dtype) for v in vs]
+            jax.ShapeDtypeStruct((size(v), *v.aval.shape), v.aval.dtype) for v in vs
+        ]
         specs = lambda vs: [PartitionSpec(axes(v) or None) for v in vs]
 
         def body(xs: list[Any], ts: list[Any]) -> list[Any]:
@@ -214,9 +244,13 @@ class SingleEquation:
             return [x[None] for x in fn(strip(xs), strip(ts))]
 
         mapped = jax.shard_map(
-            body, mesh=params['mesh'], in_specs=(specs(self.inputs), specs(ins)),
-            out_specs=specs(outs), axis_names=set(params['newly_manual_axes']),
-            check_vma=params['check_vma'])
+            body,
+            mesh=params['mesh'],
+            in_specs=(specs(self.inputs), specs(ins)),
+            out_specs=specs(outs),
+            axis_names=set(params['newly_manual_axes']),
+            check_vma=params['check_vma'],
+        )
         return jax.make_jaxpr(mapped)(whole(self.inputs), whole(ins))
 
 

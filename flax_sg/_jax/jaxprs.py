@@ -11,7 +11,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from flax_sg._compat.jax import traced, varying
 
-__all__ = ['closed_over', 'evaluate', 'has_tangent', 'moves_out', 'moving_among', 'opened', 'varied']
+__all__ = [
+    'closed_over',
+    'evaluate',
+    'has_tangent',
+    'moves_out',
+    'moving_among',
+    'opened',
+    'varied',
+]
 
 
 def has_tangent(aval: Any) -> bool:
@@ -51,8 +59,9 @@ def opened(closed: ClosedJaxpr) -> tuple[Jaxpr, list]:
     """Return a jaxpr whose first inputs are the constants, and the constants."""
     jaxpr = closed.jaxpr
     inputs = [*jaxpr.constvars, *jaxpr.invars]
-    return jaxpr.replace(constvars=[], invars=inputs,
-                         debug_info=jaxpr.debug_info.with_unknown_names()), list(closed.consts)
+    return jaxpr.replace(
+        constvars=[], invars=inputs, debug_info=jaxpr.debug_info.with_unknown_names()
+    ), list(closed.consts)
 
 
 def closed_over(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, list]:

@@ -23,11 +23,13 @@ __all__ = ['Frame', 'call_into_jax', 'caller', 'frames_of', 'here', 'owner', 'us
 
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the package
-_OWNERS = {os.path.dirname(os.path.abspath(m.__file__)) + os.sep: m.__name__
-           for m in (jax, jaxlib, flax)}
+_OWNERS = {
+    os.path.dirname(os.path.abspath(m.__file__)) + os.sep: m.__name__ for m in (jax, jaxlib, flax)
+}
 _OWNERS[_HERE + os.sep] = 'flax_sg'
-_STDLIB = tuple({os.path.abspath(sysconfig.get_path(name)) + os.sep
-                 for name in ('stdlib', 'platstdlib')})
+_STDLIB = tuple(
+    {os.path.abspath(sysconfig.get_path(name)) + os.sep for name in ('stdlib', 'platstdlib')}
+)
 _INSTALLED = ('site-packages', 'dist-packages')
 
 
@@ -64,12 +66,19 @@ def _whose(code: CodeType) -> str:
     name = code.co_filename
     if name == '<string>' and code.co_name.startswith('__'):
         return 'library'  # of dataclasses and the like
-    return {'': 'own', 'python': 'library', 'jax': 'library', 'jaxlib': 'library',
-            'flax': 'library', 'flax_sg': 'library'}.get(owner(name), 'installed')
+    return {
+        '': 'own',
+        'python': 'library',
+        'jax': 'library',
+        'jaxlib': 'library',
+        'flax': 'library',
+        'flax_sg': 'library',
+    }.get(owner(name), 'installed')
 
 
-def _chosen(frames: Iterable[Any], code: Callable[[Any], CodeType], line: Callable[[Any], int]
-            ) -> Frame | None:
+def _chosen(
+    frames: Iterable[Any], code: Callable[[Any], CodeType], line: Callable[[Any], int]
+) -> Frame | None:
     """Return the innermost frame that is the user's own, or one of another package, or None."""
     installed = None
     for frame in frames:
@@ -119,8 +128,12 @@ def caller(frames: Iterator[Frame], function: str) -> Frame | None:
     for frame in frames:
         if frame.function == function:
             called = True
-        elif called and owner(frame.file) != 'python' and os.path.basename(frame.file) not in (
-                'tree_util.py', 'tree.py', 'traceback_util.py', 'flattree.py'):
+        elif (
+            called
+            and owner(frame.file) != 'python'
+            and os.path.basename(frame.file)
+            not in ('tree_util.py', 'tree.py', 'traceback_util.py', 'flattree.py')
+        ):
             found, called = frame, False
         if owner(frame.file) not in ('jax', 'jaxlib', 'python'):
             break

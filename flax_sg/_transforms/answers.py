@@ -39,13 +39,15 @@ class Answers:
             return False
 
 
-def note(said: dict[VariableInfo, Hashable], info: VariableInfo, answer: Hashable, who: Any
-         ) -> None:
+def note(
+    said: dict[VariableInfo, Hashable], info: VariableInfo, answer: Hashable, who: Any
+) -> None:
     """Note an answer; one that differs from an earlier one would belong to other traces."""
     if said.setdefault(info, answer) != answer:
         raise UsageError(
             f'{who!r}: its predicate said {said[info]} of {info.name!r} before, and now {answer}, '
-            'in one block. A predicate may change between blocks, not inside one.')
+            'in one block. A predicate may change between blocks, not inside one.'
+        )
 
 
 _known: dict[Hashable, weakref.WeakSet[Answers]] = {}

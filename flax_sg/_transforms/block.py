@@ -73,12 +73,37 @@ class OpenBlock:
     """
 
     __slots__ = (
-        '__weakref__', 'answers', 'around', 'of_module', 'bodies', 'root_id', 'setup_replays', 'key', 'line',
-        'matches', 'opener', 'owner', 'reads', 'said', 'settled', 'staging', 'trace', 'transform')
+        '__weakref__',
+        'answers',
+        'around',
+        'of_module',
+        'bodies',
+        'root_id',
+        'setup_replays',
+        'key',
+        'line',
+        'matches',
+        'opener',
+        'owner',
+        'reads',
+        'said',
+        'settled',
+        'staging',
+        'trace',
+        'transform',
+    )
 
-    def __init__(self, transform: Change, opener: Path, root_id: Any = None, *,
-                 variables: dict | None = None, around: tuple[OpenBlock, ...] = (),
-                 owner: Any = None, initializing: bool = False):
+    def __init__(
+        self,
+        transform: Change,
+        opener: Path,
+        root_id: Any = None,
+        *,
+        variables: dict | None = None,
+        around: tuple[OpenBlock, ...] = (),
+        owner: Any = None,
+        initializing: bool = False,
+    ):
         self.transform = transform
         self.opener = opener
         self.root_id = root_id
@@ -90,8 +115,12 @@ class OpenBlock:
         self.bodies = state.bodies
         self.said: dict[VariableInfo, Hashable] = {}
         self.answers: Answers | None = None
-        source = (transform.key(callable_source), opener, root_id is None,
-                  *(block.key for block in around))
+        source = (
+            transform.key(callable_source),
+            opener,
+            root_id is None,
+            *(block.key for block in around),
+        )
         if transform.asks():
             self.answers = answers_of(source, self)
             source = (*source, self.answers)
@@ -100,12 +129,14 @@ class OpenBlock:
         # A module may create a variable after its block, so blocks inside do not check at init.
         may_be_unmatched = transform.allow_unmatched or (initializing and root_id is not None)
         self.matches: Matches | None = Matches(
-            transform, opener, variables, self.key, self.line, may_be_unmatched=may_be_unmatched)
+            transform, opener, variables, self.key, self.line, may_be_unmatched=may_be_unmatched
+        )
         self.reads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.settled = False
 
-    def read(self, application: Application, info: VariableInfo, value: Any, other: Callable
-             ) -> Any:
+    def read(
+        self, application: Application, info: VariableInfo, value: Any, other: Callable
+    ) -> Any:
         """Return what a read of a selected variable gives.
 
         All reads in one application give one value, so that its cotangent is that of their sum. A

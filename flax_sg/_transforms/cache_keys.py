@@ -19,8 +19,11 @@ def context() -> Context:
 
 
 def _context(key: tuple) -> Context:
-    share = not state.around and len(_first_group()) == len(state.stack) and (
-        _at_opening() or state.openings[-1].context[1] == key)
+    share = (
+        not state.around
+        and len(_first_group()) == len(state.stack)
+        and (_at_opening() or state.openings[-1].context[1] == key)
+    )
     return state.contexts.of(key, share=share)
 
 

@@ -14,9 +14,17 @@ from typing import Any, Protocol
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.change import Change
 
-__all__ = ['FrontEnd', 'block_of', 'check_once', 'enter', 'is_running', 'modules',
-           'transformed', 'viewed',
-           'viewed_call']
+__all__ = [
+    'FrontEnd',
+    'block_of',
+    'check_once',
+    'enter',
+    'is_running',
+    'modules',
+    'transformed',
+    'viewed',
+    'viewed_call',
+]
 
 
 class FrontEnd(Protocol):

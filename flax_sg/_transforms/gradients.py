@@ -74,8 +74,9 @@ def _scaled_jvp(primals: tuple, tangents: tuple, *, factor: float | None) -> tup
 ad.primitive_jvps[_scaled_p] = _scaled_jvp
 
 
-def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'params',
-                   allow_unmatched: bool = False) -> Transform:
+def scale_gradient(
+    predicate: Predicate, factor: Any, *, collections: Any = 'params', allow_unmatched: bool = False
+) -> Transform:
     """Multiply the cotangents of selected variables: in a block, module, method or tree.
 
     Use it to slow down a part for one loss, or with a negative factor to reverse its gradient, as
@@ -109,8 +110,13 @@ def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'par
 
     Source: google/flax issue 1857; Ganin et al., arXiv 1505.07818.
     """
-    real = isinstance(factor, (int, float)) or getattr(factor, 'shape', None) == () and (
-        jnp.issubdtype(factor.dtype, jnp.floating) or jnp.issubdtype(factor.dtype, jnp.integer))
+    real = (
+        isinstance(factor, (int, float))
+        or getattr(factor, 'shape', None) == ()
+        and (
+            jnp.issubdtype(factor.dtype, jnp.floating) or jnp.issubdtype(factor.dtype, jnp.integer)
+        )
+    )
     if real and not isinstance(factor, jax.Array):
         with contextlib.suppress(OverflowError):
             factor = float(factor)
@@ -118,7 +124,8 @@ def scale_gradient(predicate: Predicate, factor: Any, *, collections: Any = 'par
         raise UsageError(
             f'scale_gradient: factor={factor!r}; expected a real number: a Python or numpy scalar, '
             'or an array of shape (). For another factor for each variable, nest blocks.'
-            f'{swapped("scale_gradient", predicate, factor)}')
+            f'{swapped("scale_gradient", predicate, factor)}'
+        )
     return make(ScaleGradient, predicate, collections, allow_unmatched, factor)
 
 
@@ -131,7 +138,7 @@ class MapGradient(Mapped):
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         def read(leaf: jax.Array) -> jax.Array:
             pull, consts = closed_over(functools.partial(self._call, info), leaf)
-            made, = pull.out_avals
+            (made,) = pull.out_avals
             if varying(made) - varying(jax.typeof(leaf)):
                 return read(varied(leaf, made))
             return _mapped_p.bind(leaf, *consts, pull=pull, name=plain(info).absolute_name)
@@ -144,7 +151,8 @@ class MapGradient(Mapped):
         if got != want:
             raise UsageError(
                 f'{self!r}: the function returned {got} for the cotangent of '
-                f"'/{info.absolute_name}'; expected {want}, the variable's shape and dtype.")
+                f"'/{info.absolute_name}'; expected {want}, the variable's shape and dtype."
+            )
         return [varied(out, jax.typeof(cotangent))]
 
 
@@ -157,7 +165,7 @@ def _mapped_jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:
 
 def _pulled(cotangent: Any, t: Any, *consts: Any, pull: ClosedJaxpr, **_: Any) -> list:
     if type(cotangent) is not ad.Zero:
-        cotangent, = evaluate(pull, *consts, cotangent)
+        (cotangent,) = evaluate(pull, *consts, cotangent)
     return [cotangent, *(None for _ in consts)]
 
 
@@ -165,16 +173,22 @@ def _no_forward_mode(*_: Any, name: str, **__: Any) -> Any:
     raise UsageError(
         f"map_gradient of '/{name}': it says what becomes of a cotangent, and cannot be used in "
         'forward-mode differentiation, as with jax.jvp, jax.jacfwd and jax.hessian. Use reverse '
-        'mode, or scale_gradient.')
+        'mode, or scale_gradient.'
+    )
 
 
-def _mapped_batched(primitive: Primitive, axis: Any, args: tuple, dims: tuple, *,
-                    pull: ClosedJaxpr, **params: Any) -> tuple:
+def _mapped_batched(
+    primitive: Primitive, axis: Any, args: tuple, dims: tuple, *, pull: ClosedJaxpr, **params: Any
+) -> tuple:
     if all(d is None for d in dims):
         return primitive.bind(*args, pull=pull, **params), None
     x, *consts = at_front(axis, args, dims)
-    run = jax.vmap(functools.partial(evaluate, pull), axis_name=axis.name, axis_size=axis.size,
-                   spmd_axis_name=axis.spmd_name)
+    run = jax.vmap(
+        functools.partial(evaluate, pull),
+        axis_name=axis.name,
+        axis_size=axis.size,
+        spmd_axis_name=axis.spmd_name,
+    )
     return primitive.bind(x, *consts, pull=jax.make_jaxpr(run)(*consts, x), **params), 0
 
 
@@ -195,8 +209,13 @@ def _kind(x: Any) -> str:
     return f'{x.dtype}[{",".join(map(str, x.shape))}]'
 
 
-def map_gradient(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], jax.Array], *,
-                 collections: Any = 'params', allow_unmatched: bool = False) -> Transform:
+def map_gradient(
+    predicate: Predicate,
+    fn: Callable[[VariableInfo, jax.Array], jax.Array],
+    *,
+    collections: Any = 'params',
+    allow_unmatched: bool = False,
+) -> Transform:
     """Replace the cotangents of selected variables by a function of them.
 
     Use it to clip, normalise or add noise to what one loss sends to a part, or to put a stored

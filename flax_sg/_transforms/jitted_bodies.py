@@ -60,16 +60,17 @@ class Body:
     def serves(self, paths: tuple[Path, ...], ask: Callable[[Question], Hashable]) -> bool:
         """Say whether the traces are right for scopes at other paths."""
         return self.named in (None, paths) and all(
-            ask(question) == question.answer for question in self.moved(paths))
+            ask(question) == question.answer for question in self.moved(paths)
+        )
 
     def moved(self, paths: tuple[Path, ...]) -> list[Question]:
         """Return what predicates are asked at other paths, with the answers that were given."""
         found = []
         for old in self.questions:
-            opener, path = (_rebased(path, self.paths, paths)
-                            for path in (old.opener, old.info.absolute_path))
-            info = dataclasses.replace(
-                old.info, path=relative(path, opener), absolute_path=path)
+            opener, path = (
+                _rebased(path, self.paths, paths) for path in (old.opener, old.info.absolute_path)
+            )
+            info = dataclasses.replace(old.info, path=relative(path, opener), absolute_path=path)
             found.append(dataclasses.replace(old, opener=opener, info=info))
         return found
 
@@ -89,7 +90,7 @@ class Body:
 
 def _rebased(path: Path, old: tuple[Path, ...], new: tuple[Path, ...]) -> Path:
     """Return a path below the longest of some paths as one below that of the same place in new."""
-    below = [(len(a), a, b) for a, b in zip(old, new, strict=True) if path[:len(a)] == a]
+    below = [(len(a), a, b) for a, b in zip(old, new, strict=True) if path[: len(a)] == a]
     if not below:
         return path
     length, _, start = max(below)
@@ -116,8 +117,9 @@ class WatchedInfo(VariableInfo):
         return hash(self.plain)
 
     @classmethod
-    def of(cls, plain: VariableInfo, inside: tuple[Body, ...], around: tuple[Body, ...]
-           ) -> WatchedInfo:
+    def of(
+        cls, plain: VariableInfo, inside: tuple[Body, ...], around: tuple[Body, ...]
+    ) -> WatchedInfo:
         """Watch an info for bodies inside of the block that reads, and for those around it."""
         self = object.__new__(cls)
         for field in dataclasses.fields(VariableInfo):

@@ -34,14 +34,35 @@ class Matches:
       there: the collections that they have.
     """
 
-    __slots__ = ('root_id', 'key', 'line', 'models', 'seen', 'opener', 'patterns', 'may_be_unmatched', 'roots_seen',
-                 'there', 'transform')
+    __slots__ = (
+        'root_id',
+        'key',
+        'line',
+        'models',
+        'seen',
+        'opener',
+        'patterns',
+        'may_be_unmatched',
+        'roots_seen',
+        'there',
+        'transform',
+    )
 
-    def __init__(self, transform: Change, opener: Path, root_id: dict | None, key: Hashable,
-                 line: Frame | None, *, may_be_unmatched: bool):
+    def __init__(
+        self,
+        transform: Change,
+        opener: Path,
+        root_id: dict | None,
+        key: Hashable,
+        line: Frame | None,
+        *,
+        may_be_unmatched: bool,
+    ):
         self.transform, self.opener, self.root_id, self.key = transform, opener, root_id, key
         self.line, self.may_be_unmatched = line, may_be_unmatched
-        self.patterns = () if may_be_unmatched else tuple(dict.fromkeys(transform.filter.patterns()))
+        self.patterns = (
+            () if may_be_unmatched else tuple(dict.fromkeys(transform.filter.patterns()))
+        )
         self.seen: dict[VariableInfo, None] = {}
         self.models: set[Any] = set()
         self.there: set[str] = set()
@@ -83,7 +104,9 @@ class Matches:
             tree = tree[name]
         for info, value in walk(tree, collection, start):
             path = info.absolute_path
-            self.note_variable(VariableInfo.of(relative(path, self.opener), path, collection, value))
+            self.note_variable(
+                VariableInfo.of(relative(path, self.opener), path, collection, value)
+            )
             if not self.patterns:
                 return
 
@@ -121,12 +144,12 @@ class Matches:
     def _warn(self) -> None:
         message = (
             f'{self.transform!r}: no variable of a Flax Linen model was read in this block, so '
-            'that it did nothing. It has no effect on plain functions, on other libraries\' models '
+            "that it did nothing. It has no effect on plain functions, on other libraries' models "
             'and on a step that was compiled before; hand a tree of parameters to the transform, '
-            'open the block where the model is applied, or pass allow_unmatched=True.')
+            'open the block where the model is applied, or pass allow_unmatched=True.'
+        )
         line = self.line or Frame('<unknown>', 1, '')
-        warnings.warn_explicit(
-            message, UnreadBlockWarning, line.file, line.line, registry=_warned)
+        warnings.warn_explicit(message, UnreadBlockWarning, line.file, line.line, registry=_warned)
 
 
 _warned: dict = {}
@@ -154,8 +177,9 @@ class _Memory:
         self.past: collections.OrderedDict[Hashable, _Past] = collections.OrderedDict()
         self.lock = threading.Lock()
 
-    def judge(self, key: Hashable, models: frozenset, error: UnmatchedPathError | None
-              ) -> tuple[_Past | None, UnmatchedPathError | None]:
+    def judge(
+        self, key: Hashable, models: frozenset, error: UnmatchedPathError | None
+    ) -> tuple[_Past | None, UnmatchedPathError | None]:
         """Return what is known of equal blocks, and the error of one that met some models."""
         with self.lock:
             past = self.past.get(key)
@@ -173,7 +197,6 @@ class _Memory:
             else:
                 past.wrong = str(error)
             return past, error
-
 
     def note(self, key: Hashable, models: frozenset | None) -> None:
         """Note an equal block, and the models in it if all was met."""

@@ -62,7 +62,8 @@ def opening_of(transform: Change, frame: FrameType) -> Opening:
     if not found:
         raise UsageError(
             f'{transform!r} was left without being open in this thread. Leave a block once, where '
-            'it was entered.')
+            'it was entered.'
+        )
     if found[-1].left:
         state.left.remove(found[-1])
     return found[-1]
@@ -88,12 +89,14 @@ def close(opening: Opening, *, failed: bool) -> None:
             raise UsageError(
                 f'{opening.block.transform!r} was closed before its end, with a block around it '
                 'that was left first. Leave blocks in the reverse order of entry: a generator that '
-                'yields inside a block must be finished before the block around it ends.')
+                'yields inside a block must be finished before the block around it ends.'
+            )
         return
     if opening not in state.openings:
         raise UsageError(
             f'{opening.block.transform!r} was left in another thread than it was opened in. Leave '
-            'it where it was entered.')
+            'it where it was entered.'
+        )
     start = state.openings.index(opening)
     gone, state.openings[start:] = state.openings[start:], []
     for each in gone:
@@ -118,7 +121,8 @@ def _check_closed(gone: list[Opening]) -> None:
             f'{opening.block.transform!r} was left while {gone[-1].block.transform!r} was still '
             'open inside of it; both are closed now. Leave blocks in the reverse order of entry: '
             'a generator that yields inside a block must be finished before the block around it '
-            'ends.')
+            'ends.'
+        )
     if not opening.block.of_module:
         opening.block.matches.check()
 

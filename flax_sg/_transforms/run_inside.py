@@ -25,8 +25,11 @@ from flax_sg._filters.slips import kind_of
 __all__ = ['caller', 'check_frame', 'run_inside']
 
 # Iterators over what is there. Any other one may run code when it is asked for its next value.
-_DONE = (*(type(iter(x)) for x in ([], (), {}, set(), '', b'', range(0), {}.values(), {}.items())),
-         type(reversed([])), io.IOBase)
+_DONE = (
+    *(type(iter(x)) for x in ([], (), {}, set(), '', b'', range(0), {}.values(), {}.items())),
+    type(reversed([])),
+    io.IOBase,
+)
 _LATER = (types.CoroutineType, types.AsyncGeneratorType, contextlib._GeneratorContextManagerBase)
 _ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
 
@@ -43,7 +46,8 @@ def run_inside(fn: Callable, block: Callable[[Any], contextlib.AbstractContextMa
         raise UsageError(
             f'{name} is a coroutine function: its body would run after the block was left, when it '
             'is awaited, and other tasks would run inside of the block. Decorate a function that '
-            'it calls.')
+            'it calls.'
+        )
 
     @functools.wraps(fn)
     def wrapped(module: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -52,18 +56,23 @@ def run_inside(fn: Callable, block: Callable[[Any], contextlib.AbstractContextMa
         if isinstance(out, types.GeneratorType):
             return _stepped(out, functools.partial(block, module))
         for leaf in jax.tree.leaves(out, is_leaf=lambda node: isinstance(node, Iterator)):
-            if isinstance(leaf, _LATER) or isinstance(leaf, Iterator) and not isinstance(
-                    leaf, _DONE):
+            if (
+                isinstance(leaf, _LATER)
+                or isinstance(leaf, Iterator)
+                and not isinstance(leaf, _DONE)
+            ):
                 raise UsageError(
                     f'{name} returned {kind_of(leaf)}, which runs after '
-                    'the block around the function was left. Return a list or a generator.')
+                    'the block around the function was left. Return a list or a generator.'
+                )
         return out
 
     return wrapped
 
 
-def _stepped(steps: types.GeneratorType, block: Callable[[], contextlib.AbstractContextManager]
-             ) -> Iterator[Any]:
+def _stepped(
+    steps: types.GeneratorType, block: Callable[[], contextlib.AbstractContextManager]
+) -> Iterator[Any]:
     """Run each step of a generator inside the block."""
     step, value = steps.send, None
     while True:
@@ -95,7 +104,8 @@ def check_frame(frame: FrameType | None, what: Any) -> None:
             raise UsageError(
                 f'{what!r} was to be opened in the coroutine {code.co_qualname}: while it waits, '
                 'other tasks of the thread would run inside of the block. Open it in a function '
-                'that the coroutine calls.')
+                'that the coroutine calls.'
+            )
         if not code.co_flags & inspect.CO_GENERATOR and code.co_filename != contextlib.__file__:
             return
         frame = frame.f_back

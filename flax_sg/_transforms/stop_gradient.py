@@ -25,8 +25,9 @@ class StopGradient(Transform):
         return map_traced(jax.lax.stop_gradient, value)
 
 
-def stop_gradient(predicate: Predicate = True, *, collections: Any = 'params',
-                  allow_unmatched: bool = False) -> Transform:
+def stop_gradient(
+    predicate: Predicate = True, *, collections: Any = 'params', allow_unmatched: bool = False
+) -> Transform:
     """Make selected variables constants of differentiation: in a block, module, method or tree.
 
     Use it when a loss must train some parameters and not others. Every read of a selected variable
@@ -84,8 +85,9 @@ class Constant(StopGradient):
     freezes = True
 
 
-def constant(predicate: Predicate = True, *, collections: Any = 'params',
-             allow_unmatched: bool = False) -> Transform:
+def constant(
+    predicate: Predicate = True, *, collections: Any = 'params', allow_unmatched: bool = False
+) -> Transform:
     """Make selected variables constants: not differentiated, and a write to one is an error.
 
     Use it where a part must stay as it is, running statistics included. It does what

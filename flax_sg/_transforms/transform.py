@@ -26,8 +26,13 @@ from flax_sg._transforms.open_blocks import close, enter, opening_of
 from flax_sg._transforms.run_inside import caller, check_frame
 
 __all__ = [
-    'Mapped', 'Transform', 'check_collections', 'make', 'make_mapped',
-    'map_arrays', 'map_traced',
+    'Mapped',
+    'Transform',
+    'check_collections',
+    'make',
+    'make_mapped',
+    'map_arrays',
+    'map_traced',
 ]
 
 
@@ -80,16 +85,24 @@ class Transform:
         """Return the other collections that `read` asks for."""
         return ()
 
-    def key(self, of_predicate: Callable[[Callable], Hashable] = callable_key,
-            of_function: Callable[[Any], Hashable] = value_key) -> Hashable:
+    def key(
+        self,
+        of_predicate: Callable[[Callable], Hashable] = callable_key,
+        of_function: Callable[[Any], Hashable] = value_key,
+    ) -> Hashable:
         """Return what the transform says now, as a value.
 
         Args:
           of_predicate: makes a value of a callable in the predicate.
           of_function: makes one of what else the user gave.
         """
-        return (type(self), self.filter.key(of_predicate), self.collections, self.allow_unmatched,
-                *self.arguments(of_predicate, of_function))
+        return (
+            type(self),
+            self.filter.key(of_predicate),
+            self.collections,
+            self.allow_unmatched,
+            *self.arguments(of_predicate, of_function),
+        )
 
     def arguments(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         """Return what else the transform says, as values."""
@@ -107,14 +120,22 @@ class Transform:
         made = front_ends.transformed(self, target)
         if made is not NotImplemented:
             return made
-        tree = {'state': 'nnx.state(module)',
-                'params': f'{type(target).__name__.lower()}.params'}.get(tree_of(target))
-        way_out = f'For its parameters write {self!r}({tree}).' if tree else (
-            'For a single array use jax.lax.stop_gradient; for model code open a block with '
-            '`with`.')
+        tree = {
+            'state': 'nnx.state(module)',
+            'params': f'{type(target).__name__.lower()}.params',
+        }.get(tree_of(target))
+        way_out = (
+            f'For its parameters write {self!r}({tree}).'
+            if tree
+            else (
+                'For a single array use jax.lax.stop_gradient; for model code open a block with '
+                '`with`.'
+            )
+        )
         raise UsageError(
             f'{self!r} was given {kind_of(target)}; expected a {front_ends.modules()} class or '
-            f'instance, a method, or a nested dict of parameters. {way_out}')
+            f'instance, a method, or a nested dict of parameters. {way_out}'
+        )
 
     def _map(self, tree: Any) -> Any:
         if not self.allow_unmatched:
@@ -160,25 +181,34 @@ def check_collections(collections: Any, name: str) -> Hashable:
     if isinstance(collections, DenyList):
         return DenyList(check_collections(collections.deny, name))
     if isinstance(collections, (list, tuple, set, frozenset)) and all(
-            isinstance(c, str) for c in collections):
+        isinstance(c, str) for c in collections
+    ):
         return tuple(sorted(set(collections)))
     raise PredicateError(
         f'{name}: collections={collections!r}; expected a collection name, a list of names, a bool '
-        'or a flax.core.DenyList.')
+        'or a flax.core.DenyList.'
+    )
 
 
-def make(kind: type[Transform], predicate: Predicate, collections: Any, allow_unmatched: bool,
-         *more: Any) -> Transform:
+def make(
+    kind: type[Transform], predicate: Predicate, collections: Any, allow_unmatched: bool, *more: Any
+) -> Transform:
     """Make a transform of what a user wrote, or raise PredicateError."""
-    return kind(as_filter(predicate, name=kind.name), check_collections(collections, kind.name),
-                bool(allow_unmatched), *more)
+    return kind(
+        as_filter(predicate, name=kind.name),
+        check_collections(collections, kind.name),
+        bool(allow_unmatched),
+        *more,
+    )
 
 
 def map_arrays(fn: Callable[[Any], Any], value: Any) -> Any:
     """Apply ``fn`` to each floating-point or complex array of a variable; boxes stay."""
+
     def apply(leaf: Any) -> Any:
         dtype = getattr(leaf, 'dtype', None)
         return fn(leaf) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else leaf
+
     return jax.tree.map(apply, value)
 
 
@@ -200,17 +230,25 @@ class Mapped(Transform):
         return (describe_callable(self.fn),)
 
 
-def make_mapped(kind: type[Mapped], predicate: Predicate, collections: Any, allow_unmatched: bool,
-                fn: Any, argument: str) -> Transform:
+def make_mapped(
+    kind: type[Mapped],
+    predicate: Predicate,
+    collections: Any,
+    allow_unmatched: bool,
+    fn: Any,
+    argument: str,
+) -> Transform:
     """Make such a transform of what a user wrote, or raise PredicateError or UsageError."""
     if not callable(fn) or isinstance(fn, type):
         raise UsageError(
             f'{kind.name}: got {kind_of(fn)} for fn; expected a callable '
-            f'fn(info, {argument}) that returns an array.{swapped(kind.name, predicate, fn)}')
+            f'fn(info, {argument}) that returns an array.{swapped(kind.name, predicate, fn)}'
+        )
     made = make(kind, predicate, collections, allow_unmatched, fn)
     names, fits = arguments_of(fn, ('info', argument))
     if not fits:
         raise UsageError(
             f'{kind.name}: got {describe_callable(fn)} for fn, a callable of ({", ".join(names)}); '
-            f'expected one of (info, {argument}) that returns an array.')
+            f'expected one of (info, {argument}) that returns an array.'
+        )
     return made

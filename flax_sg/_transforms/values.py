@@ -32,12 +32,18 @@ class MapValues(Mapped):
         if got != want:
             raise UsageError(
                 f"{self!r}: the function returned {got} for '/{info.absolute_name}'; expected one "
-                'array. A function that has nothing to change returns its argument.')
+                'array. A function that has nothing to change returns its argument.'
+            )
         return out
 
 
-def map_values(predicate: Predicate, fn: Callable[[VariableInfo, jax.Array], jax.Array], *,
-               collections: Any = 'params', allow_unmatched: bool = False) -> Transform:
+def map_values(
+    predicate: Predicate,
+    fn: Callable[[VariableInfo, jax.Array], jax.Array],
+    *,
+    collections: Any = 'params',
+    allow_unmatched: bool = False,
+) -> Transform:
     """Read a function of selected variables instead of their values.
 
     Use it to cast parameters, add noise to weights or quantise them where they are used. The stored
@@ -89,7 +95,8 @@ class ReplaceValues(Transform):
         if got != want:
             raise UsageError(
                 f'{self!r}: the source has {_shapes(got)} for {self._path(info)!r}; expected '
-                f"{_shapes(want)}, as '/{info.absolute_name}' is.")
+                f"{_shapes(want)}, as '/{info.absolute_name}' is."
+            )
         return jax.tree.unflatten(jax.tree.structure(value), new)
 
     def _find(self, info: VariableInfo, other: Callable[[str], Any]) -> Any:
@@ -104,7 +111,8 @@ class ReplaceValues(Transform):
         if found is None or isinstance(found, Mapping):
             raise UsageError(
                 f'{self!r}: the source has no variable {self._path(info)!r} to read instead of '
-                f"'/{info.absolute_name}'. {self._way_out()}") from None
+                f"'/{info.absolute_name}'. {self._way_out()}"
+            ) from None
         return found
 
     def _path(self, info: VariableInfo) -> str:
@@ -114,11 +122,15 @@ class ReplaceValues(Transform):
 
     def _way_out(self) -> str:
         if isinstance(self.source, str):
-            return (f'Pass a collection {self.source!r} with it to the model, and let the lifted '
-                    'transforms on the way hand it on, or narrow the predicate.')
+            return (
+                f'Pass a collection {self.source!r} with it to the model, and let the lifted '
+                'transforms on the way hand it on, or narrow the predicate.'
+            )
         names = ', '.join(map(repr, list(self.source)[:5]))
-        return (f'It has: {names}. Its paths are those of the module that opens the block, without '
-                "a collection's name; or narrow the predicate.")
+        return (
+            f'It has: {names}. Its paths are those of the module that opens the block, without '
+            "a collection's name; or narrow the predicate."
+        )
 
     def read_from(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else ()
@@ -139,8 +151,13 @@ def _shapes(shapes: list[tuple[int, ...]]) -> str:
     return f'shape {shapes[0]}' if len(shapes) == 1 else f'{len(shapes)} arrays of shapes {shapes}'
 
 
-def replace_values(predicate: Predicate, source: str | Mapping[str, Any], *,
-                   collections: Any = 'params', allow_unmatched: bool = False) -> Transform:
+def replace_values(
+    predicate: Predicate,
+    source: str | Mapping[str, Any],
+    *,
+    collections: Any = 'params',
+    allow_unmatched: bool = False,
+) -> Transform:
     """Read the value at the same path of another tree or collection instead of selected variables.
 
     Use it for target networks and for evaluating with averaged parameters. Gradients flow to the
@@ -181,9 +198,11 @@ def replace_values(predicate: Predicate, source: str | Mapping[str, Any], *,
         raise UsageError(
             f'replace_values: got {kind_of(source)} as source; expected a '
             'nested dict of values or the name of a collection.'
-            f'{swapped("replace_values", predicate, source)}')
+            f'{swapped("replace_values", predicate, source)}'
+        )
     if isinstance(predicate, Mapping):
         raise UsageError(
             f'replace_values: got {kind_of(predicate)} as predicate; '
-            f'expected one.{swapped("replace_values", predicate, source)}')
+            f'expected one.{swapped("replace_values", predicate, source)}'
+        )
     return make(ReplaceValues, predicate, collections, allow_unmatched, source)

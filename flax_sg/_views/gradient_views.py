@@ -73,10 +73,12 @@ class GradientViews:
             return self.of_function(target)
         raise UsageError(
             f'{self!r} was given {kind_of(target)}; expected a {front_ends.modules()} class or '
-            'instance, a method, or a function that takes a module or a nested dict of parameters first.')
+            'instance, a method, or a function that takes a module or a nested dict of parameters first.'
+        )
 
     def of_function(self, fn: Callable) -> Callable:
         """Return a function of a module, or of a tree of parameters, with views for its output."""
+
         @functools.wraps(fn)
         def viewed(*args: Any, **kwargs: Any) -> dict[str, Any]:
             made = front_ends.viewed_call(self, fn, args, kwargs)
@@ -86,12 +88,15 @@ class GradientViews:
                 return self._of_tree(fn, *args, **kwargs)
             got = kind_of(args[0]) if args else 'no argument'
             raise UsageError(self.wrong_argument(fn, got))
+
         return viewed
 
     def wrong_argument(self, fn: Callable, got: str) -> str:
         """Return what to say of a function whose first argument is of no use."""
-        return (f'{self!r} is around {getattr(fn, "__name__", fn)!r}, whose first argument should '
-                f'be a bound {front_ends.modules()} or a nested dict of parameters; got {got}.')
+        return (
+            f'{self!r} is around {getattr(fn, "__name__", fn)!r}, whose first argument should '
+            f'be a bound {front_ends.modules()} or a nested dict of parameters; got {got}.'
+        )
 
     def marked(self) -> Marked:
         """Return the transform in whose block the target is to run."""
@@ -116,8 +121,12 @@ class GradientViews:
         return f'gradient_views({{{entries}}})'
 
 
-def gradient_views(predicates: Mapping[str, Predicate], *, collections: Any = 'params',
-                   allow_unmatched: bool = False) -> GradientViews:
+def gradient_views(
+    predicates: Mapping[str, Predicate],
+    *,
+    collections: Any = 'params',
+    allow_unmatched: bool = False,
+) -> GradientViews:
     """Run a part of a model once, and get one output for each of several losses.
 
     Use it when several losses look at the same expensive computation and each may train its own
@@ -175,7 +184,9 @@ def gradient_views(predicates: Mapping[str, Predicate], *, collections: Any = 'p
         got = 'an empty one' if isinstance(predicates, Mapping) else type(predicates).__name__
         raise UsageError(
             'gradient_views: expected a dict of predicates, such as '
-            f"{{'gln': 'gln', 'code': 'code_*'}}; got {got}.")
+            f"{{'gln': 'gln', 'code': 'code_*'}}; got {got}."
+        )
     entries = tuple((name, as_filter(p, name='gradient_views')) for name, p in predicates.items())
     return GradientViews(
-        entries, check_collections(collections, 'gradient_views'), bool(allow_unmatched))
+        entries, check_collections(collections, 'gradient_views'), bool(allow_unmatched)
+    )

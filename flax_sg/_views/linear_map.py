@@ -26,11 +26,18 @@ _push_p = Primitive('flax_sg_push')
 _push_p.multiple_results = True
 
 
-def push(jaxpr: Jaxpr, residuals: list, tangents: list, maps: ViewMaps | None = None, view: int = 0
-         ) -> list:
+def push(
+    jaxpr: Jaxpr, residuals: list, tangents: list, maps: ViewMaps | None = None, view: int = 0
+) -> list:
     """Apply a linear map of tangents, a jaxpr without constants; that of a view of some maps."""
-    return _push_p.bind(*residuals, *tangents, jaxpr=ClosedJaxpr(jaxpr, []), count=len(residuals),
-                        maps=maps, view=view)
+    return _push_p.bind(
+        *residuals,
+        *tangents,
+        jaxpr=ClosedJaxpr(jaxpr, []),
+        count=len(residuals),
+        maps=maps,
+        view=view,
+    )
 
 
 def _run(*operands: Any, jaxpr: ClosedJaxpr, **_: Any) -> list:
@@ -41,11 +48,11 @@ def _abstract(*_: Any, jaxpr: ClosedJaxpr, **__: Any) -> tuple:
     return list(jaxpr.out_avals), jaxpr.effects
 
 
-def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, **params: Any
-         ) -> tuple[list, list]:
+def _jvp(
+    primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, **params: Any
+) -> tuple[list, list]:
     if all(type(t) is ad.Zero for t in tangents[:count]):
-        bind = functools.partial(
-            _push_p.bind, *primals[:count], jaxpr=jaxpr, count=count, **params)
+        bind = functools.partial(_push_p.bind, *primals[:count], jaxpr=jaxpr, count=count, **params)
         return bind(*primals[count:]), bind(*map(ad.instantiate_zeros, tangents[count:]))
     moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
 
@@ -54,11 +61,13 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, count: int, **p
         for i, x in zip(moved, moving, strict=True):
             inputs[i] = x
         return evaluate(jaxpr, *inputs)
+
     return jax.jvp(of_moved, [primals[i] for i in moved], [tangents[i] for i in moved])
 
 
-def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: ViewMaps | None,
-               view: int, **_: Any) -> list:
+def _transpose(
+    cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: ViewMaps | None, view: int, **_: Any
+) -> list:
     made = maps and maps.transposed(view, operands, cotangents)
     if not made:
         return jax_compat.pulled_back(jaxpr, operands, cotangents)
@@ -67,11 +76,14 @@ def _transpose(cotangents: list, *operands: Any, jaxpr: ClosedJaxpr, maps: ViewM
     return [next(found) if r else None for r in reached]
 
 
-def _batched(axis: Any, operands: list, dims: list, *, jaxpr: ClosedJaxpr, count: int, **_: Any
-             ) -> tuple[list, list]:
+def _batched(
+    axis: Any, operands: list, dims: list, *, jaxpr: ClosedJaxpr, count: int, **_: Any
+) -> tuple[list, list]:
     fronts = [None if dim is None else 0 for dim in dims]
-    operands = [x if front is None else batching.bdim_at_front(x, dim, axis.size)
-                for x, dim, front in zip(operands, dims, fronts, strict=True)]
+    operands = [
+        x if front is None else batching.bdim_at_front(x, dim, axis.size)
+        for x, dim, front in zip(operands, dims, fronts, strict=True)
+    ]
     jaxpr, varies = jax_compat.batched(jaxpr, axis, fronts)
     made = _push_p.bind(*operands, jaxpr=jaxpr, count=count, maps=None, view=0)
     return made, [0 if v else None for v in varies]
@@ -85,8 +97,9 @@ batching.fancy_primitive_batchers[_push_p] = _batched
 
 
 def _checked(jaxpr: ClosedJaxpr, errors: list, *operands: Any, count: int, **_: Any) -> list:
-    return _push_p.bind(*errors, *operands, jaxpr=jaxpr, count=len(errors) + count, maps=None,
-                        view=0)
+    return _push_p.bind(
+        *errors, *operands, jaxpr=jaxpr, count=len(errors) + count, maps=None, view=0
+    )
 
 
 jax_compat.checked(_push_p, lambda *operands, **_: list(operands), _checked)

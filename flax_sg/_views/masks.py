@@ -26,8 +26,21 @@ from flax_sg._errors import UsageError
 from flax_sg._jax.primitives import define, runs
 
 __all__ = [
-    'BINDER', 'NO_VIEW', 'absent', 'all_in_sight', 'counted_in', 'counts', 'during',
-    'inputs_of_views', 'is_mark', 'nesting', 'mark', 'marked', 'needed', 'for_view', 'tracing',
+    'BINDER',
+    'NO_VIEW',
+    'absent',
+    'all_in_sight',
+    'counted_in',
+    'counts',
+    'during',
+    'inputs_of_views',
+    'is_mark',
+    'nesting',
+    'mark',
+    'marked',
+    'needed',
+    'for_view',
+    'tracing',
 ]
 
 NO_VIEW = -1  # in which nothing marked is differentiated
@@ -44,11 +57,13 @@ _OUTSIDE = (
     'gradient_views: a variable that its target reads is differentiated where the views cannot be '
     'told apart: in a function that JAX keeps as an object, such as those given to '
     'jax.lax.custom_root, or in a jaxpr that was taken out of the target. Read the variable '
-    'before, in the target, and give its value to that function.')
+    'before, in the target, and give its value to that function.'
+)
 _INSIDE = (
     'gradient_views: its target differentiates, as with jax.grad, with respect to a variable that '
     'it reads inside the derivative; the result would differ between the views. Read the variable '
-    'first, and differentiate a function of its value.')
+    'first, and differentiate a function of its value.'
+)
 
 # The mark, and the same for tangents. `views` has a bool for each view; in what belongs to one view
 # it is that view's, and `nesting` is None.
@@ -136,8 +151,11 @@ def absent(like: Any, other: Any) -> Any:
 
 def counted_in(eqn: JaxprEqn, nesting: int) -> tuple[bool, ...] | None:
     """Return in which views a mark of tangents of a nesting counts; None for other equations."""
-    return eqn.params['views'] if (
-        eqn.primitive is _tangent_p and eqn.params['nesting'] == nesting) else None
+    return (
+        eqn.params['views']
+        if (eqn.primitive is _tangent_p and eqn.params['nesting'] == nesting)
+        else None
+    )
 
 
 def needed(jaxpr: Jaxpr, nesting: int, view: int) -> list[bool]:
@@ -154,8 +172,10 @@ def needed(jaxpr: Jaxpr, nesting: int, view: int) -> list[bool]:
 def inputs_of_views(operands: Any, shared: int, views: tuple) -> list[list]:
     """Return the inputs of the function in each view: what all have in common, and its own."""
     own = (len(operands) - shared) // len(views)
-    return [[*operands[:shared], *operands[shared + i * own:shared + (i + 1) * own]]
-            for i in range(len(views))]
+    return [
+        [*operands[:shared], *operands[shared + i * own : shared + (i + 1) * own]]
+        for i in range(len(views))
+    ]
 
 
 def marked(jaxpr: Jaxpr, nesting: int) -> list[int]:
@@ -174,8 +194,11 @@ def for_view(jaxpr: Jaxpr, nesting: int, view: int, places: list[int] | None = N
 
 def counts(eqn: JaxprEqn) -> bool | None:
     """Say whether a mark of tangents counts in its view; None for other equations."""
-    return eqn.params['views'] if (
-        eqn.primitive is _tangent_p and eqn.params['nesting'] is None) else None
+    return (
+        eqn.params['views']
+        if (eqn.primitive is _tangent_p and eqn.params['nesting'] is None)
+        else None
+    )
 
 
 def is_mark(eqn: JaxprEqn) -> bool:
@@ -194,8 +217,7 @@ def _equation(eqn: JaxprEqn, nesting: int, view: int) -> JaxprEqn:
     params = {k: _parameter(v, nesting, view) for k, v in eqn.params.items()}
     same = all(params[k] is v for k, v in eqn.params.items())
     # What is kept of the maps of all views of another nesting has marks of this one in it.
-    return eqn if same else eqn.replace(params=params | dict.fromkeys(
-        {'maps'} & params.keys()))
+    return eqn if same else eqn.replace(params=params | dict.fromkeys({'maps'} & params.keys()))
 
 
 def _parameter(value: Any, nesting: int, view: int) -> Any:

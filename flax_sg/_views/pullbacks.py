@@ -37,8 +37,9 @@ class ViewMaps:
         """Return the map of a view."""
         return for_view(self.jaxpr, self.nesting, view, self._places)
 
-    def transposed(self, view: int, inputs: list, cotangents: list
-                   ) -> tuple[Jaxpr, list, list[bool]] | None:
+    def transposed(
+        self, view: int, inputs: list, cotangents: list
+    ) -> tuple[Jaxpr, list, list[bool]] | None:
         """Return the transpose of the map of a view, where one can serve all views.
 
         Args:
@@ -51,36 +52,44 @@ class ViewMaps:
         """
         given = [x for x in inputs if not ad.is_undefined_primal(x)]
         moving = [ct for ct in cotangents if type(ct) is not ad.Zero]
-        key = (tuple(map(ad.is_undefined_primal, inputs)),
-               tuple(type(ct) is ad.Zero for ct in cotangents),
-               tuple(map(jax.typeof, [*given, *moving])), jax_compat.trace_context())
+        key = (
+            tuple(map(ad.is_undefined_primal, inputs)),
+            tuple(type(ct) is ad.Zero for ct in cotangents),
+            tuple(map(jax.typeof, [*given, *moving])),
+            jax_compat.trace_context(),
+        )
         if key not in self._transposes:
             self._transposes[key] = self._trace(inputs, cotangents, given, moving)
         if (made := self._transposes[key]) is None:
             return None
-        part, zero = _without_zeros(for_view(made.jaxpr, self.nesting, view, made.places), made.moving)
+        part, zero = _without_zeros(
+            for_view(made.jaxpr, self.nesting, view, made.places), made.moving
+        )
         part, used = jax_compat.pruned(part, [not z for z in zero], [False] * len(part.invars))
         operands = [x for x, u in zip([*made.consts, *given, *moving], used, strict=True) if u]
         zeros = iter(zero)
         return part, operands, [r and not next(zeros) for r in made.reached]
 
-    def _trace(self, inputs: list, cotangents: list, given: list, moving: list
-               ) -> _Transpose | None:
+    def _trace(
+        self, inputs: list, cotangents: list, given: list, moving: list
+    ) -> _Transpose | None:
         reached: list[bool] = []
 
         def pull(*values: Any) -> list:
-            known, cts = iter(values[:len(given)]), iter(values[len(given):])
+            known, cts = iter(values[: len(given)]), iter(values[len(given) :])
             found = jax_compat.pulled_back(
                 ClosedJaxpr(self.jaxpr, []),
                 [x if ad.is_undefined_primal(x) else next(known) for x in inputs],
-                [ct if type(ct) is ad.Zero else next(cts) for ct in cotangents])
+                [ct if type(ct) is ad.Zero else next(cts) for ct in cotangents],
+            )
             reached[:] = [ct is not None and type(ct) is not ad.Zero for ct in found]
             return [ct for ct, r in zip(found, reached, strict=True) if r]
+
         jaxpr, consts = opened(jax_compat.traced(pull, *given, *moving))
         places = marked(jaxpr, self.nesting)
         if not all(is_mark(jaxpr.eqns[i]) for i in places):
             return None
-        moved, names = set(jaxpr.invars[len(consts) + len(given):]), []
+        moved, names = set(jaxpr.invars[len(consts) + len(given) :]), []
         for eqn in jaxpr.eqns:
             names.append([*itertools.compress(eqn.invars, moving_among(eqn.invars, moved))])
             moved.update(eqn.outvars * bool(names[-1]))
@@ -113,6 +122,7 @@ def _without_zeros(jaxpr: Jaxpr, moving: list[list[Var]]) -> tuple[Jaxpr, list[b
 
     def read(var: Any) -> Any:
         return var if isinstance(var, Literal) else same.get(var, var)
+
     for eqn, names in zip(jaxpr.eqns, moving, strict=True):
         if not same.keys().isdisjoint(names):
             eqn = eqn.replace(invars=list(map(read, eqn.invars)))
@@ -126,5 +136,7 @@ def _without_zeros(jaxpr: Jaxpr, moving: list[list[Var]]) -> tuple[Jaxpr, list[b
         elif counts(eqn) or eqn.primitive.name == 'add_any' and len(left) < len(names):
             same[eqn.outvars[0]] = left[0]
     outvars = list(map(read, jaxpr.outvars))
-    return (jaxpr.replace(eqns=eqns, outvars=outvars),
-            [not isinstance(var, Literal) and var in zeros for var in outvars])
+    return (
+        jaxpr.replace(eqns=eqns, outvars=outvars),
+        [not isinstance(var, Literal) and var in zeros for var in outvars],
+    )

@@ -38,8 +38,7 @@ _views_p = Primitive(BINDER)
 _views_p.multiple_results = True
 
 
-def in_views(fun: Callable[[], tuple[Any, Any]], views: tuple[str, ...]
-             ) -> tuple[list[Any], Any]:
+def in_views(fun: Callable[[], tuple[Any, Any]], views: tuple[str, ...]) -> tuple[list[Any], Any]:
     """Run a function once, and return its output once for each view.
 
     Args:
@@ -61,14 +60,23 @@ def in_views(fun: Callable[[], tuple[Any, Any]], views: tuple[str, ...]
     # What was only handed on stays what it is: nn.scan wants broadcast variables back unchanged.
     places = {var: i for i, var in enumerate(jaxpr.invars)}
     forwarded = [None] * count + [
-        None if isinstance(var, Literal) else places.get(var) for var in jaxpr.outvars[count:]]
+        None if isinstance(var, Literal) else places.get(var) for var in jaxpr.outvars[count:]
+    ]
     outvars = [var for var, place in zip(jaxpr.outvars, forwarded, strict=True) if place is None]
-    made = _views_p.bind(*inputs, jaxpr=ClosedJaxpr(jaxpr.replace(outvars=outvars), []),
-                         shared=len(inputs), count=count, views=views, nesting=nesting)
+    made = _views_p.bind(
+        *inputs,
+        jaxpr=ClosedJaxpr(jaxpr.replace(outvars=outvars), []),
+        shared=len(inputs),
+        count=count,
+        views=views,
+        nesting=nesting,
+    )
     outs, aux = _parts(made, count, len(views))
     rest = iter(aux)
     aux = [next(rest) if place is None else inputs[place] for place in forwarded[count:]]
-    for i, place in reversed(list(zip(given, forwarded[len(forwarded) - len(given):], strict=True))):
+    for i, place in reversed(
+        list(zip(given, forwarded[len(forwarded) - len(given) :], strict=True))
+    ):
         last = aux.pop()
         if place is None:
             given[i][...] = last
@@ -78,32 +86,52 @@ def in_views(fun: Callable[[], tuple[Any, Any]], views: tuple[str, ...]
 
 def _parts(made: list, count: int, views: int) -> tuple[list[list], list]:
     """Split results of the primitive: the output of each view, and what else was made."""
-    return [made[i * count:(i + 1) * count] for i in range(views)], made[views * count:]
+    return [made[i * count : (i + 1) * count] for i in range(views)], made[views * count :]
 
 
-def _run(*operands: Any, jaxpr: ClosedJaxpr, shared: int, count: int, views: tuple, nesting: int
-         ) -> list:
+def _run(
+    *operands: Any, jaxpr: ClosedJaxpr, shared: int, count: int, views: tuple, nesting: int
+) -> list:
     made = evaluate(jaxpr, *inputs_of_views(operands, shared, views)[0])
     return made[:count] * len(views) + made[count:]
 
 
-def _abstract(*_: Any, jaxpr: ClosedJaxpr, shared: int, count: int, views: tuple, nesting: int
-              ) -> tuple:
+def _abstract(
+    *_: Any, jaxpr: ClosedJaxpr, shared: int, count: int, views: tuple, nesting: int
+) -> tuple:
     avals = list(jaxpr.out_avals)
     return avals[:count] * len(views) + avals[count:], jaxpr.effects
 
 
-def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, count: int,
-         views: tuple, nesting: int) -> tuple[list, list]:
+def _jvp(
+    primals: tuple,
+    tangents: tuple,
+    *,
+    jaxpr: ClosedJaxpr,
+    shared: int,
+    count: int,
+    views: tuple,
+    nesting: int,
+) -> tuple[list, list]:
     inputs, moving = (inputs_of_views(values, shared, views) for values in (primals, tangents))
-    moved = [i for i, ts in enumerate(zip(*moving, strict=True))
-             if any(type(t) is not ad.Zero for t in ts)]
+    moved = [
+        i
+        for i, ts in enumerate(zip(*moving, strict=True))
+        if any(type(t) is not ad.Zero for t in ts)
+    ]
     tangents = [[ad.instantiate_zeros(ts[i]) for i in moved] for ts in moving]
     with during(reads_closed=True, told_apart=tracing.told_apart | {nesting}):
         linear = _linearized(jaxpr, count, inputs[0], moved)
     kept = linear.kept
-    made = _views_p.bind(*linear.consts, *primals, jaxpr=linear.forward, count=count + kept,
-                         shared=len(linear.consts) + shared, views=views, nesting=nesting)
+    made = _views_p.bind(
+        *linear.consts,
+        *primals,
+        jaxpr=linear.forward,
+        count=count + kept,
+        shared=len(linear.consts) + shared,
+        views=views,
+        nesting=nesting,
+    )
     outs, aux = _parts(made, count + kept, len(views))
     residuals, outs = [out[count:] for out in outs], [out[:count] for out in outs]
     rest = len(jaxpr.out_avals) - count
@@ -117,18 +145,25 @@ def _jvp(primals: tuple, tangents: tuple, *, jaxpr: ClosedJaxpr, shared: int, co
     def pushed(residuals: list, residuals_aside: list, given: list) -> list:
         tangents = of_views(given)
         maps = Maps(nesting, functools.partial(_in_common, views, nesting))
-        found = maps.apply(linear.push, [
-            [*own, *ts] for own, ts in zip(maps.share(None, residuals), tangents, strict=True)],
-            [False] * len(residuals[0]) + [True] * len(moved))
-        found.append(jax.core.eval_jaxpr(for_view(linear.push_aside, nesting, NO_VIEW), (),
-                                         *residuals_aside, *tangents[0]))
+        found = maps.apply(
+            linear.push,
+            [[*own, *ts] for own, ts in zip(maps.share(None, residuals), tangents, strict=True)],
+            [False] * len(residuals[0]) + [True] * len(moved),
+        )
+        found.append(
+            jax.core.eval_jaxpr(
+                for_view(linear.push_aside, nesting, NO_VIEW), (), *residuals_aside, *tangents[0]
+            )
+        )
         return [t for ts in found for t in ts]
 
     made = [*(x for out in outs for x in out), *aux]
     found = iter(pushed(residuals, residuals_aside, given))
     moves = linear.moves[:count] * len(views) + linear.moves[count:]
-    return made, [next(found) if m else ad.Zero(jax.typeof(x).to_tangent_aval())
-                  for x, m in zip(made, moves, strict=True)]
+    return made, [
+        next(found) if m else ad.Zero(jax.typeof(x).to_tangent_aval())
+        for x, m in zip(made, moves, strict=True)
+    ]
 
 
 class _Linear(NamedTuple):
@@ -153,13 +188,15 @@ class _Linear(NamedTuple):
 
 def _linearized(jaxpr: ClosedJaxpr, count: int, primals: list, moved: list[int]) -> _Linear:
     """Linearise a function at some inputs, in those that are moved."""
+
     def joint(*inputs: Any) -> list:
         def of_moved(*moving: Any) -> list:
-            values = list(inputs[:len(primals)])
+            values = list(inputs[: len(primals)])
             for i, x in zip(moved, moving, strict=True):
                 values[i] = x
             return evaluate(jaxpr, *values)
-        made, tangents = jax.jvp(of_moved, [inputs[i] for i in moved], list(inputs[len(primals):]))
+
+        made, tangents = jax.jvp(of_moved, [inputs[i] for i in moved], list(inputs[len(primals) :]))
         return [*made, *(t for x, t in zip(made, tangents, strict=True) if _inexact(x))]
 
     closed, consts = closed_over(joint, *primals, *(primals[i] for i in moved))
@@ -174,21 +211,30 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: list, moved: list[int])
     def part(of: Callable[[int], bool]) -> tuple[Jaxpr, list]:
         wanted = [moves[i] and of(i) for i, x in enumerate(inexact) if x]
         push_of, used = jax_compat.pruned(
-            push.jaxpr, wanted, [False] * len(residuals) + [True] * len(moved))
+            push.jaxpr, wanted, [False] * len(residuals) + [True] * len(moved)
+        )
         return push_of, [x for x, u in zip(residuals, used, strict=False) if u]
+
     push_of_output, kept = part(lambda i: i < count)
     push_aside, kept_aside = part(lambda i: i >= count)
     outvars = [*made[:count], *kept, *made[count:], *kept_aside]
-    return _Linear(ClosedJaxpr(forward.replace(outvars=outvars), []), [*more, *consts], len(kept),
-                   push_of_output, push_aside, moves)
+    return _Linear(
+        ClosedJaxpr(forward.replace(outvars=outvars), []),
+        [*more, *consts],
+        len(kept),
+        push_of_output,
+        push_aside,
+        moves,
+    )
 
 
 def _inexact(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _in_common(views: tuple, nesting: int, jaxpr: ClosedJaxpr | None, groups: list[list]
-               ) -> list[list]:
+def _in_common(
+    views: tuple, nesting: int, jaxpr: ClosedJaxpr | None, groups: list[list]
+) -> list[list]:
     """Compute a function once, of inputs that are equal in all views but in their derivatives.
 
     Args:
@@ -201,22 +247,40 @@ def _in_common(views: tuple, nesting: int, jaxpr: ClosedJaxpr | None, groups: li
     if jaxpr is None:
         jaxpr = jax_compat.traced(lambda *xs: list(xs), *groups[0])
     count = len(jaxpr.out_avals)
-    made = _views_p.bind(*(x for group in groups for x in group), jaxpr=jaxpr, shared=0,
-                         count=count, views=views, nesting=nesting)
+    made = _views_p.bind(
+        *(x for group in groups for x in group),
+        jaxpr=jaxpr,
+        shared=0,
+        count=count,
+        views=views,
+        nesting=nesting,
+    )
     return _parts(made, count, len(views))[0]
 
 
-def _batched(axis: Any, operands: list, dims: list, *, jaxpr: ClosedJaxpr, shared: int,
-             count: int, views: tuple, nesting: int) -> tuple[list, list]:
+def _batched(
+    axis: Any,
+    operands: list,
+    dims: list,
+    *,
+    jaxpr: ClosedJaxpr,
+    shared: int,
+    count: int,
+    views: tuple,
+    nesting: int,
+) -> tuple[list, list]:
     of_views = inputs_of_views(dims, shared, views)
     fronts = [None if all(d is None for d in of) else 0 for of in zip(*of_views, strict=True)]
     wanted = [*fronts[:shared], *fronts[shared:] * len(views)]
-    operands = [x if front is None else batching.bdim_at_front(x, dim, axis.size)
-                for x, dim, front in zip(operands, dims, wanted, strict=True)]
+    operands = [
+        x if front is None else batching.bdim_at_front(x, dim, axis.size)
+        for x, dim, front in zip(operands, dims, wanted, strict=True)
+    ]
     batched, varies = jax_compat.batched(jaxpr, axis, fronts)
     axes = [0 if v else None for v in varies]
-    made = _views_p.bind(*operands, jaxpr=batched, shared=shared, count=count, views=views,
-                         nesting=nesting)
+    made = _views_p.bind(
+        *operands, jaxpr=batched, shared=shared, count=count, views=views, nesting=nesting
+    )
     return made, axes[:count] * len(views) + axes[count:]
 
 

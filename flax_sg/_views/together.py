@@ -46,8 +46,9 @@ class Maps:
           moving: which of these the map is linear in; the others are equal in all views.
         """
         if any(moving) and not all_in_sight.value:
-            operands = [self._thinned(jaxpr, view, values, moving)
-                        for view, values in enumerate(operands)]
+            operands = [
+                self._thinned(jaxpr, view, values, moving) for view, values in enumerate(operands)
+            ]
         if not any(moving) or not _computes_again(jaxpr) and not _asks_the_user(jaxpr):
             return self._each(jaxpr, operands, moving)
         envs = [dict(zip(jaxpr.invars, values, strict=True)) for values in operands]
@@ -59,12 +60,17 @@ class Maps:
             counts = None if all_in_sight.value else counted_in(eqn, self.nesting)
             rule = _RULES.get(eqn.primitive.name)
             if counts is not None:
-                outs = [[of[0] if c else absent(eqn.outvars[0].aval, other)]
-                        for of, other, c in zip(values, linear, counts, strict=True)]
+                outs = [
+                    [of[0] if c else absent(eqn.outvars[0].aval, other)]
+                    for of, other, c in zip(values, linear, counts, strict=True)
+                ]
             elif rule is None or not any(flags) or not _holds_checkpoint(eqn) or _is_placed(eqn):
                 alone = _alone(jaxpr, eqn)
-                outs = self._each(alone, [[env[var] for var in alone.invars] for env in envs],
-                                  moving_among(alone.invars, moved))
+                outs = self._each(
+                    alone,
+                    [[env[var] for var in alone.invars] for env in envs],
+                    moving_among(alone.invars, moved),
+                )
             else:
                 outs = rule(self, eqn, values, flags)
             for env, out in zip(envs, outs, strict=True):
@@ -84,22 +90,30 @@ class Maps:
         live = [x for x, (m, u) in zip(values, pairs, strict=True) if m and u]
         other = (live or list(itertools.compress(values, moving)))[0]
         zeros = functools.cache(lambda aval: absent(aval, other))
-        return [zeros(jax.typeof(x)) if m and not u else x
-                for x, (m, u) in zip(values, pairs, strict=True)]
+        return [
+            zeros(jax.typeof(x)) if m and not u else x
+            for x, (m, u) in zip(values, pairs, strict=True)
+        ]
 
     def _each(self, jaxpr: Jaxpr, operands: list[list], moving: list[bool]) -> list[list]:
         if len(jaxpr.eqns) < 2 or not any(moving):
-            return [jax.core.eval_jaxpr(for_view(jaxpr, self.nesting, view), (), *values)
-                    for view, values in enumerate(operands)]
+            return [
+                jax.core.eval_jaxpr(for_view(jaxpr, self.nesting, view), (), *values)
+                for view, values in enumerate(operands)
+            ]
         if moving != sorted(moving):
             order = sorted(range(len(moving)), key=lambda i: moving[i])
-            jaxpr = jaxpr.replace(invars=[jaxpr.invars[i] for i in order],
-                                  debug_info=jaxpr.debug_info.with_unknown_names())
+            jaxpr = jaxpr.replace(
+                invars=[jaxpr.invars[i] for i in order],
+                debug_info=jaxpr.debug_info.with_unknown_names(),
+            )
             operands = [[values[i] for i in order] for values in operands]
         count = moving.count(False)
         maps = ViewMaps(jaxpr, self.nesting)
-        return [push(maps.of(view), values[:count], values[count:], maps, view)
-                for view, values in enumerate(operands)]
+        return [
+            push(maps.of(view), values[:count], values[count:], maps, view)
+            for view, values in enumerate(operands)
+        ]
 
     def _checkpoint(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
         known, push = jax_compat.split(eqn.params['jaxpr'], moving)
@@ -107,18 +121,26 @@ class Maps:
 
         def body(*flat: Any) -> list:
             parts = [_parted(values, moving) for values in of_views(flat)]
-            kept = self.share(known, [inputs for inputs, _ in parts]) if known.jaxpr.eqns else [
-                jax.core.eval_jaxpr(known.jaxpr, known.consts, *inputs) for inputs, _ in parts]
-            outs = self.apply(push.jaxpr, [
-                [*own, *tangents] for own, (_, tangents) in zip(kept, parts, strict=True)],
-                [False] * len(kept[0]) + [True] * sum(moving))
+            kept = (
+                self.share(known, [inputs for inputs, _ in parts])
+                if known.jaxpr.eqns
+                else [
+                    jax.core.eval_jaxpr(known.jaxpr, known.consts, *inputs) for inputs, _ in parts
+                ]
+            )
+            outs = self.apply(
+                push.jaxpr,
+                [[*own, *tangents] for own, (_, tangents) in zip(kept, parts, strict=True)],
+                [False] * len(kept[0]) + [True] * sum(moving),
+            )
             return jax.tree.leaves(outs)
 
         jaxpr, consts = closed_over(body, *flat)
         params = eqn.params | {'jaxpr': jaxpr.jaxpr}
         if isinstance(flags := params['prevent_cse'], tuple):  # for each operand, since jax 0.11
-            barred = {id(x) for values in operands
-                      for x, flag in zip(values, flags, strict=True) if flag}
+            barred = {
+                id(x) for values in operands for x, flag in zip(values, flags, strict=True) if flag
+            }
             params['prevent_cse'] = (*[True] * len(consts), *(id(x) in barred for x in flat))
         outs = eqn.primitive.bind(*consts, *flat, **params)
         return _grouped(outs, len(operands))
@@ -129,22 +151,29 @@ class Maps:
         moving = list(moving)
         while True:  # what a step makes of what moves, moves in the next one
             made = moves_out(body, [*[False] * len(closed_consts), *moving])[:carry]
-            before = moving[consts:consts + carry]
-            moving[consts:consts + carry] = [a or b for a, b in zip(before, made, strict=True)]
-            if moving[consts:consts + carry] == before:
+            before = moving[consts : consts + carry]
+            moving[consts : consts + carry] = [a or b for a, b in zip(before, made, strict=True)]
+            if moving[consts : consts + carry] == before:
                 break
 
-        sliced, of_views = once([of[consts + carry:] for of in operands])
+        sliced, of_views = once([of[consts + carry :] for of in operands])
 
         def step(carries: list[list], xs: list) -> tuple[list[list], list[list]]:
-            values = [[*closed_consts, *of[:consts], *c, *x]
-                      for of, c, x in zip(operands, carries, of_views(xs), strict=True)]
+            values = [
+                [*closed_consts, *of[:consts], *c, *x]
+                for of, c, x in zip(operands, carries, of_views(xs), strict=True)
+            ]
             outs = self.apply(body, values, [*[False] * len(closed_consts), *moving])
             return [out[:carry] for out in outs], [out[carry:] for out in outs]
 
         carries, ys = jax.lax.scan(
-            step, [of[consts:consts + carry] for of in operands], sliced, params['length'],
-            params['reverse'], params['unroll'])
+            step,
+            [of[consts : consts + carry] for of in operands],
+            sliced,
+            params['length'],
+            params['reverse'],
+            params['unroll'],
+        )
         return [[*c, *y] for c, y in zip(carries, ys, strict=True)]
 
     def _cond(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
@@ -152,6 +181,7 @@ class Maps:
 
         def of_branch(closed: Any) -> Callable:
             return lambda flat: self.apply(*_with_consts(closed, of_views(flat), moving[1:]))
+
         return jax.lax.switch(operands[0][0], list(map(of_branch, eqn.params['branches'])), flat)
 
     def _call(self, eqn: JaxprEqn, operands: list[list], moving: list[bool]) -> list[list]:
@@ -159,26 +189,35 @@ class Maps:
 
         def call(flat: list) -> list[list]:
             return self.apply(*_with_consts(eqn.params['jaxpr'], of_views(flat), moving))
+
         call.__name__ = eqn.params['name']
         return jax.jit(call)(flat)
 
 
 # By the names of both versions of JAX.
-_RULES = {'checkpoint': Maps._checkpoint, 'remat2': Maps._checkpoint, 'scan': Maps._scan,
-          'cond': Maps._cond, 'pjit': Maps._call, 'jit': Maps._call}
+_RULES = {
+    'checkpoint': Maps._checkpoint,
+    'remat2': Maps._checkpoint,
+    'scan': Maps._scan,
+    'cond': Maps._cond,
+    'pjit': Maps._call,
+    'jit': Maps._call,
+}
 
 
 # Operations on tangents whose transposes are the user's: of jax.custom_vjp, of what says its own
 # transpose, and of map_gradient. They need not be linear, and are not asked about a cotangent that
 # there is not, which JAX sees where they are not hidden in one operation.
-_OF_THE_USER = frozenset({'custom_lin', 'custom_transpose_call', 'linear_call',
-                          'flax_sg_map_gradient_tangent'})
+_OF_THE_USER = frozenset(
+    {'custom_lin', 'custom_transpose_call', 'linear_call', 'flax_sg_map_gradient_tangent'}
+)
 
 
 def _asks_the_user(jaxpr: Jaxpr) -> bool:
     return any(
         eqn.primitive.name in _OF_THE_USER or any(map(_asks_the_user, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns)
+        for eqn in jaxpr.eqns
+    )
 
 
 def _read(env: dict, var: Any) -> Any:
@@ -191,7 +230,8 @@ def _computes_again(jaxpr: Jaxpr) -> bool:
 
 def _holds_checkpoint(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in ('checkpoint', 'remat2') or any(
-        map(_computes_again, jaxprs_in_params(eqn.params)))
+        map(_computes_again, jaxprs_in_params(eqn.params))
+    )
 
 
 def _is_placed(eqn: JaxprEqn) -> bool:
@@ -203,8 +243,13 @@ def _is_placed(eqn: JaxprEqn) -> bool:
 def _alone(jaxpr: Jaxpr, eqn: JaxprEqn) -> Jaxpr:
     """Return a jaxpr of one equation."""
     names = dict.fromkeys(var for var in eqn.invars if not isinstance(var, Literal))
-    return jaxpr.replace(constvars=[], invars=[*names], eqns=[eqn], outvars=[*eqn.outvars],
-                         debug_info=jaxpr.debug_info.with_unknown_names())
+    return jaxpr.replace(
+        constvars=[],
+        invars=[*names],
+        eqns=[eqn],
+        outvars=[*eqn.outvars],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
 
 
 def _parted(values: Any, moving: list[bool]) -> tuple[list, list]:
@@ -225,7 +270,7 @@ def once(operands: list[list]) -> tuple[list, Callable[[Any], list[list]]]:
 
 def _grouped(values: list, views: int) -> list[list]:
     count = len(values) // views
-    return [values[i * count:(i + 1) * count] for i in range(views)]
+    return [values[i * count : (i + 1) * count] for i in range(views)]
 
 
 def _with_consts(closed: ClosedJaxpr, operands: list[list], moving: list[bool]) -> tuple:

@@ -124,6 +124,8 @@ def _thaw(value: Any) -> Any:
 def _arrays(caller: str, tree: Any) -> Iterator[Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not (hasattr(leaf, 'size') and hasattr(leaf, 'dtype')):
-            raise ValueError(f'{caller}: the leaf at tree{jax.tree_util.keystr(path)} is {leaf!r}; '
-                             'expected an array. Filter it out, or make it an array.')
+            raise ValueError(
+                f'{caller}: the leaf at tree{jax.tree_util.keystr(path)} is {leaf!r}; '
+                'expected an array. Filter it out, or make it an array.'
+            )
         yield leaf

@@ -44,9 +44,7 @@ def traverse(structure: Tree) -> Generator[tuple[str, str, Any], None, None]:
     return ((*_names(path), value) for path, value in _leaves(structure))
 
 
-def partition(
-    predicate: Callable[[str, str, Any], bool], structure: Tree
-) -> tuple[Tree, Tree]:
+def partition(predicate: Callable[[str, str, Any], bool], structure: Tree) -> tuple[Tree, Tree]:
     """Split a tree in two: the leaves that a predicate selects, and the rest.
 
     Use it to differentiate or optimise a part of the parameters. Empty sub-dicts go to the rest,
@@ -68,9 +66,7 @@ def partition(
     return partition_n(lambda *entry: int(not predicate(*entry)), structure, 2)
 
 
-def partition_n(
-    fn: Callable[[str, str, Any], int], structure: Tree, n: int
-) -> tuple[Tree, ...]:
+def partition_n(fn: Callable[[str, str, Any], int], structure: Tree, n: int) -> tuple[Tree, ...]:
     """Split a tree into n trees by a class index for each leaf.
 
     Use it for groups with optimisers or losses of their own. ``merge(*partition_n(f, t, n))`` is
@@ -95,8 +91,10 @@ def partition_n(
     check_mapping('partition_n', structure)
     size, least = _as_int(n), 1 if structure else 0
     if size is None or size < least:
-        raise ValueError(f'partition_n: n is {n!r}; expected an int >= {least}. '
-                         'Pass the number of trees that you want.')
+        raise ValueError(
+            f'partition_n: n is {n!r}; expected an int >= {least}. '
+            'Pass the number of trees that you want.'
+        )
     parts: list[dict[str, Any]] = [{} for _ in range(size)]
     for path, value in _entries(structure):
         # The last: then `partition` selects what `filter` does (test_filter_is_first_of_partition).
@@ -219,8 +217,10 @@ def _sorted_keys(tree: Tree, path: Path) -> list[str]:
     try:
         return sorted(tree)
     except TypeError as error:
-        raise ValueError(f'data_structures: the keys {list(tree)!r} at {_join(path)!r} cannot be '
-                         'sorted; expected keys of one type. Make them all str.') from error
+        raise ValueError(
+            f'data_structures: the keys {list(tree)!r} at {_join(path)!r} cannot be '
+            'sorted; expected keys of one type. Make them all str.'
+        ) from error
 
 
 def _join(path: Path) -> str:
@@ -240,8 +240,10 @@ def _class_index(fn: Callable[[str, str, Any], int], path: Path, value: Any, n: 
     if index is not None and 0 <= index < n:
         return index
     way_out = 'Fix fn.' if index is None or index < 0 else f'Fix fn, or pass n={index + 1}.'
-    raise ValueError(f'partition_n: fn({module_name!r}, {name!r}, ...) returned {returned!r}; '
-                     f'expected an int in [0, {n}). {way_out}')
+    raise ValueError(
+        f'partition_n: fn({module_name!r}, {name!r}, ...) returned {returned!r}; '
+        f'expected an int in [0, {n}). {way_out}'
+    )
 
 
 def _as_int(value: Any) -> int | None:
@@ -266,8 +268,10 @@ def _merge_into(
         is_node = isinstance(value, Mapping)
         if key in out and is_node != isinstance(out[key], Mapping):
             now, before = ('sub-tree', 'leaf') if is_node else ('leaf', 'sub-tree')
-            raise ValueError(f'merge: {_join(here)!r} is a {now} in {origin} and a {before} in an '
-                             'earlier one; expected one kind. Rename or filter one of them.')
+            raise ValueError(
+                f'merge: {_join(here)!r} is a {now} in {origin} and a {before} in an '
+                'earlier one; expected one kind. Rename or filter one of them.'
+            )
         if is_node:
             # Not below a FrozenDict: there, what holds it decides (test_merge_of_mixed_types).
             topmost = isinstance(value, FrozenDict) and not isinstance(tree, FrozenDict)
@@ -279,7 +283,8 @@ def _merge_into(
             raise ValueError(
                 f'merge: {_join(here)!r} is {_describe(value)} in {origin} and '
                 f'{_describe(out[key])} in an earlier one; expected one shape and dtype. '
-                'Rename or filter one of them, or pass check_duplicates=False.')
+                'Rename or filter one of them, or pass check_duplicates=False.'
+            )
         out[key] = copy_tree(value)
 
 
@@ -328,5 +333,7 @@ def copy_tree(value: Any) -> Any:
 
 def check_mapping(caller: str, tree: Any, argument: str = 'structure') -> None:
     if not isinstance(tree, Mapping):
-        raise ValueError(f'{caller}: {argument} is of type {type(tree).__name__}; expected a '
-                         "mapping like {'mlp': {'w': ...}}. Pass a nested dict or FrozenDict.")
+        raise ValueError(
+            f'{caller}: {argument} is of type {type(tree).__name__}; expected a '
+            "mapping like {'mlp': {'w': ...}}. Pass a nested dict or FrozenDict."
+        )

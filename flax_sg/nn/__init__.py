@@ -23,8 +23,18 @@ from flax_sg.nn import _lifted_bodies as _lifted_bodies  # taps what lifted tran
 from flax_sg.nn import _reads as _reads  # taps reads
 
 _OURS = (
-    'constant', 'everything', 'gradient_views', 'map_gradient', 'map_values', 'nothing', 'path',
-    'regex', 'replace_values', 'scale_gradient', 'stop_gradient', 'where',
+    'constant',
+    'everything',
+    'gradient_views',
+    'map_gradient',
+    'map_values',
+    'nothing',
+    'path',
+    'regex',
+    'replace_values',
+    'scale_gradient',
+    'stop_gradient',
+    'where',
 )
 __all__ = sorted({*_OURS, *(name for name in dir(_linen) if not name.startswith('_'))})
 

@@ -25,20 +25,48 @@ from flax_sg._filters.callables import cell_contents
 __all__ = ['arrays_in', 'given', 'is_plain']
 
 _MOST = 10_000  # objects that are looked at
-_PLAIN = (str, bytes, bool, int, float, complex, type(None), np.dtype, enum.Enum, Scope, Variable,
-          types.ModuleType, types.CodeType, types.FrameType, weakref.ref)
+_PLAIN = (
+    str,
+    bytes,
+    bool,
+    int,
+    float,
+    complex,
+    type(None),
+    np.dtype,
+    enum.Enum,
+    Scope,
+    Variable,
+    types.ModuleType,
+    types.CodeType,
+    types.FrameType,
+    weakref.ref,
+)
 
 
 def given(module: Module) -> dict[str, Any]:
     """Return what a module was made with, but for its place."""
-    return {field.name: getattr(module, field.name, None) for field in dataclasses.fields(module)
-            if field.init and field.name not in ('parent', 'name')}
+    return {
+        field.name: getattr(module, field.name, None)
+        for field in dataclasses.fields(module)
+        if field.init and field.name not in ('parent', 'name')
+    }
 
 
 def is_plain(value: Any) -> bool:
     """Say whether a value holds no other one, or nothing that it could be given later."""
-    return isinstance(value, (*_PLAIN, jax.Array, np.ndarray, type, types.FunctionType,
-                              types.BuiltinFunctionType, Module))
+    return isinstance(
+        value,
+        (
+            *_PLAIN,
+            jax.Array,
+            np.ndarray,
+            type,
+            types.FunctionType,
+            types.BuiltinFunctionType,
+            Module,
+        ),
+    )
 
 
 def arrays_in(value: Any) -> Iterator[Any]:
@@ -60,8 +88,12 @@ def _parts(value: Any) -> list:
     if isinstance(value, Module):
         return [type(value), *given(value).values()]
     if isinstance(value, types.FunctionType):
-        return [*map(cell_contents, value.__closure__ or ()), *(value.__defaults__ or ()),
-                *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        return [
+            *map(cell_contents, value.__closure__ or ()),
+            *(value.__defaults__ or ()),
+            *(value.__kwdefaults__ or {}).values(),
+            *vars(value).values(),
+        ]
     if isinstance(value, types.BuiltinFunctionType):
         return [value.__self__]
     if isinstance(value, type):

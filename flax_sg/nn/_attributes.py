@@ -71,9 +71,13 @@ class Kept:
         blocks, now, values = effective(module.scope), jax_compat.trace_state(), vars(module)
         # A tracer computed in a function that JAX traced, the body of a scan, stays in there.
         if blocks == self.blocks and (
-                self.trace in (now, application_of(module.scope).trace) or not any(
-                    isinstance(leaf, jax.core.Tracer) for name in self.names
-                    for leaf in jax.tree.leaves(values[name]))):
+            self.trace in (now, application_of(module.scope).trace)
+            or not any(
+                isinstance(leaf, jax.core.Tracer)
+                for name in self.names
+                for leaf in jax.tree.leaves(values[name])
+            )
+        ):
             return values[name]
         # Values computed here are tracers of the current trace. They are kept only where what
         # keeps them cannot outlive it: by the innermost block, or by a module of the same trace.
@@ -95,7 +99,8 @@ def _setup_again(module: Module, names: tuple[str, ...]) -> dict[str, Any]:
         raise UsageError(
             f'{_setup_of(module)} set {missing[0]!r} when it first ran, and not when it ran again '
             "inside a flax_sg block. Let setup depend on nothing but the module's fields, "
-            'variables and random streams.')
+            'variables and random streams.'
+        )
     return {name: vars(clone)[name] for name in names}
 
 
@@ -110,7 +115,8 @@ def _told_of_objects(module: Module, run: Run) -> Iterator[None]:
             raise UsageError(
                 f'{_setup_of(module)} put what it reads inside a flax_sg block into the object in '
                 f"field {name!r}: code that holds the object would see the block's values after "
-                'it. Set attributes of the module itself.')
+                'it. Set attributes of the module itself.'
+            )
 
 
 def _setup_of(module: Module) -> str:
@@ -126,7 +132,8 @@ def _merge(old: Any, new: Any) -> Any:
     if jax.tree.structure(old) != jax.tree.structure(new):  # it holds what is made anew each time
         return new
     return jax.tree.map(
-        lambda a, b: b if _depends(a) or isinstance(a, _NUMBERS) and a != b else a, old, new)
+        lambda a, b: b if _depends(a) or isinstance(a, _NUMBERS) and a != b else a, old, new
+    )
 
 
 def _depends(value: Any, seen: frozenset[int] = frozenset()) -> bool:
@@ -146,9 +153,17 @@ def _depends(value: Any, seen: frozenset[int] = frozenset()) -> bool:
     if isinstance(value, type):
         return _class_depends(value)
     if isinstance(value, types.FunctionType):
-        return any(map(depends, (*map(cell_contents, value.__closure__ or ()),
-                                 *(value.__defaults__ or ()),
-                                 *(value.__kwdefaults__ or {}).values(), *vars(value).values())))
+        return any(
+            map(
+                depends,
+                (
+                    *map(cell_contents, value.__closure__ or ()),
+                    *(value.__defaults__ or ()),
+                    *(value.__kwdefaults__ or {}).values(),
+                    *vars(value).values(),
+                ),
+            )
+        )
     if isinstance(value, types.MethodType):
         return depends(value.__self__)
     if isinstance(value, functools.partial):
@@ -204,8 +219,14 @@ def _places(module: Module) -> list[tuple[Module, tuple]]:
 
 def first_run(module: Module, what: str) -> Run | None:
     """Return the first run of a module's setup, or of what has another name, by it or a mirror."""
-    return next((run for place, names in _places(module)
-                 if (run := vars(place).get(_RUNS, {}).get((what, names)))), None)
+    return next(
+        (
+            run
+            for place, names in _places(module)
+            if (run := vars(place).get(_RUNS, {}).get((what, names)))
+        ),
+        None,
+    )
 
 
 def note_run(module: Module, what: str, run: Run) -> None:
@@ -229,9 +250,12 @@ def _try_setup(original, self, shallow=False):
     if run.first is None:
         note_run(self, 'setup', run)
     if run.read:
-        names = tuple(name for name, value in _changed(self, before).items()
-                      if (_depends(value) or run.concrete and _holds_number(value))
-                      and not _is_set(type(self), name))
+        names = tuple(
+            name
+            for name, value in _changed(self, before).items()
+            if (_depends(value) or run.concrete and _holds_number(value))
+            and not _is_set(type(self), name)
+        )
         for name in names:
             _intercept(type(self), name)
         if names:
@@ -241,8 +265,11 @@ def _try_setup(original, self, shallow=False):
 def _values(module: Module) -> dict[str, tuple[Any, list]]:
     """Return the attributes that setup may set or fill, and the arrays in them."""
     others = _FLAX | {field.name for field in dataclasses.fields(module) if field.init}
-    return {name: (value, [] if is_plain(value) else list(arrays_in(value)))
-            for name, value in vars(module).items() if name not in others}
+    return {
+        name: (value, [] if is_plain(value) else list(arrays_in(value)))
+        for name, value in vars(module).items()
+        if name not in others
+    }
 
 
 def _changed(module: Module, before: dict[str, tuple[Any, list]]) -> dict[str, Any]:

@@ -16,9 +16,7 @@ from flax_sg.nn._scope_flags import flags_of, set_flags
 if TYPE_CHECKING:
     pass
 
-__all__ = [
-    'attach', 'module_block', 'block_at', 'may_create', 'open_at', 'without',
-]
+__all__ = ['attach', 'module_block', 'block_at', 'may_create', 'open_at', 'without']
 
 
 def may_create(scope: Scope, transform: Any) -> bool:
@@ -40,14 +38,26 @@ def block_at(transform: Any, scope: Scope | None, by: Scope | None) -> OpenBlock
 
     ``by`` is the scope of the module whose code opens it.
     """
-    return OpenBlock(transform, ()) if scope is None else _opened_at(transform, scope, around_of(scope, by))
+    return (
+        OpenBlock(transform, ())
+        if scope is None
+        else _opened_at(transform, scope, around_of(scope, by))
+    )
 
 
-def _opened_at(transform: Any, scope: Scope, around: tuple[OpenBlock, ...], owner: Any = None) -> OpenBlock:
+def _opened_at(
+    transform: Any, scope: Scope, around: tuple[OpenBlock, ...], owner: Any = None
+) -> OpenBlock:
     flags = flags_of(scope)
-    return OpenBlock(transform, linen_compat.scope_path(scope), flags.root_id, variables=flags.variables,
-                 around=around, owner=owner,
-                 initializing=bool(scope.get_flag('initializing', False)))
+    return OpenBlock(
+        transform,
+        linen_compat.scope_path(scope),
+        flags.root_id,
+        variables=flags.variables,
+        around=around,
+        owner=owner,
+        initializing=bool(scope.get_flag('initializing', False)),
+    )
 
 
 def around_of(scope: Scope, by: Scope | None) -> tuple[OpenBlock, ...]:
@@ -56,7 +66,9 @@ def around_of(scope: Scope, by: Scope | None) -> tuple[OpenBlock, ...]:
     The block is inside them, and around the others.
     """
     own = flags_of(scope).module_blocks
-    return () if by is None else tuple(block for block in own if block in flags_of(by).module_blocks)
+    return (
+        () if by is None else tuple(block for block in own if block in flags_of(by).module_blocks)
+    )
 
 
 def running_scope() -> Scope | None:
@@ -78,19 +90,31 @@ def attach(scope: Scope, owner: Any, transform: Any, *, mirror: bool = False) ->
     inside = tuple(block for block in flags.module_blocks if block not in around)
     view = scope.rewound()
     view.reservations = scope.reservations
-    set_flags(view, flags.with_module_blocks((*around, _opened_at(transform, scope, around, owner), *inside)))
+    set_flags(
+        view,
+        flags.with_module_blocks((*around, _opened_at(transform, scope, around, owner), *inside)),
+    )
     return view
 
 
 def module_block(scope: Scope, owner: Any) -> OpenBlock | None:
     """Return the block that `attach` gave the scope for an owner, or None."""
     flags, path = flags_of(scope), linen_compat.scope_path(scope)
-    return next((e for e in flags.module_blocks if e.owner == owner and e.opener == path
-                 and e.root_id is flags.root_id), None)
+    return next(
+        (
+            e
+            for e in flags.module_blocks
+            if e.owner == owner and e.opener == path and e.root_id is flags.root_id
+        ),
+        None,
+    )
 
 
 def without(scope: Scope, owners: set) -> Scope:
     """Return a view of the scope that carries nothing of some owners."""
     view, flags = scope.rewound(), flags_of(scope)
-    set_flags(view, flags.with_module_blocks(tuple(e for e in flags.module_blocks if e.owner not in owners)))
+    set_flags(
+        view,
+        flags.with_module_blocks(tuple(e for e in flags.module_blocks if e.owner not in owners)),
+    )
     return view

@@ -86,8 +86,12 @@ def _watch(cls: type[Module]) -> None:
     note_class(cls)
     for base in reversed(cls.__mro__):
         if issubclass(base, Module):
-            names = {name for of in base.__mro__ if of is base or not issubclass(of, Module)
-                     for name in vars(of)}
+            names = {
+                name
+                for of in base.__mro__
+                if of is base or not issubclass(of, Module)
+                for name in vars(of)
+            }
             for name in names:
                 member = inspect.getattr_static(base, name)
                 wrapped = getattr(member, 'wrapped', member)  # Flax wraps descriptors

@@ -36,7 +36,8 @@ _READS = ('get_variable', 'variables')  # methods of Module itself that read
 _ONE_VALUE = ('checkpoint', 'jit', None)
 # A lifted class may hold arrays and tracers, so it is kept only while something else holds it.
 _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple, type]] = (
-    weakref.WeakKeyDictionary())
+    weakref.WeakKeyDictionary()
+)
 
 
 def transformed_class(transform: Transform, base: type[Module]) -> type[Module]:
@@ -50,9 +51,18 @@ def transformed_class(transform: Transform, base: type[Module]) -> type[Module]:
     if cls is not None and vars(cls)[_MADE_OF] != itself:  # of another callable, that is equal
         setattr(cls, _SHARED, key)
     if cls is None or _changed(cls):
-        cls = subclass_named_alike(base, {
-            '__reduce__': _reduce, 'clone': _clone(base), 'unbind': _unbind(base),
-            _LAYER: (base, transform), _MADE_OF: itself, _SHARED: None}, before=_without_hooks(base))
+        cls = subclass_named_alike(
+            base,
+            {
+                '__reduce__': _reduce,
+                'clone': _clone(base),
+                'unbind': _unbind(base),
+                _LAYER: (base, transform),
+                _MADE_OF: itself,
+                _SHARED: None,
+            },
+            before=_without_hooks(base),
+        )
         cls.__init_subclass__ = classmethod(functools.partial(_init_subclass, cls))
         if hasattr(base, '__parameters__'):  # of a generic class
             cls.__parameters__ = base.__parameters__
@@ -62,18 +72,30 @@ def transformed_class(transform: Transform, base: type[Module]) -> type[Module]:
     return cls
 
 
-def subclass_named_alike(base: type[Module], members: dict[str, Any], *,
-                         before: tuple[type, ...] = ()) -> type[Module]:
+def subclass_named_alike(
+    base: type[Module], members: dict[str, Any], *, before: tuple[type, ...] = ()
+) -> type[Module]:
     """Make a subclass that goes by the name of its base, with more members and other bases."""
-    return type(base.__name__, (*before, base), {
-        '__init__': base.__init__, '__module__': base.__module__,
-        '__qualname__': base.__qualname__, '__doc__': base.__doc__, **members})
+    return type(
+        base.__name__,
+        (*before, base),
+        {
+            '__init__': base.__init__,
+            '__module__': base.__module__,
+            '__qualname__': base.__qualname__,
+            '__doc__': base.__doc__,
+            **members,
+        },
+    )
 
 
 def _without_hooks(base: type[Module]) -> tuple[type, ...]:
     """Return what stands before a base whose `__init_subclass__` is not for lifted classes."""
-    if not any('__init_subclass__' in vars(of) and _LAYER not in vars(of)
-               for of in base.__mro__ if of not in Module.__mro__):
+    if not any(
+        '__init_subclass__' in vars(of) and _LAYER not in vars(of)
+        for of in base.__mro__
+        if of not in Module.__mro__
+    ):
         return ()
 
     class Base:
@@ -82,6 +104,7 @@ def _without_hooks(base: type[Module]) -> tuple[type, ...]:
                 Module.__init_subclass__.__func__(cls)
             else:
                 super().__init_subclass__(**kwargs)
+
     return (Base,)
 
 
@@ -102,6 +125,7 @@ def _clone(base: type[Module]) -> Callable:
     A copy that a running module makes of itself, and applies, gets what the module has read. That
     has gone through its blocks already.
     """
+
     @functools.wraps(base.clone)
     def clone(self, *args, **kwargs):
         made_in = vars(self).get(_MADE_IN, _Blocks())
@@ -130,6 +154,7 @@ class _Blocks(tuple):
 
 def _unbind(base: type[Module]) -> Callable:
     """Make `unbind` of a lifted class: the copy reads through it, so it gets what is read live."""
+
     @functools.wraps(base.unbind)
     def unbind(self, *args, **kwargs):
         copy, variables = base.unbind(self, *args, **kwargs)
@@ -160,10 +185,12 @@ class _AttachedScope:
                 raise UsageError(
                     f'{owner.__name__}, lifted by {transform!r}: a variable that its callable '
                     'closes over was bound anew since, and an equal one shares the class. Lift the '
-                    'class again, or let the callable look at an object that changes.')
+                    'class again, or let the callable look at an object that changes.'
+                )
             if application_of(scope).inner and any(
-                    block in state.stack and block.owner[0] is owner
-                    for block in (made_in() for made_in in state.copied_in)):
+                block in state.stack and block.owner[0] is owner
+                for block in (made_in() for made_in in state.copied_in)
+            ):
                 continue
             scope = attach(scope, (owner, module.name), transform)
         vars(module)['scope'] = scope
@@ -184,8 +211,11 @@ def _opened_by(cls: type[Module]) -> tuple[type[Module], ...]:
     layer is what they see.
     """
     repeating = [of for of in cls.__mro__ if linen_compat.transform_of(of) not in _ONE_VALUE]
-    return tuple(owner for owner in reversed(cls.__mro__) if _LAYER in vars(owner)
-                 and not any(issubclass(of, owner) for of in repeating))
+    return tuple(
+        owner
+        for owner in reversed(cls.__mro__)
+        if _LAYER in vars(owner) and not any(issubclass(of, owner) for of in repeating)
+    )
 
 
 def _reduce(self):
@@ -202,5 +232,7 @@ _reduce.nowrap = True  # Flax would run setup first
 
 
 def _rebuild(base: type[Module], transforms: list[Transform]) -> Module:
-    cls = functools.reduce(lambda cls, transform: transformed_class(transform, cls), transforms, base)
+    cls = functools.reduce(
+        lambda cls, transform: transformed_class(transform, cls), transforms, base
+    )
     return cls.__new__(cls)

@@ -59,8 +59,10 @@ def _refused(predicate: Any) -> str:
     if isinstance(predicate, Module):
         return "(module). To select a submodule name its path, such as 'encoder'."
     if isinstance(predicate, Scope):
-        return ('(module). A scope is no module: open a block in the method that has it, or name '
-                "its variables by path, such as 'encoder'.")
+        return (
+            '(module). A scope is no module: open a block in the method that has it, or name '
+            "its variables by path, such as 'encoder'."
+        )
     return ''
 
 

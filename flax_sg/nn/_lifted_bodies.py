@@ -58,22 +58,39 @@ def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_
         def body(scope_fn, repack_fn, groups, rngs, /, *args, **kwargs):
             lift = _Lifted(scope_tree, in_filters, out_filters, name)
             groups = lift.read(groups)
-            call = functools.partial(fn, lift.bind(scope_fn), lift.repack(repack_fn, jitted),
-                                     groups, rngs, *args, **kwargs)
+            call = functools.partial(
+                fn,
+                lift.bind(scope_fn),
+                lift.repack(repack_fn, jitted),
+                groups,
+                rngs,
+                *args,
+                **kwargs,
+            )
             out, written = jitted.run(call, lift.paths()) if jitted else call()
             if jitted:
                 written, lift.same = written[0], written[1].names
             state.publishing = lift.publish
             return out, _seen(written)
+
         run = original(body, in_filters, out_filters, rng_filters, name, enable_kwargs)
         with under(publishing=state.publishing):
             return run(scope_tree, *args, **kwargs)
+
     return packed
 
 
 @linen_compat.tap_map_variables
-def _map_variables(original, fn, mapped_collections, map_in_fn=lambda x: x,
-                   map_out_fn=lambda x: x, init=False, *args, **kwargs):
+def _map_variables(
+    original,
+    fn,
+    mapped_collections,
+    map_in_fn=lambda x: x,
+    map_out_fn=lambda x: x,
+    init=False,
+    *args,
+    **kwargs,
+):
     # With init, what the body has left goes through both once more.
     map_out = _mapping(map_out_fn) if init else lambda variables: map_out_fn(_stored(variables))
     return original(fn, mapped_collections, _mapping(map_in_fn), map_out, init, *args, **kwargs)
@@ -81,6 +98,7 @@ def _map_variables(original, fn, mapped_collections, map_in_fn=lambda x: x,
 
 def _mapping(fn: Callable) -> Callable:
     """Make a map of variables map what reads of them give as well."""
+
     def mapped(variables):
         beside = {name: variables[name] for name in variables if name.startswith(_BESIDE)}
         before = _effects()
@@ -89,6 +107,7 @@ def _mapping(fn: Callable) -> Callable:
             seen = fn(_beside_in_place(variables))
             return {**out, **{_BESIDE + name: tree for name, tree in seen.items()}}
         return {**out, **dict.fromkeys(beside, _LEFT)}
+
     return mapped
 
 
@@ -162,11 +181,13 @@ class _Lifted:
     def _given(self, differentiated: Any) -> frozenset[str]:
         """Return the collections that a derivative is taken of, and that open blocks look into."""
         return frozenset(
-            collection for scope, blocks in zip(self.packed, self.open, strict=True)
+            collection
+            for scope, blocks in zip(self.packed, self.open, strict=True)
             if not scope.get_flag('initializing', False)
             for collection in linen_compat.root_variables(scope)
             if in_filter(differentiated, collection)
-            and any(block.transform.in_collections(collection) for block in blocks))
+            and any(block.transform.in_collections(collection) for block in blocks)
+        )
 
     def _open_about(self, scope: Scope) -> tuple:
         reads = Reads(Place(scope), '', idle=False)
@@ -175,8 +196,11 @@ class _Lifted:
     def _writable(self, scope: Scope, collection: str) -> bool:
         # A derivative in a block is one with respect to what the block hands in, and that cannot be
         # handed back (test_an_explicit_derivative_in_a_block).
-        return collection not in self.given and scope.is_mutable_collection(
-            collection) and any(in_filter(f, collection) for f in self.out_filters)
+        return (
+            collection not in self.given
+            and scope.is_mutable_collection(collection)
+            and any(in_filter(f, collection) for f in self.out_filters)
+        )
 
     def read(self, groups: tuple) -> tuple:
         """Transform the values that the body cannot write, and lay what reads give beside others.
@@ -185,9 +209,12 @@ class _Lifted:
           groups: for each filter of the transform, for each scope, variables by collection.
         """
         return tuple(
-            tuple(self._read_group(i, variables, carried=number == self.carry)
-                  for i, variables in enumerate(group))
-            for number, group in enumerate(groups))
+            tuple(
+                self._read_group(i, variables, carried=number == self.carry)
+                for i, variables in enumerate(group)
+            )
+            for number, group in enumerate(groups)
+        )
 
     def _read_group(self, i: int, variables: Mapping[str, Any], *, carried: bool) -> dict:
         scope, out = self.packed[i], dict(variables)
@@ -214,9 +241,11 @@ class _Lifted:
 
     def _follows(self, i: int, collection: str) -> bool:
         """Say whether reads of a collection give what the body may write elsewhere meanwhile."""
-        return any(block.transform.in_collections(collection) and self._writable(
-            self.packed[i], source) for block in self.open[i]
-            for source in block.transform.read_from())
+        return any(
+            block.transform.in_collections(collection) and self._writable(self.packed[i], source)
+            for block in self.open[i]
+            for source in block.transform.read_from()
+        )
 
     def bind(self, scope_fn: Callable) -> Callable:
         """Make ``scope_fn`` mark the body's scopes with what was done and what is left to do."""
@@ -231,13 +260,21 @@ class _Lifted:
                     variables = linen_compat.root_variables(root)
                     self.got[id(variables)] = variables, self._values(i, root)
             return self.treedef.unflatten(map(self._bind, self.scopes, inner))
+
         return bound
 
     def _mark(self, i: int, root: Scope) -> None:
         """Set the flags of a scope that was handed in, and all below it."""
         outer = flags_of(self.packed[i])
-        flags = ScopeFlags(outer.root_id, outer.variables, self.transformed_collections[i], self._copies(i, root),
-                    self.open[i], trace=jax_compat.staging_trace(), split=outer.split or self.split)
+        flags = ScopeFlags(
+            outer.root_id,
+            outer.variables,
+            self.transformed_collections[i],
+            self._copies(i, root),
+            self.open[i],
+            trace=jax_compat.staging_trace(),
+            split=outer.split or self.split,
+        )
         inner = application_of(self.packed[i]).inner
         root.flags = root.flags.copy({FLAG: flags, APPLICATION: new_application(inner)})
 
@@ -254,7 +291,7 @@ class _Lifted:
                 continue
             for info, stored in walk(variables[collection], collection, start):
                 path = info.absolute_path
-                copies[collection, path] = stored, _at(beside, path[len(start):], stored)
+                copies[collection, path] = stored, _at(beside, path[len(start) :], stored)
         return copies
 
     def _bind(self, outer: Scope, inner: Scope) -> Scope:
@@ -272,19 +309,23 @@ class _Lifted:
     def _values(self, i: int, root: Scope) -> dict[tuple, Any]:
         """Return what is stored in a scope of the body, of what it may write, by name."""
         start = len(linen_compat.scope_path(root))
-        return {(i, collection, info.path[start:]): stored
-                for collection, tree in linen_compat.root_variables(root).items()
-                if root.is_mutable_collection(collection)
-                and self._comes_out(collection)
-                for info, stored in walk(tree, collection, linen_compat.scope_path(root))}
+        return {
+            (i, collection, info.path[start:]): stored
+            for collection, tree in linen_compat.root_variables(root).items()
+            if root.is_mutable_collection(collection) and self._comes_out(collection)
+            for info, stored in walk(tree, collection, linen_compat.scope_path(root))
+        }
 
     def _comes_out(self, collection: str) -> bool:
-        filters = [next((f for f in of if in_filter(f, collection)), None)
-                   for of in (self.in_filters, self.out_filters)]
+        filters = [
+            next((f for f in of if in_filter(f, collection)), None)
+            for of in (self.in_filters, self.out_filters)
+        ]
         return filters[0] == filters[1] and not in_filter(self.mapped, collection)
 
     def repack(self, repack_fn: Callable, jitted: _Jitted | None) -> Callable:
         """Make ``repack_fn`` note which variables the body has left as they were."""
+
         def repacked(scope_tree: Any) -> Any:
             inner = self.treedef.flatten_up_to(scope_tree)
             same = set()
@@ -292,14 +333,18 @@ class _Lifted:
                 if not self.open[i]:
                     continue
                 _, got = self.got.pop(id(linen_compat.root_variables(root)), (None, {}))
-                same |= {name for name, value in self._values(i, root).items()
-                         if name in got and identical(got[name], value)}
+                same |= {
+                    name
+                    for name, value in self._values(i, root).items()
+                    if name in got and identical(got[name], value)
+                }
             # A body may be traced several times, as are the branches of a cond.
             self.same = frozenset(same if self.same is None else self.same & same)
             written = repack_fn(scope_tree)
             if self.mapped:
                 written = (tuple(map(self._with_beside, self.beside, written[0])), *written[1:])
             return (written, _Same(self.same)) if jitted else written
+
         return repacked
 
     def _with_beside(self, beside: dict[str, tuple], variables: Mapping[str, Any]) -> dict:
@@ -324,9 +369,13 @@ class _Lifted:
     def _published(self, name: tuple, value: Any, stored: Any) -> Any:
         if isinstance(value, Mapping):
             below = stored if isinstance(stored, Mapping) else {}
-            return rebuilt(value, {
-                key: self._published((*name[:2], (*name[2], key)), child, below.get(key))
-                for key, child in children_of(value).items()})
+            return rebuilt(
+                value,
+                {
+                    key: self._published((*name[:2], (*name[2], key)), child, below.get(key))
+                    for key, child in children_of(value).items()
+                },
+            )
         return stored if name in self.same and _alike(value, stored) else value
 
     def paths(self) -> tuple[Path, ...]:
@@ -362,8 +411,11 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _same_type(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(b, jax.Array) and jnp.shape(a) == b.shape
-                      and getattr(a, 'dtype', None) == b.dtype)
+    return a is b or (
+        isinstance(b, jax.Array)
+        and jnp.shape(a) == b.shape
+        and getattr(a, 'dtype', None) == b.dtype
+    )
 
 
 class _Jitted:

@@ -26,14 +26,27 @@ from flax_sg.nn._cached_properties import CachedProperty
 __all__ = ['ROOTS', 'blocks_of', 'has_members', 'lift_members']
 
 # Methods of Module that make another root of the module's, or a module for one.
-ROOTS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate',
-         'unbind')
+ROOTS = (
+    'apply',
+    'bind',
+    'clone',
+    'copy',
+    'init',
+    'init_with_output',
+    'lazy_init',
+    'tabulate',
+    'unbind',
+)
 _MEMBERS = '_flax_sg_members'  # of a class: names of what is lifted in it, and who defined it
 _OPENS = '_flax_sg_opens'  # of a class: the lifted classes whose blocks these open
 _GENERATED = frozenset({'__post_init__', '__replace__', '__annotate__', '__annotate_func__'})
 _OVERRIDDEN = frozenset({'__call__', '__getattr__'})
-_NOT_OF_INSTANCES = (staticmethod, classmethod, types.MemberDescriptorType,
-                     types.GetSetDescriptorType)
+_NOT_OF_INSTANCES = (
+    staticmethod,
+    classmethod,
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+)
 
 
 def has_members(cls: type[Module]) -> bool:
@@ -41,8 +54,9 @@ def has_members(cls: type[Module]) -> bool:
     return _MEMBERS in vars(cls)
 
 
-def lift_members(cls: type[Module], owners: Sequence[type[Module]], more: Sequence[str] = ()
-                 ) -> None:
+def lift_members(
+    cls: type[Module], owners: Sequence[type[Module]], more: Sequence[str] = ()
+) -> None:
     """Let what instances of a class have that may read run in their block.
 
     Args:
@@ -58,8 +72,11 @@ def lift_members(cls: type[Module], owners: Sequence[type[Module]], more: Sequen
         if name in fields or not (name in more or _may_read(name, member)):
             continue
         opens = _opens(cls, name, definer, owners)
-        lifted = _lift(cls, name, definer, functools.partial(
-            _own_block, opens, name != 'setup')) if opens else None
+        lifted = (
+            _lift(cls, name, definer, functools.partial(_own_block, opens, name != 'setup'))
+            if opens
+            else None
+        )
         if lifted is not None:
             setattr(cls, name, lifted)
             members[name] = definer
@@ -81,16 +98,21 @@ def _may_read(name: str, member: Any) -> bool:
         return name not in _GENERATED
     if vars(Module).get(name) is member or getattr(Module, name) is member:
         return False
-    return name in _OVERRIDDEN or inspect.isfunction(member) and not (
-        name.startswith('_') or name in ROOTS)
+    return (
+        name in _OVERRIDDEN
+        or inspect.isfunction(member)
+        and not (name.startswith('_') or name in ROOTS)
+    )
 
 
-def _opens(cls: type[Module], name: str, definer: type, owners: Sequence[type[Module]]
-           ) -> list[type[Module]]:
+def _opens(
+    cls: type[Module], name: str, definer: type, owners: Sequence[type[Module]]
+) -> list[type[Module]]:
     """Return the lifted classes whose blocks a member has to open in a class."""
     holder = next(of for of in cls.__mro__ if name in vars(of))
     if vars(holder).get(_MEMBERS, {}).get(name) is definer and (
-            vars(holder)[_OPENS] >= vars(cls)[_OPENS]):
+        vars(holder)[_OPENS] >= vars(cls)[_OPENS]
+    ):
         return []
     transformed = linen_compat.transform_of(definer)  # its body opens those of lifted classes in it
     return [owner for owner in owners if not (transformed and issubclass(definer, owner))]
@@ -106,14 +128,18 @@ def _lift(cls: type[Module], name: str, definer: type, block: Callable) -> Any:
         lifted = functools.cached_property(run_inside(inner.func, block))
         lifted.__set_name__(cls, name)
         return lifted
-    if isinstance(inner, _NOT_OF_INSTANCES) or not hasattr(type(inner), '__get__') or (
-            type(inner).__module__.startswith('flax_sg.') and not isinstance(inner, _Member)):
+    if (
+        isinstance(inner, _NOT_OF_INSTANCES)
+        or not hasattr(type(inner), '__get__')
+        or (type(inner).__module__.startswith('flax_sg.') and not isinstance(inner, _Member))
+    ):
         return None
 
     def find(module: Module | None, owner: type) -> Any:
         if definer is cls or module is not None and not isinstance(module, cls):
             return member.__get__(module, owner)
         return getattr(super(cls, owner if module is None else module), name)
+
     if not inspect.isfunction(member):
         kind = _Member if not hasattr(type(inner), '__set__') else _DataMember
         return kind(member, find, block)
@@ -123,6 +149,7 @@ def _lift(cls: type[Module], name: str, definer: type, block: Callable) -> Any:
     @functools.wraps(member)
     def method(module: Module, /, *args: Any, **kwargs: Any) -> Any:
         return find(module, type(module))(*args, **kwargs)
+
     return run_inside(method, block)
 
 
@@ -141,16 +168,17 @@ class _Member:
         if isinstance(found, types.MethodType) and found.__self__ is module:
             return types.MethodType(run_inside(found.__func__, self._block), module)
         if isinstance(found, (types.FunctionType, functools.partial)):
+
             @functools.wraps(found)
             def method(*args: Any, **kwargs: Any) -> Any:
                 return inside(module, *args, **kwargs)
+
             inside = run_inside(lambda _, /, *args, **kwargs: found(*args, **kwargs), self._block)
             return method
         return found
 
 
 class _DataMember(_Member):
-
     def __set__(self, module: Module, value: Any) -> None:
         self._member.__set__(module, value)
 
@@ -177,5 +205,8 @@ def _own_block(owners: Sequence[type[Module]], is_done: bool, module: Module) ->
 
 def blocks_of(module: Module, owners: Sequence[type[Module]]) -> list[OpenBlock]:
     """Return the blocks that a bound module has of lifted classes, the outermost first."""
-    return [block for owner in reversed(owners)
-            if (block := module_block(module.scope, (owner, module.name))) is not None]
+    return [
+        block
+        for owner in reversed(owners)
+        if (block := module_block(module.scope, (owner, module.name))) is not None
+    ]

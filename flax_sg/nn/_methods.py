@@ -37,7 +37,8 @@ def transformed_function(transform: Transform, fn: Callable) -> Callable:
             raise UsageError(
                 f'{transform!r} decorates {getattr(fn, "__name__", fn)!r}, whose first argument '
                 f'should be a flax.linen Module; got {got}. Decorate a method of a Module, or open '
-                'a block with `with`.')
+                'a block with `with`.'
+            )
         if makes_root(fn):
             return getattr(mirror_of(transform, args[0]), fn.__name__)(*args[1:], **kwargs)
         if args[0].scope is None:

@@ -35,8 +35,11 @@ def mirror_of(transform: Transform, module: Module) -> Module:
 
 def fields_of(module: Module) -> dict[str, Any]:
     """Return what the module was made with, but for its parent."""
-    return {f.name: getattr(module, f.name) for f in dataclasses.fields(module)
-            if f.init and f.name != 'parent'}
+    return {
+        f.name: getattr(module, f.name)
+        for f in dataclasses.fields(module)
+        if f.init and f.name != 'parent'
+    }
 
 
 def _rebound(value: Any, old: Scope, new: Scope) -> Any:
@@ -47,11 +50,14 @@ def _rebound(value: Any, old: Scope, new: Scope) -> Any:
         if not isinstance(leaf, Module) or leaf.scope is None:
             return leaf
         path = linen_compat.scope_path(leaf.scope)
-        if (linen_compat.root_variables(leaf.scope) is not linen_compat.root_variables(old)
-                or path[:len(start)] != start or path == start):
+        if (
+            linen_compat.root_variables(leaf.scope) is not linen_compat.root_variables(old)
+            or path[: len(start)] != start
+            or path == start
+        ):
             return leaf
         scope = new
-        for name in path[len(start):]:
+        for name in path[len(start) :]:
             scope = scope.push(name, reuse=True)
         fields = {k: _rebound(v, old, new) for k, v in fields_of(leaf).items()}
         copy = type(leaf)(parent=scope, **fields)

@@ -43,10 +43,15 @@ def _inside(place: Place, idle: bool) -> tuple[OpenBlock, ...]:
     """
     flags, inner, found = place.flags, place.application.inner, state.stack
     if flags.module_blocks:
-        found = [e for block in found for e in (*(o for o in block.around if o in flags.module_blocks), block)]
+        found = [
+            e
+            for block in found
+            for e in (*(o for o in block.around if o in flags.module_blocks), block)
+        ]
         found += flags.module_blocks * idle
-    return tuple(dict.fromkeys(
-        e for e in found if e not in flags.outer and e.covers(flags.root_id, inner)))
+    return tuple(
+        dict.fromkeys(e for e in found if e not in flags.outer and e.covers(flags.root_id, inner))
+    )
 
 
 def effective(scope: Scope) -> tuple[OpenBlock, ...]:
@@ -91,15 +96,21 @@ class Reads:
                 own_cache_key()
             return value
         if isinstance(value, Mapping):
-            return rebuilt(value, {
-                name: self.of((*path, name), child) for name, child in children_of(value).items()})
+            return rebuilt(
+                value,
+                {name: self.of((*path, name), child) for name, child in children_of(value).items()},
+            )
         return self._of_variable(path, value)
 
     def settle(self) -> None:
         """Raise UnmatchedPathError for a lifted module that is read from outside its methods."""
         for block in self.flags.module_blocks:
-            if (not block.settled and block in self.inside and block not in state.stack
-                    and not may_create(self.place.scope, block.transform)):
+            if (
+                not block.settled
+                and block in self.inside
+                and block not in state.stack
+                and not may_create(self.place.scope, block.transform)
+            ):
                 block.settled = True
                 block.matches.check()
 
@@ -140,7 +151,7 @@ class Reads:
         order = (*self.flags.outer, *self.inside)
         reads = Reads(self.place, collection)
         value, left = reads.handed_in(path, value)
-        around = order[:order.index(block)]
+        around = order[: order.index(block)]
         return reads._apply(tuple(e for e in left if e in around), path, value)
 
     def given(self, path: Path, stored: Any) -> Any:
@@ -173,9 +184,10 @@ def _check_open(scope: Scope, collection: str, name: str) -> None:
     if tracing.reads_closed and not application_of(scope).reads_closed:
         path = '/'.join((*linen_compat.scope_path(scope), name))
         raise UsageError(
-            f"gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads {collection} "
+            f'gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads {collection} '
             f"'/{path}' while the target of views is differentiated, after the target has run. "
-            'Read the variable in the target, and give its value to the function as an argument.')
+            'Read the variable in the target, and give its value to the function as an argument.'
+        )
 
 
 @jax_compat.tap(Scope, 'get_variable')
@@ -227,6 +239,7 @@ def _variables(original, self):
 
 # From here on a model that is applied is the module's own affair: traces depend on that.
 
+
 @jax_compat.tap(Scope, 'temporary')
 @contextlib.contextmanager
 def _applied(original, self):
@@ -254,6 +267,7 @@ def _call(original, self, *args):
 
 
 # Both read a variable in order to store it: that read gives what is stored.
+
 
 @jax_compat.tap(Module, 'sow')
 def _sow(original, self, /, col, name, *args, **kwargs):

@@ -57,7 +57,8 @@ class Run:
         self.read = True
         self.concrete = self.concrete or any(
             isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-            for leaf in jax.tree.leaves(value))
+            for leaf in jax.tree.leaves(value)
+        )
         if not scope.is_mutable_collection(collection):
             return value
         if self.first is not None:
@@ -71,17 +72,22 @@ class Run:
         place = (application_of(scope).life, path)
         there = None if self.first is None else self.first.handed.get(place)
         self.handed.setdefault(place, frozenset(variables))
-        return {collection: self.saw(scope, collection, path, tree, {})
-                if there is None or collection in there or any(
-                    key[:2] == (place[0], collection) for key in self.written) else {}
-                for collection, tree in variables.items()}
+        return {
+            collection: self.saw(scope, collection, path, tree, {})
+            if there is None
+            or collection in there
+            or any(key[:2] == (place[0], collection) for key in self.written)
+            else {}
+            for collection, tree in variables.items()
+        }
 
     def _note(self, scope: Scope, collection: str, path: Path, value: Any) -> None:
         items = children_of(value) if isinstance(value, Mapping) else None
         for name, child in (items or {}).items():  # Flax changes these in place
             self._note(scope, collection, (*path, name), child)
         self.seen.setdefault(
-            _address(scope, collection, path), value if items is None else frozenset(items))
+            _address(scope, collection, path), value if items is None else frozenset(items)
+        )
 
     def _seen(self, scope: Scope, collection: str, path: Path, value: Any) -> Any:
         key = _address(scope, collection, path)
@@ -91,10 +97,16 @@ class Run:
         if not isinstance(value, Mapping):
             return seen
         names = seen if isinstance(seen, frozenset) else frozenset(value)
-        parts = {name: self._seen(scope, collection, (*path, name), child)
-                 for name, child in children_of(value).items()}
-        kept = {name: part for name, part in parts.items() if part is not _ABSENT and (
-            name in names or _address(scope, collection, (*path, name)) in self.written)}
+        parts = {
+            name: self._seen(scope, collection, (*path, name), child)
+            for name, child in children_of(value).items()
+        }
+        kept = {
+            name: part
+            for name, part in parts.items()
+            if part is not _ABSENT
+            and (name in names or _address(scope, collection, (*path, name)) in self.written)
+        }
         return rebuilt(value, kept) if len(kept) == len(value) else type(value)(kept)
 
     def had(self, scope: Scope, collection: str, path: Path, found: bool) -> bool:

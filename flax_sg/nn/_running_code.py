@@ -29,8 +29,12 @@ _known: dict[int, tuple[weakref.ref[CodeType], weakref.ref[CodeType]]] = {}
 # The code of a decorator runs for all that it wraps: it is a member's where it opens the block.
 _decorators: weakref.WeakValueDictionary[int, CodeType] = weakref.WeakValueDictionary()
 # Wrappers of all methods.
-_OWN = (linen_compat.CALL.co_filename, jax_compat.__file__, linen_compat.__file__,
-        run_inside.__file__)
+_OWN = (
+    linen_compat.CALL.co_filename,
+    jax_compat.__file__,
+    linen_compat.__file__,
+    run_inside.__file__,
+)
 _members: weakref.WeakKeyDictionary[type, dict[int, CodeType]] = weakref.WeakKeyDictionary()
 
 
@@ -44,8 +48,11 @@ def module_of(frame: FrameType | None) -> Module | None:
         by_flax = back is not None and back.f_code is linen_compat.CALL
         shared = frame is not opener and _decorators.get(id(code)) is code
         member = None if shared else _member_of(code)
-        if wanted is None and (by_flax or code is linen_compat.CALL) or (
-                by_flax and first and member is wanted):
+        if (
+            wanted is None
+            and (by_flax or code is linen_compat.CALL)
+            or (by_flax and first and member is wanted)
+        ):
             return None
         if wanted is None and member is not None and member is not code:
             wanted = member
@@ -64,11 +71,17 @@ def _argument(frame: FrameType, member: CodeType) -> Module | None:
     """Return the bound module that a member's code, or a function written in it, is run for."""
     # Before Python 3.13 a frame keeps a copy of its variables once it was asked for them.
     values, code = frame.f_locals, frame.f_code
-    given = [values.get(name) for name in (_name(member), *code.co_varnames[:code.co_argcount])]
+    given = [values.get(name) for name in (_name(member), *code.co_varnames[: code.co_argcount])]
     if code.co_flags & inspect.CO_VARARGS:
         given += values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount], ())
-    return next((x for x in given if isinstance(x, Module) and x.scope is not None
-                 and id(member) in _members_of(type(x))), None)
+    return next(
+        (
+            x
+            for x in given
+            if isinstance(x, Module) and x.scope is not None and id(member) in _members_of(type(x))
+        ),
+        None,
+    )
 
 
 def _name(member: CodeType) -> str | None:
@@ -98,10 +111,16 @@ def note_class(cls: type[Module]) -> None:
 def _members_of(cls: type[Module]) -> dict[int, CodeType]:
     if cls not in _members:
         fields = {field.name for field in dataclasses.fields(cls)}
-        members = [member for base in cls.__mro__ if base not in (object, Module)
-                   for name, member in vars(base).items() if name not in fields]
-        found = [code for member in members for code in _codes_in(member)
-                 if code.co_filename not in _OWN]
+        members = [
+            member
+            for base in cls.__mro__
+            if base not in (object, Module)
+            for name, member in vars(base).items()
+            if name not in fields
+        ]
+        found = [
+            code for member in members for code in _codes_in(member) if code.co_filename not in _OWN
+        ]
         _members[cls] = {id(code): code for code in found}
         for member in found:
             for code in _written_in(member):
@@ -111,8 +130,7 @@ def _members_of(cls: type[Module]) -> dict[int, CodeType]:
 
 
 def _written_in(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of functions in a function, but for members of modules that are defined there.
-    """
+    """Yield the code of functions in a function, but for members of modules that are defined there."""
     for const in code.co_consts:
         if isinstance(const, CodeType) and _member_of(const) is not const:
             yield const

@@ -16,7 +16,16 @@ from flax_sg._transforms.thread_state import state
 from flax_sg._views.masks import tracing
 from flax_sg.nn._running_code import module_of
 
-__all__ = ['APPLICATION', 'FLAG', 'Place', 'ScopeFlags', 'application_of', 'flags_of', 'new_application', 'set_flags']
+__all__ = [
+    'APPLICATION',
+    'FLAG',
+    'Place',
+    'ScopeFlags',
+    'application_of',
+    'flags_of',
+    'new_application',
+    'set_flags',
+]
 
 FLAG, APPLICATION = 'flax_sg', 'flax_sg_application'
 
@@ -38,19 +47,43 @@ class ScopeFlags:
       split: a body around sees a part of each variable: one layer of a scan, one example of a map.
     """
 
-    __slots__ = ('copies', 'module_blocks', 'outer', 'root_id', 'split', 'trace',
-                 'transformed_collections', 'variables')
+    __slots__ = (
+        'copies',
+        'module_blocks',
+        'outer',
+        'root_id',
+        'split',
+        'trace',
+        'transformed_collections',
+        'variables',
+    )
 
-    def __init__(self, root_id: Any, variables: dict, transformed_collections: frozenset[str] = frozenset(),
-                 copies: Mapping[tuple, tuple] = FrozenDict(), outer: tuple[OpenBlock, ...] = (),
-                 own: tuple[OpenBlock, ...] = (), trace: Any = None, split: bool = False):
+    def __init__(
+        self,
+        root_id: Any,
+        variables: dict,
+        transformed_collections: frozenset[str] = frozenset(),
+        copies: Mapping[tuple, tuple] = FrozenDict(),
+        outer: tuple[OpenBlock, ...] = (),
+        own: tuple[OpenBlock, ...] = (),
+        trace: Any = None,
+        split: bool = False,
+    ):
         self.root_id, self.variables = root_id, variables
         self.transformed_collections, self.copies = transformed_collections, copies
         self.outer, self.module_blocks, self.trace, self.split = outer, own, trace, split
 
     def with_module_blocks(self, own: tuple[OpenBlock, ...]) -> ScopeFlags:
-        return ScopeFlags(self.root_id, self.variables, self.transformed_collections, self.copies, self.outer, own,
-                    self.trace, self.split)
+        return ScopeFlags(
+            self.root_id,
+            self.variables,
+            self.transformed_collections,
+            self.copies,
+            self.outer,
+            own,
+            self.trace,
+            self.split,
+        )
 
     # nn.jit hashes a scope's flags into its cache key: flags compare by meaning. Which variables
     # there are copies of is in the structure of what nn.jit hands to its function.
@@ -68,7 +101,8 @@ class ScopeFlags:
 def flags_of(scope: Scope) -> ScopeFlags:
     """Return the flags that a scope carries, or some that say nothing."""
     return scope.flags.get(FLAG) or ScopeFlags(
-        application_of(scope).life, linen_compat.root_variables(scope))
+        application_of(scope).life, linen_compat.root_variables(scope)
+    )
 
 
 class Place:
@@ -97,8 +131,11 @@ def set_flags(scope: Scope, flags: ScopeFlags) -> None:
 def _init(original, self, /, *args, **kwargs):
     original(self, *args, **kwargs)
     if self.parent is None and APPLICATION not in self.flags:
-        inner = state.inside or linen_compat.current_module() is not None or (
-            bool(state.stack) and module_of(sys._getframe()) is not None)
+        inner = (
+            state.inside
+            or linen_compat.current_module() is not None
+            or (bool(state.stack) and module_of(sys._getframe()) is not None)
+        )
         self.flags = self.flags.copy({APPLICATION: new_application(inner)})
 
 

@@ -63,7 +63,8 @@ def check(block: Callable[[], AbstractContextManager]) -> None:
             f'A tiny model was run in a block to see whether masks work here, and {what}. flax '
             f'{flax.__version__} with jax {jax.__version__} reads variables in a way that this '
             'flax_sg does not know, so that nothing it says about gradients would be true. Install '
-            'a newer flax_sg, or an older flax.')
+            'a newer flax_sg, or an older flax.'
+        )
 
 
 def _checked(block: Callable[[], AbstractContextManager]) -> str | None:

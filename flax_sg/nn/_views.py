@@ -35,7 +35,8 @@ def views_of(views: GradientViews, target: Any) -> Any:
             raise UsageError(
                 f'{views!r}: {target.__name__!r} is a method of a module that is not bound. '
                 'Pass method= to apply: model.apply(variables, x, '
-                f'method=views({type(target.__self__).__name__}.__call__)).')
+                f'method=views({type(target.__self__).__name__}.__call__)).'
+            )
         return functools.partial(views.of_function(target.__func__), target.__self__)
     return NotImplemented
 
@@ -55,7 +56,8 @@ def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict)
         raise UsageError(
             f'{views!r}: what {fn.__name__!r} reads is of another root than the module that it is '
             'a method of. Pass method= to apply: model.apply(variables, x, '
-            f'method=views({type(module).__name__}.__call__)).')
+            f'method=views({type(module).__name__}.__call__)).'
+        )
     if module.is_initializing():
         return views.named([fn(*args, **kwargs)] * len(views.entries))
 

@@ -62,15 +62,19 @@ def _check_write(block: OpenBlock, place: Place, info: VariableInfo, name: str) 
     transform = block.transform
     if not (transform.freezes or transform.changes_values) or not block.selects(info):
         return
-    what = (f"{transform!r}: {name!r} of module '/{'/'.join(place.path)}' "
-            f'(collection {info.collection!r}) was to be written in this block, ')
+    what = (
+        f"{transform!r}: {name!r} of module '/{'/'.join(place.path)}' "
+        f'(collection {info.collection!r}) was to be written in this block, '
+    )
     if transform.freezes:
         raise FrozenVariableError(
             f'{what}in which it is constant. Write it outside of the block, or narrow the '
-            'predicate or collections=.')
+            'predicate or collections=.'
+        )
     flags, key = place.flags, (info.collection, info.absolute_path)
     if block.was_read(place.application, *key) or block in flags.outer and key in flags.copies:
         raise UsageError(
             f'{what}which reads something else in its place: what was made of that would replace '
             'what is stored. Write it outside of the block, let the module not update it '
-            '(use_running_average=True), or narrow the predicate or collections=.')
+            '(use_running_average=True), or narrow the predicate or collections=.'
+        )

@@ -18,12 +18,31 @@ from hypothesis import strategies as st
 from flax_sg import data_structures as ds
 
 haiku_ds = hk.data_structures
-NAMES = ['filter', 'is_subset', 'map', 'merge', 'partition', 'partition_n', 'to_haiku_dict',
-         'to_immutable_dict', 'to_mutable_dict', 'traverse', 'tree_bytes', 'tree_size']
+NAMES = [
+    'filter',
+    'is_subset',
+    'map',
+    'merge',
+    'partition',
+    'partition_n',
+    'to_haiku_dict',
+    'to_immutable_dict',
+    'to_mutable_dict',
+    'traverse',
+    'tree_bytes',
+    'tree_size',
+]
 
 KEY = jax.random.key(0)
-ARRAYS = [None, np.ones((2, 3)), np.arange(3, dtype=np.int8), np.float32(3), KEY,
-          jnp.zeros((2,), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.float16)]
+ARRAYS = [
+    None,
+    np.ones((2, 3)),
+    np.arange(3, dtype=np.int8),
+    np.float32(3),
+    KEY,
+    jnp.zeros((2,), jnp.bfloat16),
+    jax.ShapeDtypeStruct((4,), jnp.float16),
+]
 UNBOXED = [*ARRAYS, 0, 7, True, 2.5, 'text', (), [1, 2], (np.ones(2, np.float32), None)]
 LEAVES = [*UNBOXED, nn.Partitioned(jnp.ones((2, 2)), ('x', None))]
 # 'a/b' beside 'a' with 'b' in it: the joined names collide, the paths do not.
@@ -46,10 +65,12 @@ deep = st.dictionaries(keys, nodes, max_size=4).flatmap(lambda t: st.sampled_fro
 
 def chooser(seed, n, calls=None):
     """A class index from names, value and seed alone; `calls` records what it was asked."""
+
     def fn(module_name, name, value):
         if calls is not None:
             calls.append((module_name, name, exact(value)))
         return zlib.crc32(repr((module_name, name, exact(value), seed)).encode()) % n
+
     return fn
 
 
@@ -84,7 +105,8 @@ def in_order(x):
 def test_signature_is_haikus(name):
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (ds, haiku_ds))
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
-        (p.name, p.kind, p.default) for p in theirs.values()]
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
 
 
 def test_names_are_haikus():
@@ -128,6 +150,7 @@ def test_merge_equals_haikus(check, trees):
             return exact(module.merge(*trees, check_duplicates=check))
         except ValueError:
             return 'refused'
+
     # Without boxes: Haiku sees no shape in a box and lets any pass; ours looks inside.
     assert run(ds) == run(haiku_ds)
 
@@ -181,8 +204,12 @@ TREE = {'net': {'gln': {'w': 1, 'b': 2}, 'w': 3}, 'scale': 4, 'a/b': {'w': 5}}
 @pytest.mark.parametrize('kind', [dict, FrozenDict])
 def test_names_are_the_path_of_the_parent_and_the_last_key(kind):
     assert list(ds.traverse(kind(TREE))) == [
-        ('a/b', 'w', 5), ('net/gln', 'b', 2), ('net/gln', 'w', 1), ('net', 'w', 3),
-        ('', 'scale', 4)]
+        ('a/b', 'w', 5),
+        ('net/gln', 'b', 2),
+        ('net/gln', 'w', 1),
+        ('net', 'w', 3),
+        ('', 'scale', 4),
+    ]
 
 
 def test_partition_filter_and_map_by_hand():
@@ -193,8 +220,13 @@ def test_partition_filter_and_map_by_hand():
     assert ds.filter(in_gln, TREE) == gln
     assert ds.map(lambda m, n, v: 10 * v, gln) == {'net': {'gln': {'w': 10, 'b': 20}}}
     assert ds.partition_n(lambda m, n, v: v - 1, TREE, 6) == (
-        {'net': {'gln': {'w': 1}}}, {'net': {'gln': {'b': 2}}}, {'net': {'w': 3}}, {'scale': 4},
-        {'a/b': {'w': 5}}, {})
+        {'net': {'gln': {'w': 1}}},
+        {'net': {'gln': {'b': 2}}},
+        {'net': {'w': 3}},
+        {'scale': 4},
+        {'a/b': {'w': 5}},
+        {},
+    )
     assert ds.merge(rest, gln) == TREE
 
 
@@ -258,11 +290,14 @@ def test_conversions_share_or_copy_lists_like_haiku():
     assert ds.to_immutable_dict(frozen) is frozen
 
 
-@pytest.mark.parametrize(('tree', 'first', 'last'), [
-    ({}, {}, {}),
-    ({'a': {}, 'b': {'w': 1}}, {'b': {'w': 1}}, {'a': {}}),
-    ({'a': {'b': {'c': {}}, 'w': 1}}, {'a': {'w': 1}}, {'a': {'b': {'c': {}}}}),
-])
+@pytest.mark.parametrize(
+    ('tree', 'first', 'last'),
+    [
+        ({}, {}, {}),
+        ({'a': {}, 'b': {'w': 1}}, {'b': {'w': 1}}, {'a': {}}),
+        ({'a': {'b': {'c': {}}, 'w': 1}}, {'a': {'w': 1}}, {'a': {'b': {'c': {}}}}),
+    ],
+)
 def test_empty_dicts_go_to_the_last_part(tree, first, last):
     assert ds.partition_n(lambda *_: 0, tree, 3) == (first, {}, last)
     assert ds.merge(first, last) == tree
@@ -315,82 +350,153 @@ def fail_with(message, fn, *args, **kwargs):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(('returned', 'shown', 'way_out'), [
-    (3, '3', 'Fix fn, or pass n=4.'), (np.int64(7), 'np.int64(7)', 'Fix fn, or pass n=8.'),
-    (-1, '-1', 'Fix fn.'), (1.0, '1.0', 'Fix fn.'), (None, 'None', 'Fix fn.'),
-])
+@pytest.mark.parametrize(
+    ('returned', 'shown', 'way_out'),
+    [
+        (3, '3', 'Fix fn, or pass n=4.'),
+        (np.int64(7), 'np.int64(7)', 'Fix fn, or pass n=8.'),
+        (-1, '-1', 'Fix fn.'),
+        (1.0, '1.0', 'Fix fn.'),
+        (None, 'None', 'Fix fn.'),
+    ],
+)
 def test_class_index_outside(returned, shown, way_out):
-    fail_with(f"partition_n: fn('mlp/linear', 'w', ...) returned {shown}; expected an int in "
-              f'[0, 3). {way_out}',
-              ds.partition_n, lambda *_: returned, {'mlp': {'linear': {'w': 1}}}, 3)
+    fail_with(
+        f"partition_n: fn('mlp/linear', 'w', ...) returned {shown}; expected an int in "
+        f'[0, 3). {way_out}',
+        ds.partition_n,
+        lambda *_: returned,
+        {'mlp': {'linear': {'w': 1}}},
+        3,
+    )
 
 
 def test_class_index_of_a_top_level_leaf_and_of_a_traced_value():
-    fail_with("partition_n: fn('', 'w', ...) returned True; expected an int in [0, 1). Fix fn, or "
-              'pass n=2.', ds.partition_n, lambda *_: True, {'w': 1}, 1)
+    fail_with(
+        "partition_n: fn('', 'w', ...) returned True; expected an int in [0, 1). Fix fn, or "
+        'pass n=2.',
+        ds.partition_n,
+        lambda *_: True,
+        {'w': 1},
+        1,
+    )
     with pytest.raises(ValueError, match=r"partition_n: fn\('a', 'w', ...\) returned .*Tracer"):
         jax.jit(lambda x: ds.partition_n(lambda m, n, v: v, {'a': {'w': x}}, 2))(0)
 
 
-@pytest.mark.parametrize(('tree', 'n', 'shown'), [
-    (TREE, 0, '0; expected an int >= 1'), ({'a': {}}, 0, '0; expected an int >= 1'),
-    ({}, -1, '-1; expected an int >= 0'), (TREE, 2.0, '2.0; expected an int >= 1'),
-])
+@pytest.mark.parametrize(
+    ('tree', 'n', 'shown'),
+    [
+        (TREE, 0, '0; expected an int >= 1'),
+        ({'a': {}}, 0, '0; expected an int >= 1'),
+        ({}, -1, '-1; expected an int >= 0'),
+        (TREE, 2.0, '2.0; expected an int >= 1'),
+    ],
+)
 def test_wrong_n(tree, n, shown):
-    fail_with(f'partition_n: n is {shown}. Pass the number of trees that you want.',
-              ds.partition_n, lambda *_: 0, tree, n)
+    fail_with(
+        f'partition_n: n is {shown}. Pass the number of trees that you want.',
+        ds.partition_n,
+        lambda *_: 0,
+        tree,
+        n,
+    )
 
 
-@pytest.mark.parametrize(('name', 'args', 'argument'), [
-    ('partition', (bool, 3), 'structure'), ('partition_n', (int, 3, 2), 'structure'),
-    ('filter', (bool, 3), 'structure'), ('map', (bool, 3), 'structure'),
-    ('merge', ({}, 3), 'structures[1]'), ('traverse', (3,), 'structure'),
-    ('to_haiku_dict', (3,), 'structure'), ('to_mutable_dict', (3,), 'mapping'),
-    ('to_immutable_dict', (3,), 'mapping'),
-])
+@pytest.mark.parametrize(
+    ('name', 'args', 'argument'),
+    [
+        ('partition', (bool, 3), 'structure'),
+        ('partition_n', (int, 3, 2), 'structure'),
+        ('filter', (bool, 3), 'structure'),
+        ('map', (bool, 3), 'structure'),
+        ('merge', ({}, 3), 'structures[1]'),
+        ('traverse', (3,), 'structure'),
+        ('to_haiku_dict', (3,), 'structure'),
+        ('to_mutable_dict', (3,), 'mapping'),
+        ('to_immutable_dict', (3,), 'mapping'),
+    ],
+)
 def test_not_a_mapping(name, args, argument):
-    fail_with(f"{name}: {argument} is of type int; expected a mapping like {{'mlp': {{'w': ...}}}}"
-              '. Pass a nested dict or FrozenDict.', getattr(ds, name), *args)
+    fail_with(
+        f"{name}: {argument} is of type int; expected a mapping like {{'mlp': {{'w': ...}}}}"
+        '. Pass a nested dict or FrozenDict.',
+        getattr(ds, name),
+        *args,
+    )
 
 
 @pytest.mark.parametrize('argument', ['subset', 'superset'])
 def test_is_subset_of_no_mapping(argument):
     trees = {'subset': {}, 'superset': {}, argument: None}
-    fail_with(f"is_subset: {argument} is of type NoneType; expected a mapping like {{'mlp': "
-              "{'w': ...}}. Pass a nested dict or FrozenDict.", ds.is_subset, **trees)
+    fail_with(
+        f"is_subset: {argument} is of type NoneType; expected a mapping like {{'mlp': "
+        "{'w': ...}}. Pass a nested dict or FrozenDict.",
+        ds.is_subset,
+        **trees,
+    )
 
 
 @pytest.mark.parametrize('fn', [lambda t: list(ds.traverse(t)), ds.merge])
 def test_keys_that_cannot_be_sorted(fn):
-    fail_with("data_structures: the keys [1, 'w'] at 'a/b' cannot be sorted; expected keys of one "
-              'type. Make them all str.', fn, {'a': {'b': {1: 2, 'w': 3}}})
+    fail_with(
+        "data_structures: the keys [1, 'w'] at 'a/b' cannot be sorted; expected keys of one "
+        'type. Make them all str.',
+        fn,
+        {'a': {'b': {1: 2, 'w': 3}}},
+    )
 
 
 @pytest.mark.parametrize('subtree', [{'w': 1}, {}, FrozenDict(w=1)])
 def test_merge_of_leaf_and_subtree(subtree):
     one, two = {'a': {'b': 3}}, {'a': {'b': subtree}}
-    fail_with("merge: 'a/b' is a sub-tree in structures[1] and a leaf in an earlier one; expected "
-              'one kind. Rename or filter one of them.', ds.merge, one, two)
-    fail_with("merge: 'a/b' is a leaf in structures[1] and a sub-tree in an earlier one; expected "
-              'one kind. Rename or filter one of them.', ds.merge, two, one)
+    fail_with(
+        "merge: 'a/b' is a sub-tree in structures[1] and a leaf in an earlier one; expected "
+        'one kind. Rename or filter one of them.',
+        ds.merge,
+        one,
+        two,
+    )
+    fail_with(
+        "merge: 'a/b' is a leaf in structures[1] and a sub-tree in an earlier one; expected "
+        'one kind. Rename or filter one of them.',
+        ds.merge,
+        two,
+        one,
+    )
 
 
-@pytest.mark.parametrize(('before', 'now', 'shown'), [
-    (np.ones(2), np.ones((2, 3), np.int8), 'int8[2,3] in structures[1] and float64[2]'),
-    (np.ones(2), np.ones(2, np.int8), 'int8[2] in structures[1] and float64[2]'),
-    (np.ones(2), 'text', "'text' in structures[1] and float64[2]"),
-    (nn.Partitioned(np.ones(2), ('x',)), np.ones(3), 'float64[3] in structures[1] and float64[2]'),
-])
+@pytest.mark.parametrize(
+    ('before', 'now', 'shown'),
+    [
+        (np.ones(2), np.ones((2, 3), np.int8), 'int8[2,3] in structures[1] and float64[2]'),
+        (np.ones(2), np.ones(2, np.int8), 'int8[2] in structures[1] and float64[2]'),
+        (np.ones(2), 'text', "'text' in structures[1] and float64[2]"),
+        (
+            nn.Partitioned(np.ones(2), ('x',)),
+            np.ones(3),
+            'float64[3] in structures[1] and float64[2]',
+        ),
+    ],
+)
 def test_merge_of_unlike_duplicates(before, now, shown):
     trees = {'a': {'b': {'w': before}}}, {'a': {'b': {'w': now}}}
-    fail_with(f"merge: 'a/b/w' is {shown} in an earlier one; expected one shape and dtype. Rename "
-              'or filter one of them, or pass check_duplicates=False.',
-              ds.merge, *trees, check_duplicates=True)
+    fail_with(
+        f"merge: 'a/b/w' is {shown} in an earlier one; expected one shape and dtype. Rename "
+        'or filter one of them, or pass check_duplicates=False.',
+        ds.merge,
+        *trees,
+        check_duplicates=True,
+    )
     assert exact(ds.merge(*trees)) == exact(trees[1])
     assert exact(ds.merge(trees[0], trees[0], check_duplicates=True)) == exact(trees[0])
 
 
 @pytest.mark.parametrize('name', ['tree_size', 'tree_bytes'])
 def test_size_of_a_leaf_that_is_no_array(name):
-    fail_with(f"{name}: the leaf at tree['a']['w'] is 'text'; expected an array. Filter it out, or "
-              'make it an array.', getattr(ds, name), {'a': {'w': 'text'}})
+    fail_with(
+        f"{name}: the leaf at tree['a']['w'] is 'text'; expected an array. Filter it out, or "
+        'make it an array.',
+        getattr(ds, name),
+        {'a': {'w': 'text'}},
+    )

@@ -71,9 +71,11 @@ def lambda_returns(rewards, values):
     gamma, lam, steps = example.DISCOUNT, example.LAMBDA, len(rewards)
     out = []
     for t in range(steps):
-        of_n = [sum(gamma ** k * rewards[t + k] for k in range(n)) + gamma ** n * values[t + n]
-                for n in range(1, steps - t + 1)]
-        weights = [(1 - lam) * lam ** k for k in range(len(of_n) - 1)] + [lam ** (len(of_n) - 1)]
+        of_n = [
+            sum(gamma**k * rewards[t + k] for k in range(n)) + gamma**n * values[t + n]
+            for n in range(1, steps - t + 1)
+        ]
+        weights = [(1 - lam) * lam**k for k in range(len(of_n) - 1)] + [lam ** (len(of_n) - 1)]
         out.append(sum(w * r for w, r in zip(weights, of_n, strict=True)))
     return out
 
@@ -94,9 +96,15 @@ BY_HAND = {'world': world_loss, 'actor': actor_loss, 'critic': critic_loss}
 def assert_close(got, want, tolerance=1e-5):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, found), expected in zip(
-            jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(found, expected, tolerance, tolerance * abs(expected).max(),
-                                   err_msg=jax.tree_util.keystr(path))
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        np.testing.assert_allclose(
+            found,
+            expected,
+            tolerance,
+            tolerance * abs(expected).max(),
+            err_msg=jax.tree_util.keystr(path),
+        )
 
 
 def largest(tree):
@@ -132,15 +140,21 @@ def test_views_and_masked_calls_agree(grads):
 
 def test_without_views_the_actor_and_the_critic_move_the_model(grads):
     assert reached(grads['without views']) == {
-        'world': {'world'}, 'actor': set(LOSSES), 'critic': set(LOSSES)}
+        'world': {'world'},
+        'actor': set(LOSSES),
+        'critic': set(LOSSES),
+    }
 
 
 # --- What it computes -----------------------------------------------------------------------------
 
 
 def moved(body, action, steps):
-    run = jax.jit(lambda body: jax.lax.scan(
-        lambda b, _: (example.move(b, jnp.array([action])),) * 2, body, length=steps)[1])
+    run = jax.jit(
+        lambda body: jax.lax.scan(
+            lambda b, _: (example.move(b, jnp.array([action])),) * 2, body, length=steps
+        )[1]
+    )
     return np.asarray(run(jnp.array(body, jnp.float32)))
 
 
@@ -178,9 +192,11 @@ def test_records_are_of_the_real_pendulum(problem):
     assert record.bodies.shape == (5, 8, 2)
     assert abs(record.actions).max() <= 1
     np.testing.assert_allclose(
-        record.bodies[1:], example.move(record.bodies[:-1], record.actions), rtol=1e-5, atol=1e-5)
+        record.bodies[1:], example.move(record.bodies[:-1], record.actions), rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_allclose(
-        record.rewards, example.reward(record.bodies[1:], record.actions), rtol=1e-5)
+        record.rewards, example.reward(record.bodies[1:], record.actions), rtol=1e-5
+    )
 
 
 # --- A short run ----------------------------------------------------------------------------------
@@ -191,14 +207,18 @@ def test_main_learns_prints_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, 'BATCH', 16)
     picture = tmp_path / 'picture.png'
     results, norms, costs = example.main(
-        ['--steps', '80', '--seeds', '2', '--output', str(picture)])
+        ['--steps', '80', '--seeds', '2', '--output', str(picture)]
+    )
     assert picture.read_bytes().startswith(b'\x89PNG') and picture.stat().st_size > 20_000
     assert [p.name for p in tmp_path.iterdir()] == ['picture.png']
 
     assert {loss: {part for part in LOSSES if row[part] != 0} for loss, row in norms.items()} == {
-        loss: {loss} for loss in LOSSES}
+        loss: {loss} for loss in LOSSES
+    }
     assert {way: cost[:2] for way, cost in costs.items()} == {
-        'views': (1, 2), 'masked calls': (3, 2)}
+        'views': (1, 2),
+        'masked calls': (3, 2),
+    }
 
     # The model has learned the pendulum: what others do, in other hands than in training.
     before = example.begin(jax.vmap(jax.random.key)(jnp.arange(2)), 80).params
@@ -206,8 +226,9 @@ def test_main_learns_prints_and_draws(tmp_path, capsys, monkeypatch):
     bodies = example.at_rest(jax.random.key(9), 32, np.pi)
     noise = jax.random.normal(jax.random.key(8), (example.HORIZON, 32, 1))
     _, record = jax.jit(example.live)(jax.tree.map(lambda x: x[0], before), bodies, noise)
-    error = jax.jit(jax.vmap(
-        lambda params: example.Agent().apply({'params': params}, record)['world']))
+    error = jax.jit(
+        jax.vmap(lambda params: example.Agent().apply({'params': params}, record)['world'])
+    )
     assert (error(after) < 0.7 * error(before)).all()  # of 12 seeds the worst has 0.55 at 60 steps
 
     # The actor has found something to do with it.
@@ -229,8 +250,10 @@ def test_main_learns_prints_and_draws(tmp_path, capsys, monkeypatch):
 
 
 def test_needs_whole_parts_and_two_seeds(capsys):
-    for argv, message in ((['--steps', '30'], '--steps 30: expected a multiple of 20'),
-                          (['--seeds', '1'], '--seeds 1: expected at least 2')):
+    for argv, message in (
+        (['--steps', '30'], '--steps 30: expected a multiple of 20'),
+        (['--seeds', '1'], '--seeds 1: expected at least 2'),
+    ):
         with pytest.raises(SystemExit):
             example.main(argv)
         assert message in capsys.readouterr().err

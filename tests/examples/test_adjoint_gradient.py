@@ -55,6 +55,7 @@ def test_small_numbers_by_hand(name):
 
 def by_loops(model, params, f, data):
     """L, F and ∇_φ F of a loop in Python, with no scan, no recursion and no block."""
+
     def objective(theta, phi):
         weights = model.beta.apply({'params': phi}, data.inputs)
         x, total = data.start, 0.0
@@ -65,6 +66,7 @@ def by_loops(model, params, f, data):
 
     def along_f(phi):
         return jax.jvp(lambda theta: objective(theta, phi), (params['cell'],), (f,))[1]
+
     of_theta = jax.grad(objective)(params['cell'], params['beta'])
     value, of_phi = jax.value_and_grad(along_f)(params['beta'])
     return of_theta, value, of_phi
@@ -109,7 +111,8 @@ def test_blocks_keep_the_parts_apart():
     with jax.enable_x64(True):
         gradient = jax.jit(functools.partial(example.of_losses, model, '__call__'))
         theta_loss, phi_loss, both = (
-            gradient(*inputs, weights) for weights in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
+            gradient(*inputs, weights) for weights in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
+        )
         assert largest(theta_loss['beta']) == 0 == largest(phi_loss['cell'])
         for grads in (theta_loss, both):
             assert example.difference(grads['cell'], of_theta) < 1e-12
@@ -152,8 +155,10 @@ def test_main_prints_and_draws(tmp_path, capsys):
     assert result['parts']['L, in its block'][1] == 0 == result['parts']['F, in its block'][0]
     assert min(result['parts']['L, no block'] + result['parts']['F, no block']) > 0.1
     for name, part in (('L', 0), ('F', 1)):
-        alone, in_sum, mixed = (result['parts'][key][part] for key in (
-            f'{name}, no block', 'L + F, in its block', 'L + F, no block'))
+        alone, in_sum, mixed = (
+            result['parts'][key][part]
+            for key in (f'{name}, no block', 'L + F, in its block', 'L + F, no block')
+        )
         np.testing.assert_allclose(alone, in_sum, rtol=1e-12)
         assert abs(mixed / alone - 1) > 0.01
     assert str(picture) in printed

@@ -17,11 +17,15 @@ def by_hand(theta, phi):
     """L = 1 + θ - 2θ² + φ(2θ² - θ³) + φ²(2θ - θ²), and its derivatives."""
     t, p = theta, phi
     value = 1 + t - 2 * t**2 + p * (2 * t**2 - t**3) + p**2 * (2 * t - t**2)
-    gradient = [1 - 4 * t + p * (4 * t - 3 * t**2) + p**2 * (2 - 2 * t),
-                2 * t**2 - t**3 + 2 * p * (2 * t - t**2)]
+    gradient = [
+        1 - 4 * t + p * (4 * t - 3 * t**2) + p**2 * (2 - 2 * t),
+        2 * t**2 - t**3 + 2 * p * (2 * t - t**2),
+    ]
     ttp, tpp = 4 - 6 * t - 4 * p, 4 - 4 * t
-    hessian = [[-4 + p * (4 - 6 * t) - 2 * p**2, 4 * t - 3 * t**2 + 4 * p * (1 - t)],
-               [4 * t - 3 * t**2 + 4 * p * (1 - t), 4 * t - 2 * t**2]]
+    hessian = [
+        [-4 + p * (4 - 6 * t) - 2 * p**2, 4 * t - 3 * t**2 + 4 * p * (1 - t)],
+        [4 * t - 3 * t**2 + 4 * p * (1 - t), 4 * t - 2 * t**2],
+    ]
     third = [[[-6 * p, ttp], [ttp, tpp]], [[ttp, tpp], [tpp, 0]]]
     return value, gradient, hessian, third
 
@@ -33,8 +37,10 @@ def left_out(theta, phi):
     squares = np.array([[(1 - t) / t + (1 + t) / (1 - t), 0], [0, 0]])
     mixed = np.array([[-2.0, 0], [0, 0]])
     # The second is θ + φ where y = 1, that is at (1, 1) and (0, 1).
-    for probability, s in ((t * p, np.array([1 / t, 1 / p])),
-                           ((1 - t) * t * p, np.array([1 / t - 1 / (1 - t), 1 / p]))):
+    for probability, s in (
+        (t * p, np.array([1 / t, 1 / p])),
+        ((1 - t) * t * p, np.array([1 / t - 1 / (1 - t), 1 / p])),
+    ):
         squares += probability * (t + p) * np.outer(s, s)
         mixed += probability * np.outer(s, [1, 1])
     # Where y = 0 the second cost is 0 and so is its gradient.
@@ -111,13 +117,17 @@ def costs(point, x, y):
 
 def dice(point, x, y):
     """The objective once more, with no module and no block."""
-    return sum(jnp.exp(tau - jax.lax.stop_gradient(tau)) * cost
-               for tau, cost in zip(log_probs(point, x, y), costs(point, x, y), strict=True))
+    return sum(
+        jnp.exp(tau - jax.lax.stop_gradient(tau)) * cost
+        for tau, cost in zip(log_probs(point, x, y), costs(point, x, y), strict=True)
+    )
 
 
 def surrogate(point, x, y):
-    return sum(tau * jax.lax.stop_gradient(cost) + cost
-               for tau, cost in zip(log_probs(point, x, y), costs(point, x, y), strict=True))
+    return sum(
+        tau * jax.lax.stop_gradient(cost) + cost
+        for tau, cost in zip(log_probs(point, x, y), costs(point, x, y), strict=True)
+    )
 
 
 @pytest.mark.thinned(7)
@@ -135,8 +145,12 @@ def test_each_outcome_is_that_of_a_stopped_tau(name, outcome):
 @pytest.mark.parametrize('point', POINTS)
 def test_derivatives_of_a_sum_with_held_weights(point):
     def total(point):
-        return sum(jnp.exp(jax.lax.stop_gradient(log_probs(point, x, y)[1]))
-                   * example.dice(point, jnp.float32(x), jnp.float32(y)) for x, y in OUTCOMES)
+        return sum(
+            jnp.exp(jax.lax.stop_gradient(log_probs(point, x, y)[1]))
+            * example.dice(point, jnp.float32(x), jnp.float32(y))
+            for x, y in OUTCOMES
+        )
+
     with jax.enable_x64(True):
         got = jax.jit(example.derivatives(total, 2))(np.array(point))
     for found, want in zip(got, by_hand(*point)[:3], strict=True):
@@ -152,14 +166,18 @@ def test_box_is_exactly_one(outcome):
 def test_samples_agree_with_the_outcomes():
     theta, phi = point = np.array((0.3, 0.6), np.float32)
     hand, squares_and_mixed = by_hand(theta, phi), left_out(theta, phi)
-    sampled = {name: jax.device_get(example.sampled_mean(way, point, 20_000, jax.random.key(5)))
-               for name, way in example.WAYS.items()}
+    sampled = {
+        name: jax.device_get(example.sampled_mean(way, point, 20_000, jax.random.key(5)))
+        for name, way in example.WAYS.items()
+    }
     for (mean, error), want in zip(sampled['DiCE'], hand, strict=True):
         assert (abs(mean - want) <= 5 * error + 1e-5).all()
     assert sampled['DiCE'][2][1][0, 0] > 0.01  # the errors are not wide for nothing, nor 0
     assert sampled['DiCE'][2][1][0, 0] < 0.1
-    missing = {'surrogate': squares_and_mixed[0] + squares_and_mixed[1] + squares_and_mixed[1].T,
-               'surrogate of surrogate': squares_and_mixed[1]}
+    missing = {
+        'surrogate': squares_and_mixed[0] + squares_and_mixed[1] + squares_and_mixed[1].T,
+        'surrogate of surrogate': squares_and_mixed[1],
+    }
     for name, lacks in missing.items():
         mean, error = sampled[name][1]
         assert (abs(mean - hand[1]) <= 5 * error).all()
@@ -177,8 +195,10 @@ def test_standard_error_is_that_of_the_mean():
 
 
 def test_error_falls_for_dice_and_stays_for_the_surrogate():
-    fallen, left = (np.asarray(example.errors(example.WAYS[name], 40, 3000, jax.random.key(6)))
-                    for name in ('DiCE', 'surrogate of surrogate'))
+    fallen, left = (
+        np.asarray(example.errors(example.WAYS[name], 40, 3000, jax.random.key(6)))
+        for name in ('DiCE', 'surrogate of surrogate')
+    )
     _, error = example.sampled_mean(example.WAYS['DiCE'], example.POINT, 3000, jax.random.key(7))[2]
     for count in (300, 3000):
         expected = error[0, 0] * np.sqrt(3000 / count)
@@ -203,6 +223,7 @@ def test_main_prints_the_table_and_draws(tmp_path, capsys):
         assert f'\n{row:8}{analytic:9.4f}' in printed and f'{mean:.4f}, {sampled:.3f} ±' in printed
     _, mixed = left_out(*example.POINT.astype(float))
     np.testing.assert_allclose(
-        table['L_θθ']['surrogate of surrogate'][0], hand[2][0][0] - mixed[0, 0], rtol=1e-5)
+        table['L_θθ']['surrogate of surrogate'][0], hand[2][0][0] - mixed[0, 0], rtol=1e-5
+    )
     assert 'surrogate of surrogate' not in table['L_θθθ']
     assert printed.count('\nθ = ') == 3 and str(picture) in printed

@@ -28,8 +28,10 @@ def reverse(features, lam):
     return features
 
 
-reverse.defvjp(lambda features, lam: (features, lam),
-               lambda lam, cotangent: (-lam * cotangent, jnp.zeros_like(lam)))
+reverse.defvjp(
+    lambda features, lam: (features, lam),
+    lambda lam, cotangent: (-lam * cotangent, jnp.zeros_like(lam)),
+)
 
 
 def dense(params, x):
@@ -56,16 +58,19 @@ def domain_loss(params, source, target, layer):
 def loss_by_hand(params, source, target, lam):
     """The loss with a reversal layer, and no module and no block."""
     return label_loss(params, source) + domain_loss(
-        params, source.pixels, target, lambda features: reverse(features, lam))
+        params, source.pixels, target, lambda features: reverse(features, lam)
+    )
 
 
 def assert_close(got, want, tolerance=2e-6):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, found), expected in zip(
-            jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
         assert found.dtype == expected.dtype and found.shape == expected.shape
-        np.testing.assert_allclose(found, expected, tolerance, tolerance,
-                                   err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            found, expected, tolerance, tolerance, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 def largest(tree):
@@ -81,8 +86,9 @@ def test_gradients_are_those_of_a_reversal_layer(problem, lam, traced):
     assert set(got) == {'encoder', 'label', 'domain'}
     assert_close(got, want)
     assert min(largest(part) for part in got.values()) > 1e-3
-    np.testing.assert_allclose(example.loss(*problem, lam),
-                               loss_by_hand(*problem, jnp.float32(lam)), rtol=1e-6)
+    np.testing.assert_allclose(
+        example.loss(*problem, lam), loss_by_hand(*problem, jnp.float32(lam)), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize('lam', LAMBDAS)
@@ -91,9 +97,13 @@ def test_encoder_gets_the_label_gradient_less_lambda_times_the_domain_gradient(p
     of_label = jax.grad(label_loss)(params, source)
     of_domain = jax.grad(domain_loss)(params, source.pixels, target, lambda features: features)
     assert largest(of_domain['encoder']) > 1e-2
-    want = {'encoder': jax.tree.map(lambda a, b: a - lam * b, of_label['encoder'],
-                                    of_domain['encoder']),
-            'label': of_label['label'], 'domain': of_domain['domain']}
+    want = {
+        'encoder': jax.tree.map(
+            lambda a, b: a - lam * b, of_label['encoder'], of_domain['encoder']
+        ),
+        'label': of_label['label'],
+        'domain': of_domain['domain'],
+    }
     assert_close(example.gradients(params, source, target, lam), want)
 
 
@@ -103,8 +113,9 @@ def test_lambda_moves_the_encoder_alone(problem):
     for part in ('label', 'domain'):
         for a, b in zip(jax.tree.leaves(one[part]), jax.tree.leaves(other[part]), strict=True):
             np.testing.assert_array_equal(a, b)
-    for a, b in zip(jax.tree.leaves(one['encoder']), jax.tree.leaves(other['encoder']),
-                    strict=True):
+    for a, b in zip(
+        jax.tree.leaves(one['encoder']), jax.tree.leaves(other['encoder']), strict=True
+    ):
         assert abs(a - b).max() > 1e-3
 
 
@@ -139,8 +150,12 @@ def test_sets_are_disjoint_and_from_their_domain():
     slanted = example.slanted(plain.reshape(-1, 8, 8)).reshape(-1, 64).astype(np.float32)
     for seed in range(2):
         used = []
-        for name, pixels in (('source', plain), ('source_test', plain), ('target', slanted),
-                             ('target_test', slanted)):
+        for name, pixels in (
+            ('source', plain),
+            ('source_test', plain),
+            ('target', slanted),
+            ('target_test', slanted),
+        ):
             digits = getattr(data, name)
             where = {row.tobytes(): i for i, row in enumerate(pixels)}
             found = [where[row.tobytes()] for row in digits.pixels[seed]]
@@ -159,8 +174,13 @@ def test_labels_of_the_target_are_not_used_but_by_the_oracle():
     scrambled = data._replace(target=data.target._replace(labels=9 - data.target.labels))
     for name, same in (('plain', True), ('adversarial', True), ('oracle', False)):
         one, other = (short(name, d).params for d in (data, scrambled))
-        assert all(np.array_equal(a, b) for a, b in zip(
-            jax.tree.leaves(one), jax.tree.leaves(other), strict=True)) == same
+        assert (
+            all(
+                np.array_equal(a, b)
+                for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+            )
+            == same
+        )
 
 
 def test_source_only_encoder_does_not_see_the_target():
@@ -169,8 +189,15 @@ def test_source_only_encoder_does_not_see_the_target():
     for name, same in (('plain', True), ('adversarial', False)):
         one, other = (short(name, d).params for d in (data, blank))
         for part in ('encoder', 'label'):
-            assert all(np.array_equal(a, b) for a, b in zip(
-                jax.tree.leaves(one[part]), jax.tree.leaves(other[part]), strict=True)) == same
+            assert (
+                all(
+                    np.array_equal(a, b)
+                    for a, b in zip(
+                        jax.tree.leaves(one[part]), jax.tree.leaves(other[part]), strict=True
+                    )
+                )
+                == same
+            )
         assert (one['domain']['layers_0']['kernel'] != other['domain']['layers_0']['kernel']).any()
 
 
@@ -190,8 +217,9 @@ def test_main_gains_on_the_target_and_draws(tmp_path, capsys):
     for result in (plain, adversarial, oracle):
         for seed in range(3):
             params = jax.tree.map(lambda x, seed=seed: x[seed], result.params)
-            logits = dense(params['label'], encode(params['encoder'],
-                                                   data.target_test.pixels[seed]))
+            logits = dense(
+                params['label'], encode(params['encoder'], data.target_test.pixels[seed])
+            )
             right = (logits.argmax(-1) == data.target_test.labels[seed]).mean()
             assert abs(result.target[seed] - right) < 0.01
     printed = capsys.readouterr().out

@@ -18,10 +18,13 @@ WRONG = dataclasses.replace(ft.HEAD, batch_statistics=True)
 def problem(seed, batch=16):
     """Variables with nothing at its initial zero or one, and random digits."""
     rng = np.random.default_rng(seed)
-    variables = jax.tree.map(lambda x: x + 0.1 * rng.uniform(size=x.shape).astype(np.float32),
-                             jax.device_get(ft.init(jax.random.key(seed))))
+    variables = jax.tree.map(
+        lambda x: x + 0.1 * rng.uniform(size=x.shape).astype(np.float32),
+        jax.device_get(ft.init(jax.random.key(seed))),
+    )
     return variables, ft.Digits(
-        rng.uniform(size=(batch, 64)).astype(np.float32), rng.integers(5, size=batch))
+        rng.uniform(size=(batch, 64)).astype(np.float32), rng.integers(5, size=batch)
+    )
 
 
 def code(params, statistics, x, batch_statistics):
@@ -32,8 +35,10 @@ def code(params, statistics, x, batch_statistics):
         norm, old = params[f'BatchNorm_{i}'], statistics[f'BatchNorm_{i}']
         mean, var = (x.mean(0), x.var(0)) if batch_statistics else (old['mean'], old['var'])
         x = jax.nn.relu((x - mean) / jnp.sqrt(var + 1e-5) * norm['scale'] + norm['bias'])
-        after[f'BatchNorm_{i}'] = {'mean': 0.9 * old['mean'] + 0.1 * mean,
-                                   'var': 0.9 * old['var'] + 0.1 * var}
+        after[f'BatchNorm_{i}'] = {
+            'mean': 0.9 * old['mean'] + 0.1 * mean,
+            'var': 0.9 * old['var'] + 0.1 * var,
+        }
     return x, after if batch_statistics else statistics
 
 
@@ -71,9 +76,11 @@ def test_the_held_stage_has_the_gradients_of_a_head_on_constants(seed, mode):
     variables, digits = problem(seed)
     params, statistics = variables['params'], variables['batch_stats']
     (value, after), grads = compiled_or_not(jax.value_and_grad(ft.loss, has_aux=True), mode)(
-        params, statistics, ft.HEAD, digits)
+        params, statistics, ft.HEAD, digits
+    )
     x = jax.lax.stop_gradient(
-        code(params['encoder'], statistics['encoder'], digits.pixels, False)[0])
+        code(params['encoder'], statistics['encoder'], digits.pixels, False)[0]
+    )
     want, want_grads = jax.value_and_grad(cross_entropy)(params['head'], x, digits.labels)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     assert_close(grads['head'], want_grads)
@@ -87,7 +94,8 @@ def test_the_last_stage_trains_all_and_writes_statistics(mode):
     variables, digits = problem(2)
     params, statistics = variables['params'], variables['batch_stats']
     (value, after), grads = compiled_or_not(jax.value_and_grad(ft.loss, has_aux=True), mode)(
-        params, statistics, ft.ALL, digits)
+        params, statistics, ft.ALL, digits
+    )
 
     def by_hand(params):
         x, after = code(params['encoder'], statistics['encoder'], digits.pixels, True)
@@ -107,10 +115,12 @@ def test_the_held_stage_moves_the_head_alone_as_adamw_of_the_head_does():
     assert bits(encoder_of(found)) == bits(encoder_of(variables))
 
     # By hand: features once, and an optimiser that never saw the encoder. The same batches.
-    x, _ = code(variables['params']['encoder'], variables['batch_stats']['encoder'],
-                digits.pixels, False)
-    optimiser = optax.chain(optax.clip_by_global_norm(ft.CLIP),
-                            optax.adamw(ft.HEAD.rate, weight_decay=ft.DECAY))
+    x, _ = code(
+        variables['params']['encoder'], variables['batch_stats']['encoder'], digits.pixels, False
+    )
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(ft.CLIP), optax.adamw(ft.HEAD.rate, weight_decay=ft.DECAY)
+    )
     head = variables['params']['head']
     state = optimiser.init(head)
     for key in jax.random.split(jax.random.key(1), (20, 1))[:, 0]:
@@ -124,12 +134,16 @@ def test_the_held_stage_moves_the_head_alone_as_adamw_of_the_head_does():
 
 def test_a_block_alone_does_not_freeze(monkeypatch):
     variables, digits = problem(3)
-    monkeypatch.setattr(ft, 'make_optimiser', lambda stage, params: optax.adamw(
-        stage.rate, weight_decay=ft.DECAY))
+    monkeypatch.setattr(
+        ft, 'make_optimiser', lambda stage, params: optax.adamw(stage.rate, weight_decay=ft.DECAY)
+    )
     found = run(ft.HEAD, variables, digits).variables
     shrunk = (1 - ft.HEAD.rate * ft.DECAY) ** 20
-    assert_close(found['params']['encoder'], jax.tree.map(
-        lambda leaf: np.float32(shrunk) * leaf, variables['params']['encoder']), atol=0)
+    assert_close(
+        found['params']['encoder'],
+        jax.tree.map(lambda leaf: np.float32(shrunk) * leaf, variables['params']['encoder']),
+        atol=0,
+    )
 
 
 def test_optimiser_state_holds_nothing_for_what_is_held():
@@ -146,8 +160,9 @@ def test_clipping_does_not_count_what_is_held():
     variables, _ = problem(5)
     params, rng = variables['params'], np.random.default_rng(5)
     optimiser = ft.make_optimiser(ft.HEAD, params)
-    alone = optax.chain(optax.clip_by_global_norm(ft.CLIP),
-                        optax.adamw(ft.HEAD.rate, weight_decay=ft.DECAY))
+    alone = optax.chain(
+        optax.clip_by_global_norm(ft.CLIP), optax.adamw(ft.HEAD.rate, weight_decay=ft.DECAY)
+    )
     state, state_alone = optimiser.init(params), alone.init(params['head'])
     for size in (0.0, 100.0, 3.0):  # of the encoder's gradient, which a block would make zero
         grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
@@ -163,8 +178,7 @@ def test_training_mode_batchnorm_is_an_error_while_held(mode):
     variables, digits = problem(6)
     before = bits(variables)
     with pytest.raises(sg.FrozenVariableError, match="'/encoder/BatchNorm_0'.*batch_stats"):
-        compiled_or_not(ft.loss, mode)(
-            variables['params'], variables['batch_stats'], WRONG, digits)
+        compiled_or_not(ft.loss, mode)(variables['params'], variables['batch_stats'], WRONG, digits)
     with pytest.raises(sg.FrozenVariableError):
         run(WRONG, variables, digits)
     assert bits(variables) == before
@@ -213,7 +227,8 @@ def test_the_first_stage_reaches_the_head_alone():
     for stage, spec in ((ft.HEAD, 'head'), (ft.ALL, True)):
         loss = lambda params, *args, stage=stage: ft.loss(params, args[0], stage, args[1])[0]
         flow = sg.assert_flow(loss, {'loss': spec})(
-            variables['params'], variables['batch_stats'], digits)
+            variables['params'], variables['batch_stats'], digits
+        )
         held = [record for record in flow if not record.reached]
         assert all(record.operation.startswith(('constant', 'stop_gradient')) for record in held)
         assert bool(held) is (stage is ft.HEAD)

@@ -36,12 +36,15 @@ def losses_by_hand(params, batch):
         fake = example.Generator().apply({'params': generator}, batch.noise) + batch.blur[0]
         return example.Discriminator().apply({'params': discriminator}, fake)
 
-    real = example.Discriminator().apply({'params': params['discriminator']},
-                                         batch.real + batch.blur[1])
+    real = example.Discriminator().apply(
+        {'params': params['discriminator']}, batch.real + batch.blur[1]
+    )
     return {
         'generator': softplus(-judged(params['generator'], held['discriminator'])).mean(),
-        'discriminator': (softplus(judged(held['generator'], params['discriminator']))
-                          + softplus(-real)).mean()}
+        'discriminator': (
+            softplus(judged(held['generator'], params['discriminator'])) + softplus(-real)
+        ).mean(),
+    }
 
 
 def assert_close(got, want):
@@ -85,7 +88,7 @@ def costs(problem):
 
 def test_one_pass_runs_the_generator_once_and_costs_what_it_costs_by_hand(costs):
     one, two, programs, by_hand = costs.values()
-    assert one.loops == by_hand.loops == 2      # the strokes, there and back
+    assert one.loops == by_hand.loops == 2  # the strokes, there and back
     assert two.loops == programs.loops == 3
     assert one.flops <= 1.01 * by_hand.flops
     assert one.temp_bytes <= 1.01 * by_hand.temp_bytes
@@ -101,15 +104,15 @@ def test_a_step_descends_both_losses_at_once(problem):
     # Adam's first step has the size of its rate and the sign of the gradient, whatever its size.
     grads = jax.jit(jax.grad(lambda p: sum(losses_by_hand(p, batch).values())))(params)
     for part, rate in example.RATES.items():
-        for old, now, grad in zip(*map(jax.tree.leaves, (params[part], new[part].params,
-                                                         grads[part])), strict=True):
+        for old, now, grad in zip(
+            *map(jax.tree.leaves, (params[part], new[part].params, grads[part])), strict=True
+        ):
             large = abs(grad) > 1e-5
             np.testing.assert_allclose((old - now)[large], rate * jnp.sign(grad)[large], rtol=0.01)
 
 
 def test_quality_counts_what_a_classifier_is_sure_of():
-    classifier = LogisticRegression(C=1e6, max_iter=20_000).fit(
-        np.eye(10), np.arange(10))
+    classifier = LogisticRegression(C=1e6, max_iter=20_000).fit(np.eye(10), np.arange(10))
     sure = example.quality(classifier, np.eye(10)[[3, 3, 7]])
     assert sure.sure == 1 and sure.classes.tolist() == [0, 0, 0, 2, 0, 0, 0, 1, 0, 0]
     assert example.quality(classifier, np.zeros((4, 10))).sure == 0

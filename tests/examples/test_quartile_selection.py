@@ -92,8 +92,10 @@ def test_gradient_is_zero_and_the_line_is_that_of_the_sort(run):
     for name in example.estimators():
         record = found['flow'][name, 'theta']
         assert record.reached and record.norm > 0.1
-    assert not any(np.any(jax.grad(example.hard)({'theta': theta}, rows)['theta'])
-                   for rows, theta in map(problem, range(10)))
+    assert not any(
+        np.any(jax.grad(example.hard)({'theta': theta}, rows)['theta'])
+        for rows, theta in map(problem, range(10))
+    )
 
 
 def test_two_single_entries_have_no_gradient_either():
@@ -115,7 +117,7 @@ def test_smoothed_is_f_with_noise_and_its_gradient_that_of_the_scores(name):
     theta = 0.1 * theta  # so short that the noise decides: the gradient goes with its inverse
     b, sigma = np.asarray(rows.b), {'noise on θ': 0.2, 'noise on C': 0.5}[name]
     z = np.random.default_rng(0).normal(size=(40_000, 4 if name == 'noise on θ' else len(b)))
-    scores = ((theta + sigma * z) @ b.T if name == 'noise on θ' else theta @ b.T + sigma * z)
+    scores = (theta + sigma * z) @ b.T if name == 'noise on θ' else theta @ b.T + sigma * z
     order, a = np.argsort(scores, -1), np.asarray(rows.a)
     values = abs(a[order[:, :25]]).mean(-1) - a[order[:, -25:]].mean(-1)
     centred = (values - values.mean())[:, None] * z / sigma
@@ -137,7 +139,9 @@ def test_five_point_differences_are_exact_for_polynomials_of_degree_four():
     loss = lambda params: (params['theta'] ** jnp.array([1.0, 2, 3, 4])).sum()
     with jax.enable_x64(True):
         got = example.five_point(loss, {'theta': jnp.asarray(theta)}, 0.1)
-    np.testing.assert_allclose(got, [1, 2 * theta[1], 3 * theta[2]**2, 4 * theta[3]**3], rtol=1e-12)
+    np.testing.assert_allclose(
+        got, [1, 2 * theta[1], 3 * theta[2] ** 2, 4 * theta[3] ** 3], rtol=1e-12
+    )
 
 
 def test_mean_and_standard_error_are_those_over_keys():
@@ -187,7 +191,8 @@ def test_training_lowers_f_on_held_out_rows_and_noise(run):
     for kind, some in (('hard', rows), ('held-out rows', held_out)):
         for at, params in ((0, example.START), (-1, found['ends']['noise on θ']['theta'])):
             np.testing.assert_allclose(
-                found['courses']['noise on θ'][kind][at], by_hand(some, params)[0], rtol=1e-4)
+                found['courses']['noise on θ'][kind][at], by_hand(some, params)[0], rtol=1e-4
+            )
 
 
 def test_least_squares_is_that_of_the_normal_equations():

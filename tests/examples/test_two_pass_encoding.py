@@ -19,8 +19,14 @@ MOVES = {
     'code': {'encoding/code_value', 'encoding/code_presence'},
     'explanation': {'encoding/explanation'},
 }
-PARTS = {'retina', 'reader', 'encoding/gln', 'encoding/code_value', 'encoding/code_presence',
-         'encoding/explanation'}
+PARTS = {
+    'retina',
+    'reader',
+    'encoding/gln',
+    'encoding/code_value',
+    'encoding/code_presence',
+    'encoding/explanation',
+}
 
 
 @pytest.fixture(scope='module')
@@ -98,8 +104,7 @@ def test_quick_run_from_end_to_end(example, tmp_path, monkeypatch, capsys):
 
 def test_training_makes_codes_that_a_linear_probe_reads_better(example, tmp_path):
     picture = tmp_path / 'picture.png'
-    result = example.main(
-        ['--quick', '--steps', '400', '--seed', '1', '--output', str(picture)])
+    result = example.main(['--quick', '--steps', '400', '--seed', '1', '--output', str(picture)])
     before, after = result.accuracy['untrained'], result.accuracy['trained']
     assert min(after.values()) > max(before.values()) + 0.1
     for losses in result.course.values():
@@ -115,12 +120,15 @@ def test_needs_a_step(example, capsys):
 
 
 def test_blocks_and_copies_give_the_same_gradients_bit_for_bit(by_hand, setting):
-    blocks, copies = (by_hand.jitted_gradients(losses, *setting)
-                      for losses in (by_hand.losses_by_blocks, by_hand.losses_by_hand))
+    blocks, copies = (
+        by_hand.jitted_gradients(losses, *setting)
+        for losses in (by_hand.losses_by_blocks, by_hand.losses_by_hand)
+    )
     assert set(blocks) == set(MOVES)
     assert jax.tree.structure(blocks) == jax.tree.structure(copies)
-    for (path, a), b in zip(jax.tree.leaves_with_path(blocks), jax.tree.leaves(copies),
-                            strict=True):
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(blocks), jax.tree.leaves(copies), strict=True
+    ):
         assert np.array_equal(a, b), jax.tree_util.keystr(path)
         assert by_hand.unequal(a, b) == []  # which compares bits: not even the sign of a zero
 
@@ -152,13 +160,24 @@ def test_each_block_is_needed(example, by_hand, setting, monkeypatch):
     # A new function: the jitted one remembers what it traced with the masks.
     grads = by_hand.jitted_gradients(lambda *args: by_hand.losses_by_hand(*args), *setting)
     code, explanation = MOVES['code'], MOVES['explanation']
-    expected = {'reader': MOVES['reader'] | code, 'gln': MOVES['gln'] | explanation,
-                'code': code | explanation, 'explanation': explanation | code}
+    expected = {
+        'reader': MOVES['reader'] | code,
+        'gln': MOVES['gln'] | explanation,
+        'code': code | explanation,
+        'explanation': explanation | code,
+    }
     reached = {
-        loss: {part for part in PARTS if any(
-            jnp.any(leaf != 0) for path, leaf in jax.tree.leaves_with_path(grads[loss])
-            if jax.tree_util.keystr(path, simple=True, separator='/').startswith(f'{part}/'))}
-        for loss in MOVES}
+        loss: {
+            part
+            for part in PARTS
+            if any(
+                jnp.any(leaf != 0)
+                for path, leaf in jax.tree.leaves_with_path(grads[loss])
+                if jax.tree_util.keystr(path, simple=True, separator='/').startswith(f'{part}/')
+            )
+        }
+        for loss in MOVES
+    }
     assert reached == expected
 
 
@@ -203,7 +222,8 @@ def test_the_optimiser_has_the_groups_of_the_copies(example, by_hand, setting):
     labels = sg.labels(example.TRAINS, params['encoding'])
     groups = sg.data_structures.map(
         lambda *variable: ('gln', 'code', 'explanation')[by_hand.part_of(*variable)],
-        params['encoding'])
+        params['encoding'],
+    )
     assert labels == groups
 
 
@@ -219,6 +239,7 @@ def found(modules, setting):
         def losses(params):
             values = world.clone(element=element).apply({'params': params}, *rest)
             return values, values
+
         return jax.device_get(jax.jit(jax.jacrev(losses, has_aux=True))(params))
 
     return {element.__name__: run(element) for element in modules[0].COMPARED}
@@ -233,8 +254,9 @@ def assert_close(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         scale = abs(b).max()
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * scale,
-                                   err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            a, b, rtol=1e-4, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 def test_views_of_one_run_and_a_run_in_each_block_give_the_same_gradients(grads_of):
@@ -260,6 +282,7 @@ def test_code_loss_has_the_gradient_of_one_more_term(example, by_hand, setting, 
         def term(e):
             code = example.iterated_sampler(e.gln(observation), e.quick_code(observation), noise)
             return example.squared_error(e.explanation(code.message), observation)
+
         return element.apply({'params': weights_c}, method=term)
 
     term = jax.device_get(by_copies(params['encoding']))
@@ -286,8 +309,9 @@ def test_values_of_the_variant_are_those_of_the_blocks(found):
             np.testing.assert_allclose(views[name], own[name], rtol=1e-5)
 
 
-@pytest.mark.parametrize('element, runs', [
-    ('EncodingElement', 1), ('SharedElement', 1), ('SharedElementByBlocks', 3)])
+@pytest.mark.parametrize(
+    'element, runs', [('EncodingElement', 1), ('SharedElement', 1), ('SharedElementByBlocks', 3)]
+)
 def test_runs_of_the_sampler(example, setting, element, runs):
     world, params, *rest = setting
     world = world.clone(element=getattr(example, element))
@@ -298,11 +322,13 @@ def test_runs_of_the_sampler(example, setting, element, runs):
 def test_shared_run_from_end_to_end(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, 'probe', lambda *_: 0.5)  # the other tests look at codes
     result = example.main(
-        ['--quick', '--shared', '--remat', '--output', str(tmp_path / 'picture.png')])
+        ['--quick', '--shared', '--remat', '--output', str(tmp_path / 'picture.png')]
+    )
     assert moved(result.norms) == MOVES
     assert (tmp_path / 'picture.png').exists()
     assert set(result.costs) == {
-        (element, remat) for element in example.COMPARED for remat in (False, True)}
+        (element, remat) for element in example.COMPARED for remat in (False, True)
+    }
     own, views, blocks = (result.costs[element, False].loops for element in example.COMPARED)
     assert views == own + 1  # another loss trains through the sampler: one more pass back
     assert blocks > views
@@ -326,19 +352,26 @@ def test_remat_needs_shared(example, capsys):
 @pytest.mark.long
 def test_a_rematerialised_sampler_gives_the_same_gradients(modules, setting):
     world, params, *rest = setting
+
     def grads(world):
         total = lambda p: sum(world.apply({'params': p}, *rest).values())
         return jax.device_get(jax.jit(jax.grad(total))(params))
+
     for element in modules[0].COMPARED:
         plain, again = (grads(world.clone(element=element, remat=remat)) for remat in (False, True))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-                     plain, again)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again
+        )
 
 
 def test_each_loss_reaches_its_own_parameters(modules, setting):
     world, params, *rest = setting
-    spec = {'gln': 'encoding/gln', 'code': 'encoding/code_*', 'explanation': 'encoding/explanation',
-            'reader': ['reader', 'retina']}
+    spec = {
+        'gln': 'encoding/gln',
+        'code': 'encoding/code_*',
+        'explanation': 'encoding/explanation',
+        'reader': ['reader', 'retina'],
+    }
     for element in modules[0].COMPARED:
         compared = world.clone(element=element)
         losses = lambda params, *rest, world=compared: world.apply({'params': params}, *rest)

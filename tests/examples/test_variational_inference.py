@@ -10,10 +10,7 @@ from flax_sg import nn
 from loading import load
 
 SEEDS = [0, 1]
-GRADIENTS = {
-    'eager': lambda fn: fn,
-    'jit': lambda fn: jax.jit(fn, static_argnums=0),
-}
+GRADIENTS = {'eager': lambda fn: fn, 'jit': lambda fn: jax.jit(fn, static_argnums=0)}
 
 vi = load('variational_inference')
 
@@ -21,15 +18,19 @@ vi = load('variational_inference')
 def problem(seed, dtype=np.float32, draws=50):
     """Parameters at which no derivative vanishes, and noise."""
     rng = np.random.default_rng(seed)
-    phi = {'q1': {'mean': rng.normal(), 'log_scale': 0.3 * rng.normal()},
-           'q2': {'net': {'kernel': 0.5 * rng.normal(size=(1, 2)), 'bias': rng.normal(size=2)}}}
+    phi = {
+        'q1': {'mean': rng.normal(), 'log_scale': 0.3 * rng.normal()},
+        'q2': {'net': {'kernel': 0.5 * rng.normal(size=(1, 2)), 'bias': rng.normal(size=2)}},
+    }
     noise = rng.normal(size=(2, draws))
     return jax.tree.map(lambda x: np.asarray(x, dtype), phi), noise.astype(dtype)
 
 
 def leaves(tree):
-    return {jax.tree_util.keystr(path): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_same(got, want):
@@ -71,8 +72,7 @@ def test_gradients_are_differences_of_two_copies(name):
         k_hat = jax.jit(lambda flat: jnp.mean(vi.two_copies(choice, unravel(flat), phi, *noise)))
         moves = 1e-5 * np.eye(flat.size)
         differences = np.array([float(k_hat(flat + m) - k_hat(flat - m)) / 2e-5 for m in moves])
-        np.testing.assert_allclose(
-            ravel_pytree(grads)[0], differences, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(ravel_pytree(grads)[0], differences, rtol=1e-6, atol=1e-6)
 
 
 def k_with_theta1_stopped(phi, noise1, noise2):
@@ -90,9 +90,13 @@ def k_with_theta1_stopped(phi, noise1, noise2):
     theta1 = mean1 + sd1 * noise1
     stopped = jax.lax.stop_gradient(theta1)
     return jnp.mean(
-        normal(theta1) + normal(g(theta1), vi.A * theta1, vi.S)
-        + normal(vi.Y1, theta1, vi.R1) + normal(vi.Y2, stopped + g(stopped), vi.R2)
-        - normal(theta1, mean1, sd1) - log_q2(g(stopped), stopped))
+        normal(theta1)
+        + normal(g(theta1), vi.A * theta1, vi.S)
+        + normal(vi.Y1, theta1, vi.R1)
+        + normal(vi.Y2, stopped + g(stopped), vi.R2)
+        - normal(theta1, mean1, sd1)
+        - log_q2(g(stopped), stopped)
+    )
 
 
 @pytest.mark.parametrize('mode', GRADIENTS)
@@ -111,8 +115,10 @@ def test_k_is_the_formula(seed, mode):
 def test_marks_change_the_gradient_of_phi1_alone(seed, mode):
     with jax.enable_x64(True):
         phi, noise = problem(seed, np.float64)
-        found = {name: jax.device_get(GRADIENTS[mode](vi.gradients)(choice, phi, *noise))
-                 for name, choice in vi.CHOICES.items()}
+        found = {
+            name: jax.device_get(GRADIENTS[mode](vi.gradients)(choice, phi, *noise))
+            for name, choice in vi.CHOICES.items()
+        }
     value, elbo = found['elbo']
     for name in ('k', 'cut', 'all'):
         assert_same(found[name][0], value)
@@ -139,8 +145,9 @@ class Early(vi.Bound):
 
 def test_values_from_before_the_block_keep_their_gradient():
     phi, noise = problem(0)
-    grads = jax.grad(lambda phi: jnp.mean(
-        Early(vi.CHOICES['k']).apply({'params': phi}, *noise)))(phi)
+    grads = jax.grad(lambda phi: jnp.mean(Early(vi.CHOICES['k']).apply({'params': phi}, *noise)))(
+        phi
+    )
     assert_same(grads, vi.gradients(vi.CHOICES['elbo'], phi, *noise)[1])
 
 
@@ -158,15 +165,21 @@ def square(x, mean, sd):
 
 
 def test_target_of_the_elbo_is_the_posterior():
-    want = moments_on_a_grid(lambda t1, t2: (
-        square(t1, 0, 1) + square(t2, vi.A * t1, vi.S)
-        + square(vi.Y1, t1, vi.R1) + square(vi.Y2, t1 + t2, vi.R2)))
+    want = moments_on_a_grid(
+        lambda t1, t2: (
+            square(t1, 0, 1)
+            + square(t2, vi.A * t1, vi.S)
+            + square(vi.Y1, t1, vi.R1)
+            + square(vi.Y2, t1 + t2, vi.R2)
+        )
+    )
     np.testing.assert_allclose(vi.CHOICES['elbo'].q1(), want, rtol=1e-6)
 
 
 def test_target_of_the_cut_is_the_posterior_of_y1_alone():
-    want = moments_on_a_grid(lambda t1, t2: (
-        square(t1, 0, 1) + square(t2, vi.A * t1, vi.S) + square(vi.Y1, t1, vi.R1)))
+    want = moments_on_a_grid(
+        lambda t1, t2: square(t1, 0, 1) + square(t2, vi.A * t1, vi.S) + square(vi.Y1, t1, vi.R1)
+    )
     np.testing.assert_allclose(vi.CHOICES['cut'].q1(), want, rtol=1e-6)
 
 
@@ -176,8 +189,11 @@ def test_target_of_k_as_written_is_between():
     theta1 = np.linspace(-6, 6, 2001)
     variance = 1 / (1 / vi.S**2 + 1 / vi.R2**2)
     mean2 = variance * (vi.A * theta1 / vi.S**2 + (vi.Y2 - theta1) / vi.R2**2)
-    kept = (square(theta1, 0, 1) + square(vi.Y1, theta1, vi.R1)
-            - 0.5 * ((mean2 - vi.A * theta1) ** 2 + variance) / vi.S**2)
+    kept = (
+        square(theta1, 0, 1)
+        + square(vi.Y1, theta1, vi.R1)
+        - 0.5 * ((mean2 - vi.A * theta1) ** 2 + variance) / vi.S**2
+    )
     weights = np.exp(kept) / np.exp(kept).sum()
     mean = (weights * theta1).sum()
     want = mean, np.sqrt((weights * (theta1 - mean) ** 2).sum())

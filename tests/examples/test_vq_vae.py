@@ -9,8 +9,11 @@ import flax_sg as sg
 from loading import load
 
 SEEDS = [0, 1]
-TRAINED = {'reconstruction': {'encoder', 'decoder'}, 'codebook': {'codebook'},
-           'commitment': {'encoder'}}
+TRAINED = {
+    'reconstruction': {'encoder', 'decoder'},
+    'codebook': {'codebook'},
+    'commitment': {'encoder'},
+}
 
 vq = load('vq_vae')
 
@@ -33,7 +36,7 @@ def perceptron(params, x):
 def corners(pixels):
     """The quarters of digits, one by one."""
     images = pixels.reshape(-1, 8, 8)
-    return [images[:, i:i + 4, j:j + 4].reshape(-1, 16) for i in (0, 4) for j in (0, 4)]
+    return [images[:, i : i + 4, j : j + 4].reshape(-1, 16) for i in (0, 4) for j in (0, 4)]
 
 
 def nearest(params, pixels):
@@ -50,10 +53,14 @@ def paper(params, pixels, codes):
     e = [params['codebook']['embedding'][row] for row in codes]
     z_q = jnp.concatenate([z + sg(c - z) for z, c in zip(z_e, e, strict=True)], -1)
     drawn = perceptron(params['decoder'], z_q)
-    apart = lambda left, right: sum(
-        ((a - b) ** 2).sum(-1).mean() for a, b in zip(left, right, strict=True)) / 4
-    return {'reconstruction': ((drawn - pixels) ** 2).sum(-1).mean(),
-            'codebook': apart(sg(z_e), e), 'commitment': vq.BETA * apart(z_e, sg(e))}
+    apart = lambda left, right: (
+        sum(((a - b) ** 2).sum(-1).mean() for a, b in zip(left, right, strict=True)) / 4
+    )
+    return {
+        'reconstruction': ((drawn - pixels) ** 2).sum(-1).mean(),
+        'codebook': apart(sg(z_e), e),
+        'commitment': vq.BETA * apart(z_e, sg(e)),
+    }
 
 
 def total(terms, some):
@@ -76,7 +83,8 @@ def test_terms_are_the_papers(seed):
     drawn, index = vq.reconstruct(params, pixels)
     np.testing.assert_array_equal(index, codes.T)
     np.testing.assert_allclose(
-        vq.distance(drawn, pixels), vq.terms(params, pixels)['reconstruction'], rtol=1e-5)
+        vq.distance(drawn, pixels), vq.terms(params, pixels)['reconstruction'], rtol=1e-5
+    )
 
 
 @pytest.mark.thinned(5)
@@ -100,8 +108,9 @@ def test_gradients_are_the_papers(seed, some, mode):
 def test_gradients_of_each_term_by_itself():
     params, pixels = problem(0)
     codes = nearest(params, pixels)
-    assert_close(vq.gradients(params, pixels),
-                 jax.jacrev(lambda p: paper(p, pixels, codes))(params))
+    assert_close(
+        vq.gradients(params, pixels), jax.jacrev(lambda p: paper(p, pixels, codes))(params)
+    )
 
 
 def test_the_codebook_moves_towards_what_chose_it():
@@ -113,14 +122,17 @@ def test_the_codebook_moves_towards_what_chose_it():
         z_e = np.asarray(perceptron(params['encoder'], corner))
         np.add.at(want, row, 2 * (np.asarray(params['codebook']['embedding'])[row] - z_e))
     np.testing.assert_allclose(
-        grads['codebook']['embedding'], want / (4 * len(pixels)), rtol=1e-4, atol=1e-6)
+        grads['codebook']['embedding'], want / (4 * len(pixels)), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_held_encoder_passes_cotangents_to_its_input_and_a_held_value_does_not():
     params, pixels = problem(2)
     codes = nearest(params, pixels)
-    got, want = (jax.jacrev(fn)(pixels) for fn in (
-        lambda x: vq.terms(params, x), lambda x: paper(params, x, codes)))
+    got, want = (
+        jax.jacrev(fn)(pixels)
+        for fn in (lambda x: vq.terms(params, x), lambda x: paper(params, x, codes))
+    )
     assert not np.any(want['codebook'])
     # The distance as it would be differentiated with no sg: that of the commitment loss, unscaled.
     assert_close(got['codebook'], want['commitment'] / vq.BETA)
@@ -140,15 +152,18 @@ def test_the_second_encoding_costs_nothing():
         model, sg = vq.VQVAE().bind({'params': params}), jax.lax.stop_gradient
         z_e = model.encode(pixels)
         e = model.codebook(model.index(z_e))
-        return {'reconstruction': vq.distance(model.draw(z_e + sg(e - z_e)), pixels),
-                'codebook': vq.distance(sg(z_e), e),
-                'commitment': vq.BETA * vq.distance(z_e, sg(e))}
+        return {
+            'reconstruction': vq.distance(model.draw(z_e + sg(e - z_e)), pixels),
+            'codebook': vq.distance(sg(z_e), e),
+            'commitment': vq.BETA * vq.distance(z_e, sg(e)),
+        }
 
     assert flops(lambda p: vq.terms(p, pixels)) <= flops(by_hand)
 
 
-@pytest.mark.parametrize('counts, want', [
-    ([5], 1), ([3, 3], 2), ([2] * 64, 64), ([3, 1], 4 / 27**0.25)])
+@pytest.mark.parametrize(
+    'counts, want', [([5], 1), ([3, 3], 2), ([2] * 64, 64), ([3, 1], 4 / 27**0.25)]
+)
 def test_perplexity(counts, want):
     index = np.repeat(np.arange(len(counts)), counts)
     np.testing.assert_allclose(vq.perplexity(index), want, rtol=1e-6)

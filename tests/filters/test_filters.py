@@ -23,52 +23,55 @@ def info(name, absolute=None, **kwargs):
     return VariableInfo(path, path if absolute is None else tuple(absolute.split('/')), **kwargs)
 
 
-@pytest.mark.parametrize('pattern, name, selected', [
-    ('gln', 'gln/kernel', True),
-    ('gln', 'gln', True),
-    ('gln', 'gln2/kernel', False),
-    ('gln', 'net/gln/kernel', False),
-    ('gln/kernel', 'gln/kernel', True),
-    ('gln/kernel', 'gln/bias', False),
-    ('code_*', 'code_value/Dense_0/kernel', True),
-    ('code_*', 'code_presence/kernel', True),
-    ('code_*', 'code', False),
-    ('*', 'a/b', True),
-    ('*/kernel', 'a/kernel', True),
-    ('*/kernel', 'a/b/kernel', False),
-    ('**/bias', 'bias', True),
-    ('**/bias', 'a/b/c/bias', True),
-    ('**/bias', 'a/biased', False),
-    ('a/**/kernel', 'a/kernel', True),
-    ('a/**/kernel', 'a/b/c/kernel', True),
-    ('a/**', 'a/b', True),
-    ('a/**', 'a', False),
-    ('**', 'a/b/c', True),
-    ('**/b/**', 'a/b/c', True),
-    ('**/b/**', 'a/b', False),
-    ('layer_?', 'layer_1/w', True),
-    ('layer_?', 'layer_10/w', False),
-    ('layer_[0-3]', 'layer_2/w', True),
-    ('layer_[0-3]', 'layer_4/w', False),
-    ('layer_[!0-3]', 'layer_4/w', True),
-    ('layer_[!0-3]', 'layer_2/w', False),
-    ('[[]x', '[x', True),
-    ('[]]x', ']x', True),
-    ('[a^]x', '^x', True),
-    ('a?c', 'a/c', False),
-    ('a[!b]c', 'a/c', False),
-    ('a.c', 'abc', False),
-    ('a+', 'aa', False),
-    ('..', '../other/w', True),
-    ('../other', '../other/w', True),
-    ('*', '../w', False),
-    ('?.', '../w', False),
-    ('[.]*', '../w', False),
-    ('*/w', '../w', False),
-    ('**/w', '../../other/w', True),
-    ('a\nb', 'a\nb', True),
-    ('a', 'a\n', False),
-])
+@pytest.mark.parametrize(
+    'pattern, name, selected',
+    [
+        ('gln', 'gln/kernel', True),
+        ('gln', 'gln', True),
+        ('gln', 'gln2/kernel', False),
+        ('gln', 'net/gln/kernel', False),
+        ('gln/kernel', 'gln/kernel', True),
+        ('gln/kernel', 'gln/bias', False),
+        ('code_*', 'code_value/Dense_0/kernel', True),
+        ('code_*', 'code_presence/kernel', True),
+        ('code_*', 'code', False),
+        ('*', 'a/b', True),
+        ('*/kernel', 'a/kernel', True),
+        ('*/kernel', 'a/b/kernel', False),
+        ('**/bias', 'bias', True),
+        ('**/bias', 'a/b/c/bias', True),
+        ('**/bias', 'a/biased', False),
+        ('a/**/kernel', 'a/kernel', True),
+        ('a/**/kernel', 'a/b/c/kernel', True),
+        ('a/**', 'a/b', True),
+        ('a/**', 'a', False),
+        ('**', 'a/b/c', True),
+        ('**/b/**', 'a/b/c', True),
+        ('**/b/**', 'a/b', False),
+        ('layer_?', 'layer_1/w', True),
+        ('layer_?', 'layer_10/w', False),
+        ('layer_[0-3]', 'layer_2/w', True),
+        ('layer_[0-3]', 'layer_4/w', False),
+        ('layer_[!0-3]', 'layer_4/w', True),
+        ('layer_[!0-3]', 'layer_2/w', False),
+        ('[[]x', '[x', True),
+        ('[]]x', ']x', True),
+        ('[a^]x', '^x', True),
+        ('a?c', 'a/c', False),
+        ('a[!b]c', 'a/c', False),
+        ('a.c', 'abc', False),
+        ('a+', 'aa', False),
+        ('..', '../other/w', True),
+        ('../other', '../other/w', True),
+        ('*', '../w', False),
+        ('?.', '../w', False),
+        ('[.]*', '../w', False),
+        ('*/w', '../w', False),
+        ('**/w', '../../other/w', True),
+        ('a\nb', 'a\nb', True),
+        ('a', 'a\n', False),
+    ],
+)
 def test_glob(pattern, name, selected):
     assert sg.path(pattern).selects(info(name)) is selected
 
@@ -95,6 +98,7 @@ _globs = st.lists(
 
 def glob_by_hand(pattern, name):
     """Match a path or a leading part by recursion over names, as a second opinion."""
+
     def one(p, n):
         if not p:
             return not n
@@ -106,7 +110,7 @@ def glob_by_hand(pattern, name):
             end = p.index(']')
             chars = p[1:end]
             hit = n[0] not in chars[1:] if chars[0] == '!' else n[0] in chars
-            return hit and one(p[end + 1:], n[1:])
+            return hit and one(p[end + 1 :], n[1:])
         return p[0] in ('?', n[0]) and one(p[1:], n[1:])
 
     def many(p, n):
@@ -150,26 +154,48 @@ def test_a_callable_sees_names_shape_and_dtype_and_no_value():
     assert not hasattr(kernel, 'value')
 
 
-@pytest.mark.parametrize('predicate, names', [
-    (True, 'abc'), (False, ''), ('a', 'a'), (re.compile('[bc]'), 'bc'),
-    (lambda v: v.name == 'b', 'b'), (('a', 'b'), 'ab'), (['a', re.compile('c')], 'ac'),
-    (sg.path('a') | 'b', 'ab'), ('b' | sg.path('a'), 'ab'), (~sg.path('a'), 'bc'),
-    (sg.everything & ~sg.path('a') & 'b', 'b'), ('b' & ~sg.path('a'), 'b'),
-    (~(sg.path('a') | 'b'), 'c'), (sg.nothing, ''), (~sg.nothing, 'abc'),
-    ((('a',), ['b', ('c',)]), 'abc'),
-])
+@pytest.mark.parametrize(
+    'predicate, names',
+    [
+        (True, 'abc'),
+        (False, ''),
+        ('a', 'a'),
+        (re.compile('[bc]'), 'bc'),
+        (lambda v: v.name == 'b', 'b'),
+        (('a', 'b'), 'ab'),
+        (['a', re.compile('c')], 'ac'),
+        (sg.path('a') | 'b', 'ab'),
+        ('b' | sg.path('a'), 'ab'),
+        (~sg.path('a'), 'bc'),
+        (sg.everything & ~sg.path('a') & 'b', 'b'),
+        ('b' & ~sg.path('a'), 'b'),
+        (~(sg.path('a') | 'b'), 'c'),
+        (sg.nothing, ''),
+        (~sg.nothing, 'abc'),
+        ((('a',), ['b', ('c',)]), 'abc'),
+    ],
+)
 def test_predicates(predicate, names):
     grads = jax.grad(lambda p: sum(sg.stop_gradient(predicate)(p).values()))(
-        {'a': 1.0, 'b': 1.0, 'c': 1.0})
+        {'a': 1.0, 'b': 1.0, 'c': 1.0}
+    )
     assert ''.join(name for name in 'abc' if grads[name] == 0) == names
 
 
 def test_repr_is_what_makes_the_filter():
     line = test_repr_is_what_makes_the_filter.__code__.co_firstlineno + 2
     assert repr(sg.where(lambda v: True)) == f'where(<lambda> at test_filters.py:{line})'
-    for text in ["path('gln')", "~path('gln')", 'everything', 'nothing', "regex('a')",
-                 "path('a') | path('b')", "~(path('a') | path('b'))",
-                 "path('a') & (path('b') | path('c'))", "regex('a', re.IGNORECASE)"]:
+    for text in [
+        "path('gln')",
+        "~path('gln')",
+        'everything',
+        'nothing',
+        "regex('a')",
+        "path('a') | path('b')",
+        "~(path('a') | path('b'))",
+        "path('a') & (path('b') | path('c'))",
+        "regex('a', re.IGNORECASE)",
+    ]:
         made = eval(text, {**vars(sg), 're': re})
         assert repr(made) == text
         assert made == eval(repr(made), {**vars(sg), 're': re})
@@ -188,7 +214,8 @@ def test_equality_and_hash_are_by_value():
     assert sg.stop_gradient('a') != sg.stop_gradient('a', allow_unmatched=True)
     assert sg.stop_gradient('a') != sg.stop_gradient('a', collections='batch_stats')
     assert sg.stop_gradient('a', collections=['a', 'b']) == sg.stop_gradient(
-        'a', collections=('b', 'a'))
+        'a', collections=('b', 'a')
+    )
 
 
 def make(prefix):
@@ -244,53 +271,91 @@ def test_partials_methods_and_objects_compare_by_their_parts():
     assert sg.where(loop) == sg.where(loop)
 
 
-@pytest.mark.parametrize('wrong, text', [
-    ('', r"path\(''\): an empty pattern. Use flax_sg.everything \(or True\) to select all."),
-    ('/', r"path\('/'\): an empty pattern."),
-    ('a//b', r"path\('a//b'\): an empty name between, before or after '/'. Remove the extra '/'."),
-    ('a/', r"path\('a/'\): an empty name"),
-    ('a**',
-     r"path\('a\*\*'\): '\*\*' must be a whole name, got 'a\*\*'. Write '\*' within a name."),
-    ('[a', r"path\('\[a'\): '\[a' has a '\[' without a '\]'. Close it, or write '\[\[\]'"),
-    ('[b-a]', r"path\('\[b-a\]'\): bad character range"),
-    (None, r'stop_gradient: got an object of type NoneType; expected a string \(a glob\), a comp'),
-    (3, 'stop_gradient: got an object of type int; expected'),
-    (b'a', 'stop_gradient: got an object of type bytes; expected'),
-    ((), 'stop_gradient: an empty tuple selects nothing. If that is meant, pass flax_sg.nothing.'),
-    ([], 'stop_gradient: an empty list selects nothing.'),
-    (['a', None], 'stop_gradient: got an object of type NoneType'),
-    ((x for x in 'ab'), 'stop_gradient: got an object of type generator; expected'),
-    (nnx.Param, 'stop_gradient: got the class Param. A predicate selects by name; for an NNX'),
-    (nn.Dense(1), r'stop_gradient: got an object of type Dense. A predicate says which variables; '
-     r'make the transform first: stop_gradient\(predicate\)\(module\)'),
-    ({'a': 1}, 'stop_gradient: got an object of type dict. A predicate says which variables'),
-    (jnp.ones(2), 'stop_gradient: got an object of type ArrayImpl. A predicate says'),
-    (re.compile(b'a'), 'expected a str pattern, got bytes'),
-    (re.compile(''), r"regex\(''\): an empty pattern. Use flax_sg.everything to select all."),
-])
+@pytest.mark.parametrize(
+    'wrong, text',
+    [
+        ('', r"path\(''\): an empty pattern. Use flax_sg.everything \(or True\) to select all."),
+        ('/', r"path\('/'\): an empty pattern."),
+        (
+            'a//b',
+            r"path\('a//b'\): an empty name between, before or after '/'. Remove the extra '/'.",
+        ),
+        ('a/', r"path\('a/'\): an empty name"),
+        (
+            'a**',
+            r"path\('a\*\*'\): '\*\*' must be a whole name, got 'a\*\*'. Write '\*' within a name.",
+        ),
+        ('[a', r"path\('\[a'\): '\[a' has a '\[' without a '\]'. Close it, or write '\[\[\]'"),
+        ('[b-a]', r"path\('\[b-a\]'\): bad character range"),
+        (
+            None,
+            r'stop_gradient: got an object of type NoneType; expected a string \(a glob\), a comp',
+        ),
+        (3, 'stop_gradient: got an object of type int; expected'),
+        (b'a', 'stop_gradient: got an object of type bytes; expected'),
+        (
+            (),
+            'stop_gradient: an empty tuple selects nothing. If that is meant, pass flax_sg.nothing.',
+        ),
+        ([], 'stop_gradient: an empty list selects nothing.'),
+        (['a', None], 'stop_gradient: got an object of type NoneType'),
+        ((x for x in 'ab'), 'stop_gradient: got an object of type generator; expected'),
+        (nnx.Param, 'stop_gradient: got the class Param. A predicate selects by name; for an NNX'),
+        (
+            nn.Dense(1),
+            r'stop_gradient: got an object of type Dense. A predicate says which variables; '
+            r'make the transform first: stop_gradient\(predicate\)\(module\)',
+        ),
+        ({'a': 1}, 'stop_gradient: got an object of type dict. A predicate says which variables'),
+        (jnp.ones(2), 'stop_gradient: got an object of type ArrayImpl. A predicate says'),
+        (re.compile(b'a'), 'expected a str pattern, got bytes'),
+        (re.compile(''), r"regex\(''\): an empty pattern. Use flax_sg.everything to select all."),
+    ],
+)
 def test_what_is_no_predicate_is_refused(wrong, text):
     with pytest.raises(sg.PredicateError, match=text) as caught:
         sg.stop_gradient(wrong)
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize('make, text', [
-    (lambda: sg.path(3), r'path\(3\): expected a string, got an object of type int.'),
-    (lambda: sg.regex('('), r"regex\('\('\): missing \), unterminated subpattern"),
-    (lambda: sg.regex(3), r'regex\(3\): first argument must be string'),
-    (lambda: sg.regex(re.compile('a'), re.I), 'cannot process flags argument'),
-    (lambda: sg.where(3), 'where: got an object of type int; expected a callable of one Variable'),
-    (lambda: sg.where(nn.Dense(1)), 'where: got an object of type Dense. A predicate says which'),
-    (lambda: sg.path('a') | 3, 'predicate: got an object of type int; expected'),
-    (lambda: sg.from_haiku(3), r'from_haiku: expected a callable of \(module_name, name, value\)'),
-    (lambda: sg.from_nnx(3.5),
-     'from_nnx: an object of type float is no NNX filter; expected a var'),
-    (lambda: sg.stop_gradient(True, collections=3),
-     'stop_gradient: collections=3; expected a coll'),
-    (lambda: sg.stop_gradient(True, collections=[3]),
-     r'stop_gradient: collections=\[3\]; expected'),
-    (lambda: sg.where(lambda v: sg.path('a')).selects(info('a')), 'returned .* expected a bool'),
-])
+@pytest.mark.parametrize(
+    'make, text',
+    [
+        (lambda: sg.path(3), r'path\(3\): expected a string, got an object of type int.'),
+        (lambda: sg.regex('('), r"regex\('\('\): missing \), unterminated subpattern"),
+        (lambda: sg.regex(3), r'regex\(3\): first argument must be string'),
+        (lambda: sg.regex(re.compile('a'), re.I), 'cannot process flags argument'),
+        (
+            lambda: sg.where(3),
+            'where: got an object of type int; expected a callable of one Variable',
+        ),
+        (
+            lambda: sg.where(nn.Dense(1)),
+            'where: got an object of type Dense. A predicate says which',
+        ),
+        (lambda: sg.path('a') | 3, 'predicate: got an object of type int; expected'),
+        (
+            lambda: sg.from_haiku(3),
+            r'from_haiku: expected a callable of \(module_name, name, value\)',
+        ),
+        (
+            lambda: sg.from_nnx(3.5),
+            'from_nnx: an object of type float is no NNX filter; expected a var',
+        ),
+        (
+            lambda: sg.stop_gradient(True, collections=3),
+            'stop_gradient: collections=3; expected a coll',
+        ),
+        (
+            lambda: sg.stop_gradient(True, collections=[3]),
+            r'stop_gradient: collections=\[3\]; expected',
+        ),
+        (
+            lambda: sg.where(lambda v: sg.path('a')).selects(info('a')),
+            'returned .* expected a bool',
+        ),
+    ],
+)
 def test_other_bad_input_is_refused(make, text):
     with pytest.raises(sg.PredicateError, match=text):
         make()
@@ -304,14 +369,20 @@ def test_a_predicate_cannot_depend_on_a_traced_value():
         jax.jit(f)(1.0)
 
 
-PARAMS = {'gln': {'kernel': 1.0, 'bias': 2.0}, 'code_value': {'kernel': 3.0},
-          'code_presence': {'kernel': 4.0}}
+PARAMS = {
+    'gln': {'kernel': 1.0, 'bias': 2.0},
+    'code_value': {'kernel': 3.0},
+    'code_presence': {'kernel': 4.0},
+}
 
 
 def test_mask_keeps_the_tree():
     mask = sg.path('gln').mask(PARAMS)
-    assert mask == {'gln': {'kernel': True, 'bias': True}, 'code_value': {'kernel': False},
-                    'code_presence': {'kernel': False}}
+    assert mask == {
+        'gln': {'kernel': True, 'bias': True},
+        'code_value': {'kernel': False},
+        'code_presence': {'kernel': False},
+    }
     frozen = sg.path('gln').mask(freeze(PARAMS))
     assert isinstance(frozen, FrozenDict) and frozen['gln']['kernel'] is True
     boxed = {'a': nn.Partitioned(jnp.ones(2), names=('x',)), 'b': (jnp.ones(2), jnp.ones(3))}
@@ -322,21 +393,45 @@ def test_mask_keeps_the_tree():
 
 def test_labels_name_each_parameter_once():
     got = sg.labels({'gln': 'gln', 'code': 'code_*'}, PARAMS)
-    assert got == {'gln': {'kernel': 'gln', 'bias': 'gln'}, 'code_value': {'kernel': 'code'},
-                   'code_presence': {'kernel': 'code'}}
+    assert got == {
+        'gln': {'kernel': 'gln', 'bias': 'gln'},
+        'code_value': {'kernel': 'code'},
+        'code_presence': {'kernel': 'code'},
+    }
     assert sg.labels({'gln': 'gln'}, PARAMS, default='rest')['code_value'] == {'kernel': 'rest'}
 
 
-@pytest.mark.parametrize('predicates, kwargs, error, text', [
-    ({'a': 'gln', 'b': '**/kernel'}, {}, sg.LabelError,
-     r"labels: each parameter takes one label; gln/kernel \(a and b\). Make the predicates disj"),
-    ({'a': 'gln'}, {}, sg.LabelError, 'labels: no predicate selects code_value/kernel, '
-     'code_presence/kernel. Add one, or pass default=.'),
-    ({}, {}, sg.LabelError, 'labels: got no predicates and no default. Pass at least one of them.'),
-    ({'a': 'glm'}, {'default': 'x'}, sg.UnmatchedPathError,
-     r"labels\['a'\]: no variable of the tree matches 'glm'. Close: 'gln/...'"),
-    ({'a': 3}, {}, sg.PredicateError, r"labels\['a'\]: got an object of type int"),
-])
+@pytest.mark.parametrize(
+    'predicates, kwargs, error, text',
+    [
+        (
+            {'a': 'gln', 'b': '**/kernel'},
+            {},
+            sg.LabelError,
+            r'labels: each parameter takes one label; gln/kernel \(a and b\). Make the predicates disj',
+        ),
+        (
+            {'a': 'gln'},
+            {},
+            sg.LabelError,
+            'labels: no predicate selects code_value/kernel, '
+            'code_presence/kernel. Add one, or pass default=.',
+        ),
+        (
+            {},
+            {},
+            sg.LabelError,
+            'labels: got no predicates and no default. Pass at least one of them.',
+        ),
+        (
+            {'a': 'glm'},
+            {'default': 'x'},
+            sg.UnmatchedPathError,
+            r"labels\['a'\]: no variable of the tree matches 'glm'. Close: 'gln/...'",
+        ),
+        ({'a': 3}, {}, sg.PredicateError, r"labels\['a'\]: got an object of type int"),
+    ],
+)
 def test_labels_refuse(predicates, kwargs, error, text):
     with pytest.raises(error, match=text):
         sg.labels(predicates, PARAMS, **kwargs)
@@ -350,7 +445,8 @@ def test_long_lists_of_paths_are_cut():
 def test_one_dict_of_predicates_drives_optax():
     parts = {'gln': 'gln', 'code': 'code_*'}
     optimiser = optax.partition(
-        {'gln': optax.sgd(1.0), 'code': optax.set_to_zero()}, sg.labels(parts, PARAMS))
+        {'gln': optax.sgd(1.0), 'code': optax.set_to_zero()}, sg.labels(parts, PARAMS)
+    )
     updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, PARAMS), optimiser.init(PARAMS))
     assert updates['gln']['kernel'] == -1 and updates['code_value']['kernel'] == 0
     frozen = optax.freeze(sg.path('gln').mask(PARAMS))
@@ -367,7 +463,8 @@ def test_from_nnx():
     shape = sg.from_nnx(lambda path, value: value.shape == (2,)).mask(tree)
     assert shape == {'gln': {'kernel': True}, 'code': {'kernel': False}}
     assert sg.from_nnx(nnx.All(nnx.Param, nnx.PathContains('gln'))) == sg.from_nnx(
-        nnx.All(nnx.Param, nnx.PathContains('gln')))
+        nnx.All(nnx.Param, nnx.PathContains('gln'))
+    )
     assert sg.from_nnx(sg.path('gln')) == sg.path('gln')
     known = dict(nnx.variablelib.VariableTypeCache)
     other = info('count', collection='a collection that NNX does not know')
@@ -389,8 +486,11 @@ def test_a_filter_is_an_nnx_filter():
     assert set(state) == {'code'}
     assert sg.path('layers/0/kernel')(('layers', 0, 'kernel'), None)
     value = nnx.Param(jnp.ones((2, 3), jnp.bfloat16))
-    for predicate in (lambda v: v.shape == (2, 3), lambda v: v.dtype == jnp.bfloat16,
-                      lambda v: v.name == 'a/b' and v.collection == 'params'):
+    for predicate in (
+        lambda v: v.shape == (2, 3),
+        lambda v: v.dtype == jnp.bfloat16,
+        lambda v: v.name == 'a/b' and v.collection == 'params',
+    ):
         assert sg.where(predicate)(('a', 'b'), value)
 
 
@@ -402,9 +502,18 @@ def test_from_haiku():
 
 
 def test_each_pattern_of_a_combination_has_to_match():
-    for predicate in ['glm', ('gln', 'glm'), ('glm', 'gln'), sg.path('gln') | 'glm',
-                      sg.path('glm') & 'gln', sg.path('gln') & ~sg.path('glm'), re.compile('glm'),
-                      ~sg.path('glm'), ~(sg.path('gln') | 'glm'), sg.everything | 'glm']:
+    for predicate in [
+        'glm',
+        ('gln', 'glm'),
+        ('glm', 'gln'),
+        sg.path('gln') | 'glm',
+        sg.path('glm') & 'gln',
+        sg.path('gln') & ~sg.path('glm'),
+        re.compile('glm'),
+        ~sg.path('glm'),
+        ~(sg.path('gln') | 'glm'),
+        sg.everything | 'glm',
+    ]:
         with pytest.raises(sg.UnmatchedPathError, match="'glm'. Close: 'gln/...'") as caught:
             sg.stop_gradient(predicate)(PARAMS)
         assert isinstance(caught.value, ValueError)
@@ -417,7 +526,8 @@ def test_the_error_lists_what_there_is_when_nothing_is_close():
         sg.path('xyz').mask(PARAMS)
     assert str(caught.value) == (
         "path('xyz').mask: no variable of the tree matches 'xyz'. There are: 'gln/...', "
-        "'code_value/...', 'code_presence/...'. Fix the pattern, or pass allow_unmatched=True.")
+        "'code_value/...', 'code_presence/...'. Fix the pattern, or pass allow_unmatched=True."
+    )
     with pytest.raises(sg.UnmatchedPathError, match="'/code_val'. Close: '/code_value/..."):
         sg.path('/code_val').mask(PARAMS)
     with pytest.raises(sg.UnmatchedPathError, match='There are no variables.'):
@@ -452,9 +562,12 @@ def test_integer_and_key_leaves_pass_through_a_trace():
 
 @pytest.mark.parametrize('target', [3, None, jnp.ones(2), [1.0], (1.0,), 'a', nnx.Linear, len])
 def test_a_transform_refuses_what_it_cannot_take(target):
-    with pytest.raises(sg.UsageError, match=r"stop_gradient\('a'\) was given an object of type "
-                       '.*; expected a flax.linen.Module class or instance, a method, or a '
-                       'nested dict'):
+    with pytest.raises(
+        sg.UsageError,
+        match=r"stop_gradient\('a'\) was given an object of type "
+        '.*; expected a flax.linen.Module class or instance, a method, or a '
+        'nested dict',
+    ):
         sg.stop_gradient('a')(target)
 
 
@@ -474,17 +587,26 @@ def test_public_names_are_sorted_and_there():
         assert all(hasattr(module, name) for name in module.__all__)
 
 
-@pytest.mark.parametrize('use', [
-    lambda f: not f, lambda f: f and sg.path('b'), lambda f: f or f, bool,
-    lambda f: optax.selective_transform(optax.sgd(1.0), freeze_mask=f).init({'a': 1.0})])
+@pytest.mark.parametrize(
+    'use',
+    [
+        lambda f: not f,
+        lambda f: f and sg.path('b'),
+        lambda f: f or f,
+        bool,
+        lambda f: optax.selective_transform(optax.sgd(1.0), freeze_mask=f).init({'a': 1.0}),
+    ],
+)
 def test_a_filter_is_no_bool(use):
     """``not path('a')`` would be False, and stop nothing, silently."""
     with pytest.raises(sg.PredicateError, match=r"path\('a'\) was used as a bool.*~, & and \|"):
         use(sg.path('a'))
 
 
-@pytest.mark.parametrize('a, b, same', [
-    (0.0, -0.0, False), (float('nan'), float('nan'), True), (1.0, 1, False), (0.5, 0.5, True)])
+@pytest.mark.parametrize(
+    'a, b, same',
+    [(0.0, -0.0, False), (float('nan'), float('nan'), True), (1.0, 1, False), (0.5, 0.5, True)],
+)
 def test_numbers_in_closures_count_as_they_are_written(a, b, same):
     closing = lambda number: lambda info, v: v / number
     transforms = [sg.map_values('w', closing(number)) for number in (a, b)]

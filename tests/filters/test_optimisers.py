@@ -50,16 +50,17 @@ def by_freezing_last(inner, params):
 
 
 def by_masking_and_freezing(inner, params):
-    return optax.chain(
-        optax.masked(inner, (~HELD).mask(params)), optax.freeze(HELD.mask(params)))
+    return optax.chain(optax.masked(inner, (~HELD).mask(params)), optax.freeze(HELD.mask(params)))
 
 
 HOLDING = [by_partition, by_selective_transform, by_masking_and_freezing, by_freezing_last]
 
 
 def flat(tree):
-    return {jax.tree_util.keystr(path): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_same(got, want):
@@ -95,6 +96,7 @@ def follow(optimiser, params, gradient, steps=1, state=None):
 
 
 # A Linen model, and the same written by hand.
+
 
 class Encoder(nn.Module):
     boxed: bool
@@ -132,7 +134,8 @@ def begin(model):
 
 def loss(model, params, stats):
     out, new = model.apply(
-        {'params': params, 'batch_stats': stats}, TOKENS, mutable=['batch_stats'])
+        {'params': params, 'batch_stats': stats}, TOKENS, mutable=['batch_stats']
+    )
     return jnp.mean((out - TARGET) ** 2), new['batch_stats']
 
 
@@ -157,6 +160,7 @@ def train(model, optimiser, steps, params, stats, state):
 
 
 # The recipe.
+
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize('blocks', [True, False], ids=['with a block', 'without'])
@@ -233,12 +237,18 @@ def test_one_dict_gives_labels_and_masks(kind, boxed):
     masks = {name: sg.path(pattern).mask(params) for name, pattern in PARTS.items()}
     for tree in (labels, *masks.values()):
         assert jax.tree.structure(tree) == jax.tree.structure(params)
-    by_name = {tuple(k.key for k in path if hasattr(k, 'key')): label
-               for path, label in jax.tree_util.tree_leaves_with_path(labels)}
+    by_name = {
+        tuple(k.key for k in path if hasattr(k, 'key')): label
+        for path, label in jax.tree_util.tree_leaves_with_path(labels)
+    }
     assert by_name == {
-        ('encoder', 'embed', 'embedding'): 'held', ('encoder', 'dense', 'kernel'): 'held',
-        ('encoder', 'norm', 'scale'): 'held', ('encoder', 'norm', 'bias'): 'held',
-        ('head', 'kernel'): 'slow', ('head', 'bias'): 'fast'}
+        ('encoder', 'embed', 'embedding'): 'held',
+        ('encoder', 'dense', 'kernel'): 'held',
+        ('encoder', 'norm', 'scale'): 'held',
+        ('encoder', 'norm', 'bias'): 'held',
+        ('head', 'kernel'): 'slow',
+        ('head', 'bias'): 'fast',
+    }
     for name, mask in masks.items():
         assert mask == jax.tree.map(name.__eq__, labels)
 
@@ -246,27 +256,47 @@ def test_one_dict_gives_labels_and_masks(kind, boxed):
     grads = jax.tree.map(jnp.ones_like, params)
     rules = {name: optax.sgd(rate) for name, rate in rates.items()}
     for optimiser in (
-            optax.partition({**rules, 'held': optax.set_to_zero()}, labels),
-            optax.chain(optax.masked(rules['slow'], masks['slow']),
-                        optax.masked(rules['fast'], masks['fast']), optax.freeze(masks['held']))):
+        optax.partition({**rules, 'held': optax.set_to_zero()}, labels),
+        optax.chain(
+            optax.masked(rules['slow'], masks['slow']),
+            optax.masked(rules['fast'], masks['fast']),
+            optax.freeze(masks['held']),
+        ),
+    ):
         updates, _ = optimiser.update(grads, optimiser.init(params), params)
-        assert_same(updates, jax.tree.map(
-            lambda label, g: -rates[label] * g if label in rates else 0 * g, labels, grads))
+        assert_same(
+            updates,
+            jax.tree.map(
+                lambda label, g: -rates[label] * g if label in rates else 0 * g, labels, grads
+            ),
+        )
 
 
-@pytest.mark.parametrize('parts, error, text', [
-    ({'held': 'encoder', 'train': ('head', '**/norm')}, sg.LabelError,
-     'labels: each parameter takes one label; encoder/norm/bias (held and train), '
-     'encoder/norm/scale (held and train). Make the predicates disjoint, '
-     "for example 'a' and path('b') & ~path('a')."),
-    ({'held': 'encoder/dense', 'train': 'head'}, sg.LabelError,
-     'labels: no predicate selects encoder/embed/embedding, encoder/norm/bias, '
-     'encoder/norm/scale. Add one, or pass default=.'),
-    ({'held': 'encoder', 'train': 'heads'}, sg.UnmatchedPathError,
-     "labels['train']: no variable of the tree matches 'heads'. Close: 'head/...', "
-     "'head/bias', 'head/kernel'. "
-     'Fix the pattern, or pass allow_unmatched=True.'),
-])
+@pytest.mark.parametrize(
+    'parts, error, text',
+    [
+        (
+            {'held': 'encoder', 'train': ('head', '**/norm')},
+            sg.LabelError,
+            'labels: each parameter takes one label; encoder/norm/bias (held and train), '
+            'encoder/norm/scale (held and train). Make the predicates disjoint, '
+            "for example 'a' and path('b') & ~path('a').",
+        ),
+        (
+            {'held': 'encoder/dense', 'train': 'head'},
+            sg.LabelError,
+            'labels: no predicate selects encoder/embed/embedding, encoder/norm/bias, '
+            'encoder/norm/scale. Add one, or pass default=.',
+        ),
+        (
+            {'held': 'encoder', 'train': 'heads'},
+            sg.UnmatchedPathError,
+            "labels['train']: no variable of the tree matches 'heads'. Close: 'head/...', "
+            "'head/bias', 'head/kernel'. "
+            'Fix the pattern, or pass allow_unmatched=True.',
+        ),
+    ],
+)
 def test_mistakes_are_errors_that_list_the_paths(parts, error, text):
     params = jax.tree.map(lambda x: x, begin(Net())[0])  # in the order of the alphabet
     with pytest.raises(error, match=f'^{re.escape(text)}$'):
@@ -299,6 +329,7 @@ def test_a_predicate_from_the_root_is_shared_with_a_submodules_block():
 
 
 # The traps. Each shows the figure that the guide gives, and then the way out.
+
 
 def test_masked_adds_the_raw_gradient_of_what_it_leaves_out():
     params, gradient = two(1, 1), lambda p: p  # of (encoder² + head²) / 2
@@ -378,7 +409,8 @@ def test_a_block_makes_the_norm_that_of_what_is_trained():
     head = jax.grad(lambda p: loss_by_hand({**p, 'encoder': stop(p['encoder'])}))(params)
     everything = jax.grad(loss_by_hand)(params)
     np.testing.assert_allclose(
-        norms, [optax.tree.norm(head), optax.tree.norm(everything)], rtol=1e-4)
+        norms, [optax.tree.norm(head), optax.tree.norm(everything)], rtol=1e-4
+    )
     assert norms[1] > 1.1 * norms[0]
 
 
@@ -388,12 +420,17 @@ def test_several_groups_share_one_norm():
     params = jax.tree.map(jnp.ones_like, grads)
     labels = sg.labels({'hold': HELD, 'kernel': 'head/kernel'}, params, default='rest')
     optimiser = optax.chain(
-        optax.freeze(HELD.mask(params)), optax.clip_by_global_norm(1.0),
-        optax.partition({'kernel': optax.sgd(1.0), 'rest': optax.sgd(10.0),
-                         'hold': optax.set_to_zero()}, labels))
+        optax.freeze(HELD.mask(params)),
+        optax.clip_by_global_norm(1.0),
+        optax.partition(
+            {'kernel': optax.sgd(1.0), 'rest': optax.sgd(10.0), 'hold': optax.set_to_zero()}, labels
+        ),
+    )
     updates, _ = optimiser.update(grads, optimiser.init(params), params)
-    assert_close(updates, jax.tree.map(
-        jnp.float32, {'encoder': {'w': 0.0}, 'head': {'kernel': -0.6, 'bias': -8.0}}))
+    assert_close(
+        updates,
+        jax.tree.map(jnp.float32, {'encoder': {'w': 0.0}, 'head': {'kernel': -0.6, 'bias': -8.0}}),
+    )
 
 
 def test_a_mask_that_is_not_called():
@@ -401,9 +438,11 @@ def test_a_mask_that_is_not_called():
     wrong = optax.selective_transform(optax.sgd(0.1), freeze_mask=HELD.mask)
     assert_same(follow(wrong, params, grads)[0], params)  # silently, nothing is trained
     want = by_partition(optax.sgd(0.1), params)
-    for right in (by_selective_transform(optax.sgd(0.1), params),
-                  optax.chain(optax.sgd(0.1), optax.freeze(HELD.mask)),
-                  optax.chain(optax.masked(optax.sgd(0.1), (~HELD).mask), optax.freeze(HELD.mask))):
+    for right in (
+        by_selective_transform(optax.sgd(0.1), params),
+        optax.chain(optax.sgd(0.1), optax.freeze(HELD.mask)),
+        optax.chain(optax.masked(optax.sgd(0.1), (~HELD).mask), optax.freeze(HELD.mask)),
+    ):
         assert_same(follow(right, params, grads)[0], follow(want, params, grads)[0])
 
 
@@ -417,18 +456,21 @@ def test_running_statistics_are_no_parameters():
     with pytest.raises(sg.FrozenVariableError, match='batch_stats'), held:
         loss(Net(), params, stats)
     with held:
-        _, new = Net().apply({'params': params, 'batch_stats': stats}, TOKENS, False,
-                             mutable=['batch_stats'])
+        _, new = Net().apply(
+            {'params': params, 'batch_stats': stats}, TOKENS, False, mutable=['batch_stats']
+        )
     assert_same(new['batch_stats'], stats)
 
 
 # Stages and checkpoints.
 
+
 def enter(stage, old, params, kept):
     """Return the state in which a stage begins, as the guide has it."""
     new = stage.init(params)
-    return new._replace(inner_states={
-        **new.inner_states, **{name: old.inner_states[name] for name in kept}})
+    return new._replace(
+        inner_states={**new.inner_states, **{name: old.inner_states[name] for name in kept}}
+    )
 
 
 def stages(params):
@@ -460,8 +502,10 @@ def test_what_starts_later_gets_a_new_state_and_the_others_keep_theirs():
             updates, states[name] = optimiser.update(grads[name], states[name], want[name])
             want = {**want, name: optax.apply_updates(want[name], updates)}
     assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert all(abs(a - b).max() > 5e-3 for a, b in zip(
-        *map(jax.tree.leaves, (got['encoder'], params['encoder'])), strict=True))
+    assert all(
+        abs(a - b).max() > 5e-3
+        for a, b in zip(*map(jax.tree.leaves, (got['encoder'], params['encoder'])), strict=True)
+    )
 
 
 def test_zeros_merged_into_running_moments_take_too_long_steps():
@@ -471,8 +515,9 @@ def test_zeros_merged_into_running_moments_take_too_long_steps():
     label = sg.labels({'train': True}, params)
     everything = optax.partition({'train': adam(), 'hold': optax.set_to_zero()}, label)
     masked = lambda x: isinstance(x, optax.MaskedNode)
-    merged = jax.tree.map(lambda old, new: new if masked(old) else old, old,
-                          everything.init(params), is_leaf=masked)
+    merged = jax.tree.map(
+        lambda old, new: new if masked(old) else old, old, everything.init(params), is_leaf=masked
+    )
     lengths, now, state = [], params, merged
     for _ in range(20):
         new, state = follow(everything, now, grads, 1, state)
@@ -480,8 +525,10 @@ def test_zeros_merged_into_running_moments_take_too_long_steps():
         now = new
     fresh, _ = follow(adam(), params, grads)
     assert float((1 - fresh['encoder']['w']) / rate) == pytest.approx(1, rel=1e-3)
-    said(f'1000 steps in, new weights first move by {lengths[0]:.1f} times the '
-         f'learning rate, and soon by {max(lengths):.1f}.')
+    said(
+        f'1000 steps in, new weights first move by {lengths[0]:.1f} times the '
+        f'learning rate, and soon by {max(lengths):.1f}.'
+    )
 
 
 @pytest.mark.parametrize('boxed', [False, True], ids=['plain', 'boxed'])
@@ -493,8 +540,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, boxed):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / 'half', half)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(
-            tmp_path / 'half', (params, stats, optimiser.init(params)))
+        restored = checkpointer.restore(tmp_path / 'half', (params, stats, optimiser.init(params)))
     assert jax.tree.structure(restored) == jax.tree.structure(half)
     assert_same(restored, half)
     again, straight = (train(model, optimiser, 5, *start) for start in (restored, half))
@@ -513,12 +559,15 @@ def test_a_stage_goes_on_from_the_checkpoint_of_the_one_before(tmp_path):
         with pytest.raises(ValueError, match='tree structures do not match'):
             checkpointer.restore(tmp_path / 'half', (params, stats, second.init(params)))
         restored = checkpointer.restore(tmp_path / 'half', (params, stats, first.init(params)))
-    ends = [train(Net(sg.nothing), second, 5, middle, stats, enter(second, state, middle, ['head']))
-            for middle, stats, state in (restored, half)]
+    ends = [
+        train(Net(sg.nothing), second, 5, middle, stats, enter(second, state, middle, ['head']))
+        for middle, stats, state in (restored, half)
+    ]
     assert_same(*ends)
 
 
 # The guide's own code.
+
 
 def test_the_guides_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -542,8 +591,12 @@ def test_what_holds_no_array_needs_no_label(empty):
     want = {'a': 'x', 'b': empty, 'c': {'d': 'y', 'e': empty}}
     assert sg.labels({'x': 'a', 'y': 'c'}, params) == want
     assert sg.labels({'x': 'a', 'y': '**/d'}, params) == want
-    assert sg.labels({'x': 'a', 'y': ['c', 'b'], 'z': sg.path('b') | 'c/e'}, params,
-                     allow_unmatched=True) == want
+    assert (
+        sg.labels(
+            {'x': 'a', 'y': ['c', 'b'], 'z': sg.path('b') | 'c/e'}, params, allow_unmatched=True
+        )
+        == want
+    )
     optax.partition({'x': optax.sgd(1.0), 'y': optax.set_to_zero()}, want).init(params)
     with pytest.raises(sg.LabelError, match='labels: no predicate selects c/d. Add one'):
         sg.labels({'x': 'a'}, params)

@@ -22,8 +22,11 @@ from internals import misjudge
 
 SOURCE = pathlib.Path(__file__).read_text().splitlines()
 X = jnp.asarray([0.5, -1.0, 2.0])
-PARAMS = {'encoder': {'bias': jnp.ones(3), 'kernel': jnp.ones(3)}, 'head': jnp.ones(3),
-          'old': jnp.ones(3)}
+PARAMS = {
+    'encoder': {'bias': jnp.ones(3), 'kernel': jnp.ones(3)},
+    'head': jnp.ones(3),
+    'old': jnp.ones(3),
+}
 
 
 def line(marker):
@@ -37,9 +40,11 @@ def line(marker):
 def losses(params, x):
     h = params['encoder']['kernel'] * x + params['encoder']['bias']
     held = jax.lax.stop_gradient(h)  # <- held
-    return {'both': (h * params['head']).sum(),
-            'head': (held * params['head']).sum(),
-            'rank': (jnp.argsort(h) * x).sum()}  # <- rank
+    return {
+        'both': (h * params['head']).sum(),
+        'head': (held * params['head']).sum(),
+        'rank': (jnp.argsort(h) * x).sum(),
+    }  # <- rank
 
 
 @pytest.fixture(scope='module')
@@ -63,12 +68,18 @@ def test_records(flow):
     assert pickle.loads(pickle.dumps(flow)).records == flow.records == copy.copy(flow).records
 
 
-@pytest.mark.parametrize('key, text', [
-    (('heda', 'old'), "flow['heda', 'old']: there is no loss 'heda'. Close: 'head'."),
-    (('head', 'encoder/krnel'), "flow['head', 'encoder/krnel']: there is no parameter "
-     "'encoder/krnel'. Close: 'encoder/kernel'"),
-    ('head', "flow['head']: expected flow[loss, name]."),
-])
+@pytest.mark.parametrize(
+    'key, text',
+    [
+        (('heda', 'old'), "flow['heda', 'old']: there is no loss 'heda'. Close: 'head'."),
+        (
+            ('head', 'encoder/krnel'),
+            "flow['head', 'encoder/krnel']: there is no parameter "
+            "'encoder/krnel'. Close: 'encoder/kernel'",
+        ),
+        ('head', "flow['head']: expected flow[loss, name]."),
+    ],
+)
 def test_lookup_errors(flow, key, text):
     with pytest.raises(sg.UnknownRecordError) as caught:
         flow[key]
@@ -81,8 +92,12 @@ def test_plain_data(flow):
     assert set(plain) == set(flow.losses) and list(plain['head']) == list(flow.names)
     found = plain['head']['encoder/bias']
     assert found['verdict'] == 'MASKED' and found['source'] == line('held') + 'losses)'
-    assert found['obstacles'][0] == {'verdict': 'MASKED', 'operation': 'stop_gradient',
-                                     'source': found['source'], 'reason': ''}
+    assert found['obstacles'][0] == {
+        'verdict': 'MASKED',
+        'operation': 'stop_gradient',
+        'source': found['source'],
+        'reason': '',
+    }
 
 
 # Forms of losses, parameters and arguments.
@@ -91,8 +106,9 @@ def test_plain_data(flow):
 def test_one_scalar_and_a_dict_of_functions():
     alone = sg.gradient_flow(lambda p, x: losses(p, x)['both'])(PARAMS, X)
     assert alone.losses == ('loss',) and alone['loss', 'head'].verdict == 'REACHED'
-    several = sg.gradient_flow({'b': lambda p, x: losses(p, x)['rank'],
-                                'a': lambda p, x: losses(p, x)['both']})(PARAMS, x=X)
+    several = sg.gradient_flow(
+        {'b': lambda p, x: losses(p, x)['rank'], 'a': lambda p, x: losses(p, x)['both']}
+    )(PARAMS, x=X)
     assert several.losses == ('b', 'a')
     assert several['a', 'head'].verdict == 'REACHED' and several['b', 'head'].verdict == 'UNUSED'
 
@@ -128,7 +144,7 @@ def test_it_does_not_run_the_loss():
 
     def loss(params):
         jax.debug.callback(lambda: ran.append(1))
-        return (params ** 2).sum()
+        return (params**2).sum()
 
     assert sg.gradient_flow(loss)(X).records[0].name == ''
     jax.effects_barrier()
@@ -151,27 +167,43 @@ def test_names_in_other_trees():
     assert flow['loss', 'layers/0/kernel'].verdict == 'REACHED'
     assert flow['loss', 'layers/1/kernel'].verdict == 'UNUSED'
     flow = sg.gradient_flow(lambda p: (p[0]['a'].value * p[1]).sum())(
-        [{'a': nn.Partitioned(X, (None,))}, X])
+        [{'a': nn.Partitioned(X, (None,))}, X]
+    )
     assert flow.names == ('0/a', '1')
 
 
-@pytest.mark.parametrize('wrong, text', [
-    (3, 'gradient_flow was given an object of type int; expected a function of (params, *args), '
-        'or a dict of such functions by name.'),
-    ({}, 'gradient_flow was given an object of type dict;'),
-    ({'a': 1}, 'gradient_flow was given an object of type dict;'),
-])
+@pytest.mark.parametrize(
+    'wrong, text',
+    [
+        (
+            3,
+            'gradient_flow was given an object of type int; expected a function of (params, *args), '
+            'or a dict of such functions by name.',
+        ),
+        ({}, 'gradient_flow was given an object of type dict;'),
+        ({'a': 1}, 'gradient_flow was given an object of type dict;'),
+    ],
+)
 def test_losses_that_are_none(wrong, text):
     with pytest.raises(sg.UsageError, match='^' + re.escape(text)):
         sg.gradient_flow(wrong)
 
 
-@pytest.mark.parametrize('loss, text', [
-    (lambda p: p['w'], "the loss 'loss' returns float32[3]; expected a real scalar. Of a loss with "
-     'further results take the first: lambda *args: loss(*args)[0].'),
-    (lambda p: (p['w'].sum(), 1.0), "the loss 'loss' returns tuple; expected a real scalar."),
-    (lambda p: {'a': p['w'].sum(), 'b': p['w'].argmax()}, "the loss 'b' returns int32[]; expected"),
-])
+@pytest.mark.parametrize(
+    'loss, text',
+    [
+        (
+            lambda p: p['w'],
+            "the loss 'loss' returns float32[3]; expected a real scalar. Of a loss with "
+            'further results take the first: lambda *args: loss(*args)[0].',
+        ),
+        (lambda p: (p['w'].sum(), 1.0), "the loss 'loss' returns tuple; expected a real scalar."),
+        (
+            lambda p: {'a': p['w'].sum(), 'b': p['w'].argmax()},
+            "the loss 'b' returns int32[]; expected",
+        ),
+    ],
+)
 def test_losses_that_are_no_scalars(loss, text):
     with pytest.raises(sg.UsageError, match=re.escape(text)):
         sg.gradient_flow(loss)({'w': X})
@@ -182,15 +214,23 @@ def test_losses_that_are_no_scalars(loss, text):
 
 def test_norms():
     def loss(params, x):
-        return ((params['w'] * x).sum() + 0.0 * params['off'].sum()
-                + jax.nn.relu(params['dead'] - 10).sum() + (params['held'].argmax() * x).sum())
+        return (
+            (params['w'] * x).sum()
+            + 0.0 * params['off'].sum()
+            + jax.nn.relu(params['dead'] - 10).sum()
+            + (params['held'].argmax() * x).sum()
+        )
 
     params = {name: jnp.ones(3) for name in ('dead', 'held', 'off', 'w')}
     flow = sg.gradient_flow(loss, norms=True)(params, jnp.asarray([3.0, 4.0, 0.0]))
     # d/dw is x, of norm 5; the others are 0, 0 by the dead relu, by argmax, by the factor.
     assert [r.norm for r in flow] == [0.0, 0.0, 0.0, 5.0]
     assert [r.verdict for r in flow] == [
-        'NUMERIC_ZERO', 'PIECEWISE_CONSTANT', 'NUMERIC_ZERO', 'REACHED']
+        'NUMERIC_ZERO',
+        'PIECEWISE_CONSTANT',
+        'NUMERIC_ZERO',
+        'REACHED',
+    ]
     assert '5' in str(flow)
     structural = sg.gradient_flow(loss)(params, X)
     assert structural['loss', 'dead'].verdict == structural['loss', 'off'].verdict == 'REACHED'
@@ -202,10 +242,12 @@ def test_norms():
 def test_a_disagreement_is_unknown(monkeypatch):
     """Were an operation misjudged, the derivative of the whole would not agree."""
     misjudge(monkeypatch, 'sin')
-    record, = sg.gradient_flow(lambda w: jnp.sin(w).sum())(X)
+    (record,) = sg.gradient_flow(lambda w: jnp.sin(w).sum())(X)
     assert record.verdict == 'UNKNOWN'
-    assert record.reason == ("the operations one by one have no path for its gradient, JAX's "
-                             'derivative of the whole has a path')
+    assert record.reason == (
+        "the operations one by one have no path for its gradient, JAX's "
+        'derivative of the whole has a path'
+    )
 
 
 def test_what_jax_does_not_differentiate_is_unknown_for_its_parameters_alone():
@@ -284,14 +326,23 @@ def test_the_table_folds_and_puts_problems_first(flow):
 def big_losses(params, x):
     held = sg.stop_gradient('layer_[0-9]')(params)  # <- big
     layers = [layer for name, layer in held.items() if name.startswith('layer')]
-    h = sum((layer['attention']['kernel'] * x * layer['norm']['scale']
-             + layer['norm']['bias']).sum() for layer in layers)
+    h = sum(
+        (layer['attention']['kernel'] * x * layer['norm']['scale'] + layer['norm']['bias']).sum()
+        for layer in layers
+    )
     return {'lm': h * params['head'].sum(), 'argmax': 1.0 * (h * params['head']).argmax()}
 
 
-BIG = {**{f'layer_{i}': {'attention': {'kernel': jnp.ones(3), 'unused': jnp.ones(3)},
-                         'norm': {'scale': jnp.ones(3), 'bias': jnp.ones(3)}} for i in range(100)},
-       'head': jnp.ones(3)}
+BIG = {
+    **{
+        f'layer_{i}': {
+            'attention': {'kernel': jnp.ones(3), 'unused': jnp.ones(3)},
+            'norm': {'scale': jnp.ones(3), 'bias': jnp.ones(3)},
+        }
+        for i in range(100)
+    },
+    'head': jnp.ones(3),
+}
 
 
 @pytest.fixture(scope='module')
@@ -316,8 +367,9 @@ def test_many_notes_do_not_flood_the_screen():
 
     text = str(sg.gradient_flow(loss)({f'p{i}': X for i in range(30)}))
     assert text.splitlines()[-1] == (
-        '… and 10 more: show fewer parameters, or look at the records.')
-    assert "[20] stop_gradient('p19') at " in text and 'p20\'' not in text
+        '… and 10 more: show fewer parameters, or look at the records.'
+    )
+    assert "[20] stop_gradient('p19') at " in text and "p20'" not in text
 
 
 def test_the_table_can_be_opened(big, capsys):
@@ -328,7 +380,7 @@ def test_the_table_can_be_opened(big, capsys):
     assert 'attention' not in capsys.readouterr().out
     big.show(['layer_3', 'layer_12'], depth=3)
     assert 'layer_12/attention/unused' in capsys.readouterr().out
-    with pytest.raises(sg.UnmatchedPathError, match="Flow.show: no variable of the parameters"):
+    with pytest.raises(sg.UnmatchedPathError, match='Flow.show: no variable of the parameters'):
         big.show('layr_3')
 
 
@@ -338,7 +390,7 @@ def test_names_are_no_markup():
 
 
 def test_files_with_any_name():
-    code = "def loss(params):\n    with sg.stop_gradient(True):\n        return model(params)\n"
+    code = 'def loss(params):\n    with sg.stop_gradient(True):\n        return model(params)\n'
     model = lambda params: nn.Dense(1).apply({'params': params}, X[None]).sum()
     names = {'sg': sg, 'model': model}
     exec(compile(code, '/me at work @ home.py', 'exec'), names)
@@ -351,7 +403,8 @@ def test_files_with_any_name():
 def test_colours_in_a_terminal(flow):
     out = io.StringIO()
     rich.console.Console(file=out, force_terminal=True, width=100, color_system='truecolor').print(
-        flow)
+        flow
+    )
     assert '\x1b[' in out.getvalue() and 'PIECEWISE_CONSTANT' in out.getvalue()
 
 
@@ -381,8 +434,10 @@ def test_html(flow, big):
     page.feed(big._repr_html_())
     assert not page.open and page.details > 100 and 'layer_57/norm/bias' in page.text
     escaped = sg.gradient_flow(lambda p: p['<b>'].sum())({'<b>': X})._repr_html_()
-    assert '<b>' not in escaped.partition('</p>')[2].replace('<b>parameter', '').replace(
-        '<b>loss', '') and '&lt;b&gt;' in escaped
+    assert (
+        '<b>' not in escaped.partition('</p>')[2].replace('<b>parameter', '').replace('<b>loss', '')
+        and '&lt;b&gt;' in escaped
+    )
 
 
 @pytest.mark.parametrize('which', ['flow', 'big'])
@@ -395,7 +450,7 @@ def test_pictures(which, request, tmp_path):
     assert svg.tag.endswith('svg')
     words = (tmp_path / 'flow.svg').read_text()
     assert 'piecewise constant (' in words and ('encoder/bias' in words or 'layer_10/' in words)
-    with pytest.raises(sg.UsageError, match=r"ending in \.svg or \.png"):
+    with pytest.raises(sg.UsageError, match=r'ending in \.svg or \.png'):
         found.plot(tmp_path / 'flow.jpg')
     assert not (tmp_path / 'flow.jpg').exists()
 
@@ -418,11 +473,15 @@ def test_assert_flow_lists_leaks_and_what_is_missing():
     use = [n for n, text in enumerate(SOURCE, 1) if text.startswith('    h = params[')][0]
     assert re.fullmatch(
         rf"loss 'both': encoder/kernel is a LEAK, reached at \S*test_flow\.py:{use} \(losses\); "
-        r"the spec has 'head'\.", shown[1])
+        r"the spec has 'head'\.",
+        shown[1],
+    )
     held = re.escape(line('held').rpartition(':')[2])
     assert re.fullmatch(
         rf"loss 'head': encoder/bias is MASKED, stop_gradient at \S*test_flow\.py:{held}"
-        r"losses\)\.", shown[2])
+        r'losses\)\.',
+        shown[2],
+    )
     assert shown[4] == "loss 'head': old is UNUSED."
 
 
@@ -440,16 +499,29 @@ def test_assert_flow_with_norms():
         sg.assert_flow(loss, {'loss': 'w'}, norms=True)({'w': X})
 
 
-@pytest.mark.parametrize('spec, kind, text', [
-    ({}, sg.UsageError, 'assert_flow: spec is an object of type dict; expected a dict '
-     '{loss: predicate} that is not empty.'),
-    ('head', sg.UsageError, 'assert_flow: spec is an object of type str;'),
-    ({'hed': 'head'}, sg.UsageError,
-     "assert_flow: there is no loss 'hed'; there is 'both', 'head', 'rank'."),
-    ({'head': 'haed'}, sg.UnmatchedPathError,
-     "assert_flow['head']: no variable of params matches 'haed'. Close: 'head'"),
-    ({'head': 3}, sg.PredicateError, "assert_flow['head']"),
-])
+@pytest.mark.parametrize(
+    'spec, kind, text',
+    [
+        (
+            {},
+            sg.UsageError,
+            'assert_flow: spec is an object of type dict; expected a dict '
+            '{loss: predicate} that is not empty.',
+        ),
+        ('head', sg.UsageError, 'assert_flow: spec is an object of type str;'),
+        (
+            {'hed': 'head'},
+            sg.UsageError,
+            "assert_flow: there is no loss 'hed'; there is 'both', 'head', 'rank'.",
+        ),
+        (
+            {'head': 'haed'},
+            sg.UnmatchedPathError,
+            "assert_flow['head']: no variable of params matches 'haed'. Close: 'head'",
+        ),
+        ({'head': 3}, sg.PredicateError, "assert_flow['head']"),
+    ],
+)
 def test_assert_flow_errors(spec, kind, text):
     with pytest.raises(kind, match='^' + re.escape(text)):
         sg.assert_flow(losses, spec)(PARAMS, X)

@@ -42,6 +42,7 @@ class InScan(ByApply):
         def step(total, row):
             w = self.shared.embedding
             return total + (head.apply({'params': {'kernel': w.T}}, row) ** 2).sum(), None
+
         return jax.lax.scan(step, 0.0, h)[0]
 
 
@@ -62,8 +63,9 @@ class ByBind(ByApply):
     def __call__(self, ids):
         h = self.shared(ids)
         w = self.shared.variables['params']['embedding']
-        return (nn.Dense(7, use_bias=False, parent=None).bind({'params': {'kernel': w.T}})(h)
-                ** 2).mean()
+        return (
+            nn.Dense(7, use_bias=False, parent=None).bind({'params': {'kernel': w.T}})(h) ** 2
+        ).mean()
 
 
 class ByDerivative(ByApply):
@@ -99,7 +101,7 @@ class ByClone(ByApply):
     def __call__(self, ids):
         out = self.logits(ids)
         if self.is_initializing():
-            return (out ** 2).mean()
+            return (out**2).mean()
         copy = self.clone(parent=None)
         return (copy.apply(self.variables, ids, method='logits') * out).mean()
 
@@ -108,7 +110,7 @@ class ByUnbind(ByClone):
     def __call__(self, ids):
         out = self.logits(ids)
         if self.is_initializing():
-            return (out ** 2).mean()
+            return (out**2).mean()
         model, variables = self.unbind()
         again = model.bind(variables)
         return (model.apply(variables, ids, method='logits') * again.logits(ids) * out).mean()
@@ -128,16 +130,25 @@ class ByProperty(ByClone):
 
 MODELS = [ByApply, InScan, InJit, ByBind, ByDerivative, ByRule, ByClone, ByUnbind, ByProperty]
 TRANSFORMS = [
-    sg.stop_gradient(~sg.path('shared')), sg.stop_gradient('shared'), sg.stop_gradient(True),
-    sg.scale_gradient(True, 2.0), sg.map_values(True, lambda info, w: w * 0.5),
-    sg.map_gradient(True, lambda info, ct: 2 * ct), sg.constant('shared')]
+    sg.stop_gradient(~sg.path('shared')),
+    sg.stop_gradient('shared'),
+    sg.stop_gradient(True),
+    sg.scale_gradient(True, 2.0),
+    sg.map_values(True, lambda info, w: w * 0.5),
+    sg.map_gradient(True, lambda info, ct: 2 * ct),
+    sg.constant('shared'),
+]
 
 
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize('t', TRANSFORMS, ids=repr)
-@pytest.mark.parametrize('model', [
-    pytest.param(model, marks=[pytest.mark.long] * (model in (InScan, ByBind, ByDerivative)))
-    for model in MODELS])
+@pytest.mark.parametrize(
+    'model',
+    [
+        pytest.param(model, marks=[pytest.mark.long] * (model in (InScan, ByBind, ByDerivative)))
+        for model in MODELS
+    ],
+)
 def test_block_class_and_tree_agree(model, t):
     params = model().init(jax.random.key(0), IDS)['params']
     loss = lambda model, p: model.apply({'params': p}, IDS)
@@ -145,9 +156,15 @@ def test_block_class_and_tree_agree(model, t):
     def around(p):
         with t:
             return loss(model(), p)
+
     want = jax.value_and_grad(lambda p: loss(model(), t(p)))(params)
-    for way in (around, jax.jit(around), lambda p: loss(t(model)(), p),
-                lambda p: loss(t(model()), p), lambda p: t(model().bind({'params': p}))(IDS)):
+    for way in (
+        around,
+        jax.jit(around),
+        lambda p: loss(t(model)(), p),
+        lambda p: loss(t(model()), p),
+        lambda p: t(model().bind({'params': p}))(IDS),
+    ):
         got = jax.value_and_grad(way)(params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
@@ -168,6 +185,7 @@ def test_a_block_that_a_module_opens_does_not_reach_the_root_it_applies():
             w = self.param('w', nn.initializers.ones, ())
             with nn.stop_gradient(True):
                 return Scale(parent=None).apply({'params': {'w': w}}, x)
+
     assert jax.grad(lambda p: Net().apply({'params': p}, 1.0))({'w': 1.0})['w'] == 1
 
 
@@ -205,16 +223,30 @@ class LiftedBelow(sg.scale_gradient('w', 3.0)(Copies)):
         return w * x + (copy.apply({'params': {'w': w}}, x, deep=False) if deep else 0)
 
 
-@pytest.mark.parametrize('copy', [
-    lambda m, p: m.evaluating(), lambda m, p: m.evaluating_too(), lambda m, p: m.other,
-    lambda m, p: m.unbound(), lambda m, p: m.clone(parent=None), lambda m, p: m.copy(parent=None),
-    lambda m, p: type(m)().apply(p, method='evaluating_too'),
-    lambda m, p: m.evaluating_too().clone(), lambda m, p: m.evaluating_too().copy(train=True)])
-@pytest.mark.parametrize('use', [
-    lambda t, p: t(Copies)().bind(p), lambda t, p: t(Copies().bind(p)),
-    lambda t, p: t(type('Below', (t(Copies),), {'__module__': __name__})().bind(p)),
-    lambda t, p: type('Below', (t(Copies),), {'__module__': __name__})().bind(p)],
-    ids=['class', 'mirror', 'mirror of a subclass', 'subclass'])
+@pytest.mark.parametrize(
+    'copy',
+    [
+        lambda m, p: m.evaluating(),
+        lambda m, p: m.evaluating_too(),
+        lambda m, p: m.other,
+        lambda m, p: m.unbound(),
+        lambda m, p: m.clone(parent=None),
+        lambda m, p: m.copy(parent=None),
+        lambda m, p: type(m)().apply(p, method='evaluating_too'),
+        lambda m, p: m.evaluating_too().clone(),
+        lambda m, p: m.evaluating_too().copy(train=True),
+    ],
+)
+@pytest.mark.parametrize(
+    'use',
+    [
+        lambda t, p: t(Copies)().bind(p),
+        lambda t, p: t(Copies().bind(p)),
+        lambda t, p: t(type('Below', (t(Copies),), {'__module__': __name__})().bind(p)),
+        lambda t, p: type('Below', (t(Copies),), {'__module__': __name__})().bind(p),
+    ],
+    ids=['class', 'mirror', 'mirror of a subclass', 'subclass'],
+)
 def test_a_copy_that_a_lifted_module_hands_out_stays_lifted(use, copy, request):
     t, twice = sg.scale_gradient('w', 3.0), 'mirror of a subclass' in request.node.name
     run = lambda p: copy(use(t, p), p).apply(p)
@@ -233,6 +265,7 @@ def test_a_copy_of_a_lifted_module_is_copied_and_pickled():
             if not deep:
                 return w
             return w + self.how(self.clone(parent=None)).apply({'params': {'w': w}}, False)
+
     for how in (copying.copy, copying.deepcopy, lambda m: m.clone().copy()):
         net = sg.scale_gradient('w', 3.0)(Net)(how=how)
         assert jax.grad(net.apply)({'params': {'w': 1.0}})['params']['w'] == 6
@@ -250,6 +283,7 @@ def test_a_copy_of_a_lifted_module_keeps_nothing_of_the_application_it_was_made_
         module = sg.map_gradient('w', lambda info, ct: 2 * ct)(Copies)().bind({'params': {'w': w}})
         kept.append(module.evaluating_too())
         return module()
+
     with jax.checking_leaks():
         jax.jit(jax.grad(run))(values)
     run(values)
@@ -272,9 +306,11 @@ def test_one_jitted_function_that_applies_a_copy_while_its_module_runs_and_after
             if 'f' not in kept:
                 kept['f'] = jax.jit(lambda w: copy.apply({'params': {'w': w}}))
             return kept['f']
-        ways = {'while': (lambda w: Below().apply({'params': {'w': w}}, jitted), 6),
-                'after': (lambda w: jitted(
-                    Below().bind({'params': {'w': w}}).evaluating_too())(w), 3)}
+
+        ways = {
+            'while': (lambda w: Below().apply({'params': {'w': w}}, jitted), 6),
+            'after': (lambda w: jitted(Below().bind({'params': {'w': w}}).evaluating_too())(w), 3),
+        }
         for name in order:
             f, want = ways[name]
             if order[0] == 'after' and name == 'while':
@@ -296,12 +332,18 @@ def test_a_property_that_applies_a_copy_is_read_from_outside():
     params = ByProperty().init(jax.random.key(0), IDS)['params']
     t = sg.scale_gradient('shared', 3.0)
     grads = lambda use: jax.grad(lambda p: (use(p).again ** 2).sum())(params)
-    plain, class_, mirror = map(grads, (
-        lambda p: ByProperty().bind({'params': p}), lambda p: t(ByProperty)().bind({'params': p}),
-        lambda p: t(ByProperty().bind({'params': p}))))
+    plain, class_, mirror = map(
+        grads,
+        (
+            lambda p: ByProperty().bind({'params': p}),
+            lambda p: t(ByProperty)().bind({'params': p}),
+            lambda p: t(ByProperty().bind({'params': p})),
+        ),
+    )
     for got in (class_, mirror):
         np.testing.assert_allclose(
-            got['shared']['embedding'], 3 * plain['shared']['embedding'], 1e-5)
+            got['shared']['embedding'], 3 * plain['shared']['embedding'], 1e-5
+        )
 
 
 def test_a_copy_of_a_module_of_a_subclass_of_a_lifted_class():
@@ -313,11 +355,13 @@ def test_a_copy_of_a_module_of_a_subclass_of_a_lifted_class():
 
 def test_a_module_of_a_lifted_class_that_the_running_one_is_handed_is_masked():
     """It is no copy of the running module, though of its class: a student and its teacher."""
+
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, teacher=None, values=None):
             y = self.param('w', nn.initializers.ones, ()) * x
             return y if teacher is None else y + teacher.apply(values, x)
+
     held = sg.scale_gradient('w', 3.0)(Net)
     loss = lambda p, q: held().apply({'params': p}, 1.0, held(), {'params': q})
     assert jax.grad(loss, argnums=(0, 1))({'w': 1.0}, {'w': 1.0}) == ({'w': 3.0}, {'w': 3.0})
@@ -331,6 +375,7 @@ def test_a_lifted_class_applied_by_a_module_is_its_own_affair_and_masked():
         def __call__(self, x):
             w = self.param('w', nn.initializers.ones, ())
             return held(parent=None).apply({'params': {'w': w}}, x) + 3 * w
+
     assert jax.grad(lambda p: Net().apply({'params': p}, 1.0))({'w': 1.0})['w'] == 3
 
 
@@ -342,6 +387,7 @@ def test_models_applied_from_outside_are_covered_though_a_module_ran_before(boun
             if bound:
                 return a + Scale().bind({'params': p})(1.0)
             return a + Scale().apply({'params': p}, 1.0)
+
     assert jax.grad(loss)({'w': 1.0})['w'] == 0
 
 
@@ -355,6 +401,7 @@ def test_a_model_bound_outside_and_used_by_a_module_is_covered():
         teacher = Scale().bind({'params': q})
         with sg.stop_gradient('w', allow_unmatched=True):
             return Student().apply({'params': p}, 1.0, teacher)
+
     grads = jax.grad(loss, (0, 1))({'d': {'w': 1.0}}, {'w': 1.0})
     assert grads[0]['d']['w'] == 1 and grads[1]['w'] == 0
 
@@ -372,18 +419,21 @@ def test_one_jitted_function_applies_a_model_from_outside_and_from_a_module(orde
     def inner(p):
         out = Net().apply({'params': {'v': p['v']}}, mutable=mutable)
         return 3 * (out if mutable is False else out[0])
+
     calls = {'a': lambda p: g({'w': p['w']}), 'b': inner}
     count = {name: order.count(name) for name in 'ab'}
 
     def loss(p):
         with sg.stop_gradient('w', allow_unmatched=True):
             return sum(calls[name](p) for name in order)
+
     for f in (loss, jax.jit(loss)):
         grads = jax.grad(f)({'w': 1.0, 'v': 1.0})
         assert float(grads['w']) == 0 and float(grads['v']) == 3 * count['b']
 
 
 # Code of a module that Flax does not know to run.
+
 
 def tied(module, x=1.0):
     w = module.a.variables['params']['w']
@@ -422,7 +472,8 @@ BY = {
     'nowrap as method': lambda p: Tied().apply({'params': p}, method=Tied.unwrapped),
     'nn.apply': lambda p: nn.apply(tied, Tied())({'params': p}),
     'jit in a function': lambda p: Tied().apply(
-        {'params': p}, method=lambda m: jax.jit(lambda x: tied(m, x))(1.0)),
+        {'params': p}, method=lambda m: jax.jit(lambda x: tied(m, x))(1.0)
+    ),
     'a bound nowrap method': lambda p: Tied().bind({'params': p}).unwrapped(),
     'a bound property': lambda p: Tied().bind({'params': p}).value,
     'a bound generator': lambda p: next(Tied().bind({'params': p}).values()),
@@ -436,9 +487,13 @@ def test_code_of_a_module_that_flax_does_not_know_to_run(by):
     def run(p, t):
         with t:
             return BY[by](p)
-    for t, value, grad in ((sg.scale_gradient(True, 3.0), 1, 3), (sg.stop_gradient('a'), 1, 0),
-                           (sg.map_values(True, lambda info, w: 5 * w), 5, 5),
-                           (sg.replace_values(True, {'a': {'w': 7.0}}), 7, 0)):
+
+    for t, value, grad in (
+        (sg.scale_gradient(True, 3.0), 1, 3),
+        (sg.stop_gradient('a'), 1, 0),
+        (sg.map_values(True, lambda info, w: 5 * w), 5, 5),
+        (sg.replace_values(True, {'a': {'w': 7.0}}), 7, 0),
+    ):
         got = jax.value_and_grad(run)(params, t)
         assert (got[0], got[1]['a']['w']) == (value, grad), t
 
@@ -454,8 +509,10 @@ def test_one_jitted_function_from_outside_and_in_a_function_that_is_applied(orde
 
     def inside(w):
         with t:
-            return Tied().apply({'params': {'a': {'w': w}}},
-                                method=lambda m: apply(m.a.variables['params']['w']))
+            return Tied().apply(
+                {'params': {'a': {'w': w}}}, method=lambda m: apply(m.a.variables['params']['w'])
+            )
+
     inside_first = order == 'in a function'
     for run in (inside, outside, inside) if inside_first else (outside, inside, outside):
         assert jax.grad(run)(1.0) == 3
@@ -464,6 +521,7 @@ def test_one_jitted_function_from_outside_and_in_a_function_that_is_applied(orde
 def test_a_model_applied_from_outside_after_a_failed_application_is_covered():
     def fails(module):
         raise KeyError('planted')
+
     with sg.scale_gradient(True, 3.0):
         with pytest.raises(KeyError, match='planted'):
             Tied().apply({'params': {'a': {'w': 1.0}}}, method=fails)

@@ -20,6 +20,7 @@ def net(layer):
         @nn.compact
         def __call__(self, x):
             return layer(name='a')(x) + 3 * layer(name='b')(x)
+
     return Net()
 
 
@@ -30,15 +31,18 @@ def slopes(model, params=PARAMS, mutable=False, **variables):
     def loss(params):
         out = model.apply({'params': params, **variables}, 1.0, mutable=mutable)
         return out if mutable is False else out[0]
+
     grads = jax.grad(loss)(params)
     return tuple(float(sum(jax.tree.leaves(grads[name]))) for name in 'ab')
 
 
 def block(t):
     """Open a block in the body."""
+
     def body(self, x):
         with t:
             return Scale(name='d')(x)
+
     return body
 
 
@@ -65,6 +69,7 @@ def decorated(t):
     @t
     def body(self, x):
         return Scale(name='d')(x)
+
     return body
 
 
@@ -82,16 +87,25 @@ ASK = {
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize('mutable', [
-    pytest.param(False, id='fixed'),
-    pytest.param(['params'], id='mutable', marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    'mutable',
+    [
+        pytest.param(False, id='fixed'),
+        pytest.param(['params'], id='mutable', marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize('ask', ASK)
-@pytest.mark.parametrize('use', [
-    pytest.param(use, marks=[pytest.mark.long] * (use in (klass_inside, method, decorated)))
-    for use in USES])
+@pytest.mark.parametrize(
+    'use',
+    [
+        pytest.param(use, marks=[pytest.mark.long] * (use in (klass_inside, method, decorated)))
+        for use in USES
+    ],
+)
 def test_what_asks_for_absolute_names_in_the_body(use, ask, mutable):
     class Layer(nn.Module):
         __call__ = nn.jit(nn.compact(use(ASK[ask])))
+
     for _ in range(2):
         assert slopes(net(Layer), mutable=mutable) == (0, 3)
 
@@ -102,6 +116,7 @@ def test_each_function_under_nn_jit_has_its_own_answers():
 
     class Nested(nn.Module):
         """It calls what asks, and so asks too."""
+
         @nn.jit
         @nn.compact
         def __call__(self, x):
@@ -115,6 +130,7 @@ def test_each_function_under_nn_jit_has_its_own_answers():
 
 def test_a_function_inside_that_was_traced_before_tells_the_one_around_it():
     """The inner trace is found in JAX's caches, so nothing is asked while the outer is made."""
+
     class Inner(nn.Module):
         __call__ = nn.jit(nn.compact(block(ASK['path'])))
 
@@ -130,15 +146,22 @@ def test_a_function_inside_that_was_traced_before_tells_the_one_around_it():
         @nn.compact
         def __call__(self, x):
             warm = Inner(name='warm')(x)
-            return 0 * warm + Outer(Inner(parent=None), name='a')(x) + 3 * Outer(
-                Inner(parent=None), name='b')(x)
+            return (
+                0 * warm
+                + Outer(Inner(parent=None), name='a')(x)
+                + 3 * Outer(Inner(parent=None), name='b')(x)
+            )
+
     params = {'warm': {'d': {'w': one}}, **{n: {'d': {'d': {'w': one}}} for n in 'ab'}}
     assert slopes(Net(), params) == (0, 3)
 
 
 @pytest.mark.parametrize('order', ['ab', 'ba', 'aab', 'abab'])
-@pytest.mark.parametrize('predicate', ['a', lambda v: v.name.startswith('a'), sg.regex('^a/')],
-                         ids=['glob', 'callable', 'regex'])
+@pytest.mark.parametrize(
+    'predicate',
+    ['a', lambda v: v.name.startswith('a'), sg.regex('^a/')],
+    ids=['glob', 'callable', 'regex'],
+)
 def test_a_collection_that_the_body_creates(order, predicate):
     class Layer(nn.Module):
         @nn.jit
@@ -156,13 +179,15 @@ def test_a_collection_that_the_body_creates(order, predicate):
 
     for name in order:
         grads = jax.grad(lambda p, n=name: Net(n).apply({'params': p}, 1.0, mutable=['cache'])[0])(
-            {name: {'w': one}})
+            {name: {'w': one}}
+        )
         assert float(grads[name]['w']) == (name != 'a')
 
 
 @pytest.mark.parametrize('order', ['ab', 'ba'])
 def test_gradients_through_init(order):
     """What init creates in a body is asked about by the name that it has there."""
+
     class Layer(nn.Module):
         @nn.jit
         @nn.compact
@@ -176,7 +201,8 @@ def test_gradients_through_init(order):
                 return sum(w * Layer(name=n)(xs[n]) for n, w in zip(order, (1, 3), strict=True))
 
     grads = jax.grad(lambda xs: Net().init_with_output(jax.random.key(0), xs)[0])(
-        {'a': one, 'b': one})
+        {'a': one, 'b': one}
+    )
     want = dict(zip(order, (1, 3), strict=True))
     assert float(grads['a']) == 0 and float(grads['b']) == want['b']
 
@@ -197,14 +223,24 @@ def counted():
             for _ in range(6):
                 x = Layer()(x)
             return x
+
     return Net(), traces
 
 
 @pytest.mark.thinned(5)
-@pytest.mark.parametrize('predicate', [
-    True, sg.nothing, 'Layer_*', '**/kernel', 'nowhere', lambda v: False,
-    sg.path('Layer_*') & ~sg.path('**/bias')],
-    ids=['all', 'nothing', 'layers', 'kernels', 'nowhere', 'callable', 'combination'])
+@pytest.mark.parametrize(
+    'predicate',
+    [
+        True,
+        sg.nothing,
+        'Layer_*',
+        '**/kernel',
+        'nowhere',
+        lambda v: False,
+        sg.path('Layer_*') & ~sg.path('**/bias'),
+    ],
+    ids=['all', 'nothing', 'layers', 'kernels', 'nowhere', 'callable', 'combination'],
+)
 @pytest.mark.parametrize('where', ['init', 'mutable', 'fixed', 'init inside'])
 def test_equal_layers_are_traced_once_in_a_block_as_they_are_without(where, predicate):
     model, traces = counted()
@@ -215,7 +251,8 @@ def test_equal_layers_are_traced_once_in_a_block_as_they_are_without(where, pred
         'init': lambda: model.init(jax.random.key(0), x),
         'init inside': lambda: jax.jit(model.init)(jax.random.key(0), x),
         'mutable': lambda: jax.grad(lambda p: model.apply(p, x, mutable=True)[0].sum())(params),
-        'fixed': lambda: jax.grad(lambda p: model.apply(p, x).sum())(params)}[where]
+        'fixed': lambda: jax.grad(lambda p: model.apply(p, x).sum())(params),
+    }[where]
     counts = []
     for open_it in (False, True):
         jax.clear_caches()
@@ -278,15 +315,18 @@ def test_a_function_asks_in_some_blocks_and_not_in_others(first):
         def loss(params):
             with asks:
                 return net(Layer).apply({'params': params}, 1.0, mutable=['params'])[0]
+
         grads = jax.grad(loss)(PARAMS)
         return tuple(float(grads[n]['d']['w']) for n in 'ab')
+
     live = lambda: slopes(net(Layer), mutable=['params'])
-    for run, want in [(masked, (0, 3)), (live, (1, 3))][::1 if first == 'block' else -1] * 2:
+    for run, want in [(masked, (0, 3)), (live, (1, 3))][:: 1 if first == 'block' else -1] * 2:
         assert run() == want
 
 
 def test_two_scopes_handed_to_one_function_and_a_path_between_them():
     """A relative path from one module to the other changes with where both are."""
+
     class Pair(nn.Module):
         other: nn.Module
 
@@ -303,6 +343,7 @@ def test_two_scopes_handed_to_one_function_and_a_path_between_them():
 
         def __call__(self, x):
             return self.pair_a(x) + 3 * self.pair_b(x)
+
     params = {'a': {'w': one}, 'b': {'w': one}, 'pair_a': {'v': one}, 'pair_b': {'v': one}}
     grads = jax.grad(lambda p: Net().apply({'params': p}, 1.0))(params)
     assert float(grads['a']['w']) == 0 and float(grads['b']['w']) == 3
@@ -323,6 +364,7 @@ def test_one_function_with_another_number_of_scopes():
         @nn.compact
         def __call__(self, x):
             return Layer(name='a')(x) + Layer(extra=Scale(name='s'), name='b')(x)
+
     params = {'a': {'d': {'w': one}}, 'b': {'d': {'w': one}}, 's': {'w': one}}
     for _ in range(2):
         grads = jax.grad(lambda p: Net().apply({'params': p}, 1.0))(params)
@@ -334,6 +376,7 @@ def test_the_info_that_a_function_gets_is_an_ordinary_one(jit):
     import copy
     import dataclasses
     import pickle
+
     want = sg.VariableInfo(('d', 'w'), ('a', 'd', 'w'), 'params', (), jnp.dtype('float32'))
     seen = []
 
@@ -352,6 +395,7 @@ def test_the_info_that_a_function_gets_is_an_ordinary_one(jit):
         @nn.compact
         def __call__(self, x):
             return Layer(name='a')(x)
+
     Net().apply({'params': {'a': {'d': {'w': one}}}}, 1.0)
     assert seen == [True]
 
@@ -376,11 +420,14 @@ def in_block(layer, get):
         return get(layer)
 
 
-@pytest.mark.parametrize('get', [
-    lambda layer: layer.noisy, lambda layer: layer.child.b, lambda layer: layer(1.0)],
-    ids=['derived', 'child', 'called'])
-@pytest.mark.parametrize('read', [in_block, lambda layer, get: get(sg.stop_gradient()(layer))],
-                         ids=['block', 'mirror'])
+@pytest.mark.parametrize(
+    'get',
+    [lambda layer: layer.noisy, lambda layer: layer.child.b, lambda layer: layer(1.0)],
+    ids=['derived', 'child', 'called'],
+)
+@pytest.mark.parametrize(
+    'read', [in_block, lambda layer, get: get(sg.stop_gradient()(layer))], ids=['block', 'mirror']
+)
 @pytest.mark.parametrize('of', [lambda cls: cls, nn.jit, nn.remat], ids=['plain', 'jit', 'remat'])
 def test_random_streams_of_a_layer_that_was_called(of, read, get):
     """Flax gives a scope other streams while a method of a jitted class is called."""

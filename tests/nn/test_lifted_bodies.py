@@ -62,21 +62,35 @@ XS = jnp.stack([X, 2 * X, -X])
 def test_scan_with_broadcast_parameters():
     def call(self, c, xs):
         return nn.scan(Cell, variable_broadcast='params', split_rngs={'params': False})(
-            name='cell')(c, xs)
+            name='cell'
+        )(c, xs)
 
-    compare(apply(model(call)), lambda p, bar, c, xs: unrolled(
-        lambda i: p['cell'], lambda i: bar['cell'], c, xs, N), {'cell': PARAMS}, X, XS, exact=False)
+    compare(
+        apply(model(call)),
+        lambda p, bar, c, xs: unrolled(lambda i: p['cell'], lambda i: bar['cell'], c, xs, N),
+        {'cell': PARAMS},
+        X,
+        XS,
+        exact=False,
+    )
 
 
 def test_scan_with_split_parameters():
     def call(self, c, xs):
-        return nn.scan(Cell, variable_axes={'params': 0}, split_rngs={'params': True})(
-            name='cell')(c, xs)
+        return nn.scan(Cell, variable_axes={'params': 0}, split_rngs={'params': True})(name='cell')(
+            c, xs
+        )
 
     params = {'cell': jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), PARAMS)}
     at = lambda tree: lambda i: jax.tree.map(lambda p: p[i], tree['cell'])
-    compare(apply(model(call)), lambda p, bar, c, xs: unrolled(at(p), at(bar), c, xs, N), params, X,
-            XS, exact=False)
+    compare(
+        apply(model(call)),
+        lambda p, bar, c, xs: unrolled(at(p), at(bar), c, xs, N),
+        params,
+        X,
+        XS,
+        exact=False,
+    )
 
 
 @pytest.mark.thinned(2)
@@ -87,9 +101,16 @@ def test_a_raw_scan_over_a_bound_module(around):
         with sg.stop_gradient(around):
             return jax.lax.scan(lambda c, x: cell(c, x), c, xs)
 
-    compare(apply(model(call)), lambda p, bar, c, xs: unrolled(
-        lambda i: (bar if around else p)['cell'], lambda i: bar['cell'], c, xs, N),
-        {'cell': PARAMS}, X, XS, exact=False)
+    compare(
+        apply(model(call)),
+        lambda p, bar, c, xs: unrolled(
+            lambda i: (bar if around else p)['cell'], lambda i: bar['cell'], c, xs, N
+        ),
+        {'cell': PARAMS},
+        X,
+        XS,
+        exact=False,
+    )
 
 
 @pytest.mark.parametrize('axis', [None, 0])
@@ -101,7 +122,7 @@ def test_vmap(axis):
     params = PARAMS if axis is None else jax.tree.map(lambda p: jnp.stack([p, 3 * p]), PARAMS)
 
     def two_copies(p, bar, c, x):
-        one = lambda i: (lambda t: jax.tree.map(lambda a: a if axis is None else a[i], t['cell']))
+        one = lambda i: lambda t: jax.tree.map(lambda a: a if axis is None else a[i], t['cell'])
         outs = [step(one(i)(p), one(i)(bar), s * c, x) for i, s in enumerate((1, -1))]
         return jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
@@ -109,8 +130,9 @@ def test_vmap(axis):
 
 
 @pytest.mark.thinned(2)
-@pytest.mark.parametrize('lift', [nn.jit, nn.remat, lambda cls: nn.remat(nn.jit(cls))],
-                         ids=['jit', 'remat', 'remat jit'])
+@pytest.mark.parametrize(
+    'lift', [nn.jit, nn.remat, lambda cls: nn.remat(nn.jit(cls))], ids=['jit', 'remat', 'remat jit']
+)
 @pytest.mark.parametrize('around', [False, True])
 def test_jit_and_remat(lift, around):
     def call(self, c, x):
@@ -119,9 +141,17 @@ def test_jit_and_remat(lift, around):
             y = cell(c, x)
         return y, cell(c, x)
 
-    compare(apply(model(call)), lambda p, bar, c, x: (
-        step((bar if around else p)['cell'], bar['cell'], c, x),
-        step(p['cell'], bar['cell'], c, x)), {'cell': PARAMS}, X, X, exact=False)
+    compare(
+        apply(model(call)),
+        lambda p, bar, c, x: (
+            step((bar if around else p)['cell'], bar['cell'], c, x),
+            step(p['cell'], bar['cell'], c, x),
+        ),
+        {'cell': PARAMS},
+        X,
+        X,
+        exact=False,
+    )
 
 
 def test_remat_scan():
@@ -147,6 +177,7 @@ def test_remat_scan():
 @pytest.mark.parametrize('masked', ['inside', 'around'])
 def test_while_loop(masked):
     """A loop is differentiable in forward mode only; its parameters come in by closure."""
+
     def call(self, c):
         def body(mdl, carry):
             i, c = carry
@@ -155,8 +186,9 @@ def test_while_loop(masked):
 
         Cell(name='cell')(c, c)  # to have the variables
         with sg.stop_gradient('cell/w' if masked == 'around' else False):
-            return nn.while_loop(lambda mdl, carry: carry[0] < 3, body, self, (0, c),
-                                 broadcast_variables='params')[1]
+            return nn.while_loop(
+                lambda mdl, carry: carry[0] < 3, body, self, (0, c), broadcast_variables='params'
+            )[1]
 
     def two_copies(p, bar, c):
         for _ in range(3):
@@ -177,8 +209,11 @@ def test_cond_and_switch():
             with sg.stop_gradient('v'):  # the body opens it at the module it is given
                 return mdl(c, x)[0]
 
-        return (nn.cond(x[0] > 0, yes, no, cell, c, x), nn.cond(x[0] < 0, yes, no, cell, c, x),
-                nn.switch(1, [yes, no, yes], cell, c, x))
+        return (
+            nn.cond(x[0] > 0, yes, no, cell, c, x),
+            nn.cond(x[0] < 0, yes, no, cell, c, x),
+            nn.switch(1, [yes, no, yes], cell, c, x),
+        )
 
     def two_copies(p, bar, c, x):
         p, bar = p['cell'], bar['cell']
@@ -206,8 +241,9 @@ def test_custom_vjp():
         triple = jax.tree.map(lambda a: 3 * a - 2 * jax.lax.stop_gradient(a), p['cell'])
         return step(triple, bar['cell'], c, x)[0]
 
-    compare(apply(model(call)), two_copies, {'cell': PARAMS}, X, X, orders=('grad', 'vmap'),
-            exact=False)
+    compare(
+        apply(model(call)), two_copies, {'cell': PARAMS}, X, X, orders=('grad', 'vmap'), exact=False
+    )
 
 
 class Squared(nn.Module):
@@ -222,12 +258,19 @@ class Squared(nn.Module):
 
 
 @pytest.mark.parametrize('mutable', [['stats'], ['params', 'stats'], True])
-@pytest.mark.parametrize('mask, value, derivative', [
-    (sg.stop_gradient('c'), 4, 4), (sg.scale_gradient('c', 5.0), 4, 4),
-    (sg.map_values('c', lambda info, w: 3 * w), 36, 12), (sg.stop_gradient(sg.nothing), 4, 4)])
+@pytest.mark.parametrize(
+    'mask, value, derivative',
+    [
+        (sg.stop_gradient('c'), 4, 4),
+        (sg.scale_gradient('c', 5.0), 4, 4),
+        (sg.map_values('c', lambda info, w: 3 * w), 36, 12),
+        (sg.stop_gradient(sg.nothing), 4, 4),
+    ],
+)
 @pytest.mark.parametrize('around', [False, True])
 def test_an_explicit_derivative_in_a_block(mask, value, derivative, mutable, around):
     """It is with respect to what the block hands in, whether the body may write that or not."""
+
     def call(self, x):
         def run():
             c = Squared(name='c')
@@ -237,6 +280,7 @@ def test_an_explicit_derivative_in_a_block(mask, value, derivative, mutable, aro
             tangent = {'params': {'w': jnp.ones(())}}
             _, jvp = nn.jvp(lambda c, x: c(x), c, (x,), (jnp.zeros(()),), variable_tangents=tangent)
             return y, pullback(jnp.ones(()))[0]['params']['w'], jvp
+
         if around:
             return run()
         with mask:
@@ -274,11 +318,13 @@ def test_vjp_and_jvp_inside_a_body():
 
 def test_map_variables_stops_what_is_stored_and_not_the_view():
     """The view of w is s·w²: with w stopped, s is still trained through it (trap of WeightNorm)."""
+
     def call(self, c, x):
         s = self.param('s', nn.initializers.ones, ())
-        square = lambda tree: jax.tree.map(lambda a: s * a ** 2, tree)
-        lifted = nn.map_variables(lambda m, c, x: m(c, x)[0], 'params', square,
-                                  init=self.is_initializing())
+        square = lambda tree: jax.tree.map(lambda a: s * a**2, tree)
+        lifted = nn.map_variables(
+            lambda m, c, x: m(c, x)[0], 'params', square, init=self.is_initializing()
+        )
         cell = Plain(name='cell')
         with sg.stop_gradient('cell'):
             y = lifted(cell, c, x)
@@ -292,8 +338,9 @@ def test_map_variables_stops_what_is_stored_and_not_the_view():
 
     def two_copies(p, bar, c, x):
         def run(cell):
-            view = jax.tree.map(lambda a: p['s'] * a ** 2, cell)
+            view = jax.tree.map(lambda a: p['s'] * a**2, cell)
             return jnp.tanh(view['w'] * c + view['v'] * x)
+
         return run(bar['cell']), run(p['cell'])
 
     params = {'s': jnp.array(0.7), 'cell': PARAMS}
@@ -343,14 +390,16 @@ def test_an_rnn_whose_cell_opens_a_block(reverse):
 
     def two_copies(p, bar, xs):
         xs = xs[::-1] if reverse else xs
-        return unrolled(lambda i: p['rnn']['cell'], lambda i: bar['rnn']['cell'], jnp.zeros(2), xs,
-                        N)[1]
+        return unrolled(
+            lambda i: p['rnn']['cell'], lambda i: bar['rnn']['cell'], jnp.zeros(2), xs, N
+        )[1]
 
     compare(apply(Net()), two_copies, {'rnn': {'cell': PARAMS}}, XS, exact=False)
 
 
 def test_a_module_captured_by_the_body_of_a_lifted_function():
     """The captured module is no argument of the lift, and its reads are covered all the same."""
+
     def call(self, c, x):
         cell, other = Cell(name='cell'), Cell(name='other')
         if self.is_initializing():
@@ -417,16 +466,30 @@ class Unrolled(nn.Module):
 
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize('collections', ['params', 'state', ('params', 'state')])
-@pytest.mark.parametrize('how, mutable', [
-    ('scan', ['state']), ('unrolled', ['state']), ('unrolled', False), ('unrolled', ['params']),
-    ('unrolled', True)])
+@pytest.mark.parametrize(
+    'how, mutable',
+    [
+        ('scan', ['state']),
+        ('unrolled', ['state']),
+        ('unrolled', False),
+        ('unrolled', ['params']),
+        ('unrolled', True),
+    ],
+)
 def test_a_block_around_a_lift_with_writable_collections(how, mutable, collections):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, c, xs):
-            counting = Unrolled(name='u') if how == 'unrolled' else nn.scan(
-                Counting, variable_broadcast='params', variable_carry='state',
-                split_rngs={'params': False})(name='u')
+            counting = (
+                Unrolled(name='u')
+                if how == 'unrolled'
+                else nn.scan(
+                    Counting,
+                    variable_broadcast='params',
+                    variable_carry='state',
+                    split_rngs={'params': False},
+                )(name='u')
+            )
             with sg.stop_gradient('u', collections=collections):
                 held = counting(c, xs)[0]
             return held + counting(c, xs)[0]
@@ -434,8 +497,9 @@ def test_a_block_around_a_lift_with_writable_collections(how, mutable, collectio
     wrap = (lambda tree: {'u': {'n': tree}}) if how == 'unrolled' else lambda tree: {'u': tree}
 
     def masked(p, c, xs):
-        out = Net().apply({'params': wrap({'w': p['w']}), 'state': wrap({'s': p['s']})}, c, xs,
-                          mutable=mutable)
+        out = Net().apply(
+            {'params': wrap({'w': p['w']}), 'state': wrap({'s': p['s']})}, c, xs, mutable=mutable
+        )
         return (out[0], jax.tree.leaves(out[1].get('state'))) if mutable else (out, [])
 
     def two_copies(p, bar, c, xs):

@@ -60,7 +60,8 @@ ALL = 'a layers_0/b layers_1/b'
 def live(f, params=PARAMS):
     leaves = jax.tree_util.tree_leaves_with_path(jax.grad(f)(params)['params'])
     return ' '.join(
-        jax.tree_util.keystr(k, simple=True, separator='/') for k, g in leaves if g != 0)
+        jax.tree_util.keystr(k, simple=True, separator='/') for k, g in leaves if g != 0
+    )
 
 
 def test_a_lifted_class_keeps_its_name_parameters_and_docs():
@@ -82,22 +83,31 @@ def test_a_lifted_class_keeps_its_name_parameters_and_docs():
     assert jax.tree.structure(held) == jax.tree.structure(plain)
     assert set(held['params']) == {'Net_0', 'named'}
     assert live(lambda p: Outer(Held).apply(p, 1.0), held) == ' '.join(
-        f'{n}/{b}' for n in ('Net_0', 'named') for b in ('layers_0/b', 'layers_1/b'))
+        f'{n}/{b}' for n in ('Net_0', 'named') for b in ('layers_0/b', 'layers_1/b')
+    )
 
 
-@pytest.mark.parametrize('method, live_plain', [
-    ('__call__', ALL), ('half', 'a layers_0/b'), ('helper', 'layers_0/b'),
-    (lambda m, x: m.double, 'a'), (lambda m, x: m.a, 'a'), (lambda m, x: m.exp, 'a'),
-    (lambda m, x: m[1], 'layers_1/b'), (lambda m, x: m.layers[1](x), 'layers_1/b'),
-    (lambda m, x: m.layers[1].b, 'layers_1/b'),
-    (lambda m, x: m.variables['params']['a'], 'a'),
-    (lambda m, x: m.get_variable('params', 'a'), 'a'),
-    (lambda m, x: m.get_variable('params', 'layers_0')['b'], 'layers_0/b'),
-    (lambda m, x: jax.checkpoint(lambda x: m(x))(x), ALL),
-    (lambda m, x: nn.jit(lambda m, x: m(x))(m, x), ALL),
-    (lambda m, x: nn.jit(lambda m, x: m.a)(m, x), 'a'),
-    (lambda m, x: nn.remat(lambda m, x: m.layers[0](x))(m, x), 'layers_0/b'),
-])
+@pytest.mark.parametrize(
+    'method, live_plain',
+    [
+        ('__call__', ALL),
+        ('half', 'a layers_0/b'),
+        ('helper', 'layers_0/b'),
+        (lambda m, x: m.double, 'a'),
+        (lambda m, x: m.a, 'a'),
+        (lambda m, x: m.exp, 'a'),
+        (lambda m, x: m[1], 'layers_1/b'),
+        (lambda m, x: m.layers[1](x), 'layers_1/b'),
+        (lambda m, x: m.layers[1].b, 'layers_1/b'),
+        (lambda m, x: m.variables['params']['a'], 'a'),
+        (lambda m, x: m.get_variable('params', 'a'), 'a'),
+        (lambda m, x: m.get_variable('params', 'layers_0')['b'], 'layers_0/b'),
+        (lambda m, x: jax.checkpoint(lambda x: m(x))(x), ALL),
+        (lambda m, x: nn.jit(lambda m, x: m(x))(m, x), ALL),
+        (lambda m, x: nn.jit(lambda m, x: m.a)(m, x), 'a'),
+        (lambda m, x: nn.remat(lambda m, x: m.layers[0](x))(m, x), 'layers_0/b'),
+    ],
+)
 @pytest.mark.parametrize('how', ['class', 'instance', 'bound', 'mirror'])
 def test_every_way_into_a_lifted_module_is_masked(how, method, live_plain):
     def use(p, t):
@@ -194,8 +204,13 @@ class Inherits(Tied):
 
 
 MEMBERS = {
-    '__call__': lambda m: m(1.0), 'method': lambda m: m.method(1.0), 'read': lambda m: m.read,
-    'cached': lambda m: m.cached, 'helper': lambda m: m.helper(1.0), 'item': lambda m: m[1.0]}
+    '__call__': lambda m: m(1.0),
+    'method': lambda m: m.method(1.0),
+    'read': lambda m: m.read,
+    'cached': lambda m: m.cached,
+    'helper': lambda m: m.helper(1.0),
+    'item': lambda m: m[1.0],
+}
 
 
 @pytest.mark.parametrize('how', ['mirror', 'class', 'unbound'])
@@ -224,8 +239,9 @@ def test_every_member_covers_what_the_module_is_handed(cls, how):
 
 
 def test_a_mirror_of_a_module_with_modules_as_fields():
-    params = {'params': {'net': {
-        **PARAMS['params'], 'inner': {**PARAMS['params'], 'inner': {'b': 1.0}}}}}
+    params = {
+        'params': {'net': {**PARAMS['params'], 'inner': {**PARAMS['params'], 'inner': {'b': 1.0}}}}
+    }
 
     class Outer(nn.Module):
         def setup(self):
@@ -266,8 +282,14 @@ def test_lifted_modules_clone_copy_and_pickle():
     t = sg.stop_gradient('a')
     held = t(Net(width=3, name='n'))
     want = 'layers_0/b layers_1/b'
-    for other in (held.clone(), held.copy(name='n'), copy.copy(held), copy.deepcopy(held),
-                  pickle.loads(pickle.dumps(held)), held.clone(width=4)):
+    for other in (
+        held.clone(),
+        held.copy(name='n'),
+        copy.copy(held),
+        copy.deepcopy(held),
+        pickle.loads(pickle.dumps(held)),
+        held.clone(width=4),
+    ):
         assert type(other) is type(held) and other.name == 'n'
         assert live(lambda p, other=other: other.apply(p, 1.0)) == want
     assert held.clone(width=4).width == 4
@@ -277,11 +299,22 @@ def test_lifted_modules_clone_copy_and_pickle():
     assert variables == PARAMS and live(lambda p: module.apply(p, 1.0)) == want
 
 
-@pytest.mark.parametrize('lift', [
-    nn.jit, nn.remat, functools.partial(nn.vmap, in_axes=None, axis_size=2, out_axes=0,
-                                        variable_axes={'params': None},
-                                        split_rngs={'params': False})],
-                         ids=['jit', 'remat', 'vmap'])
+@pytest.mark.parametrize(
+    'lift',
+    [
+        nn.jit,
+        nn.remat,
+        functools.partial(
+            nn.vmap,
+            in_axes=None,
+            axis_size=2,
+            out_axes=0,
+            variable_axes={'params': None},
+            split_rngs={'params': False},
+        ),
+    ],
+    ids=['jit', 'remat', 'vmap'],
+)
 @pytest.mark.parametrize('first', ['mask', 'lift'])
 def test_lifted_by_flax_and_by_us_in_both_orders(lift, first):
     t = sg.stop_gradient('a')
@@ -384,7 +417,8 @@ class Reads(nn.Module):
     def looped(self):
         body = lambda m, c, _: (m.w, None)
         return nn.scan(body, variable_broadcast='params', split_rngs={'params': False}, length=2)(
-            self, 0.0, None)[0]
+            self, 0.0, None
+        )[0]
 
     def in_a_block(self):
         with self.inner:
@@ -515,8 +549,12 @@ class Part(nn.Module):
             return nn.remat(type(self).read)(self)
 
     def around_a_scan(self):
-        scan = nn.scan(lambda m, c, _: (c, m.w), variable_broadcast='params', length=1,
-                       split_rngs={'params': False})
+        scan = nn.scan(
+            lambda m, c, _: (c, m.w),
+            variable_broadcast='params',
+            length=1,
+            split_rngs={'params': False},
+        )
         with self.mask:
             return scan(self, None, None)[1].sum()
 
@@ -538,8 +576,10 @@ class HasPart(nn.Module):
 
 @pytest.mark.parametrize('mutable', [False, ['params']])
 @pytest.mark.parametrize('how', ['class', 'mirror', 'mirror of a mirror'])
-@pytest.mark.parametrize('way', [
-    '__call__', 'method', 'body', 'around_a_body', 'around_a_scan', 'mirror', 'prop', 'lifted'])
+@pytest.mark.parametrize(
+    'way',
+    ['__call__', 'method', 'body', 'around_a_body', 'around_a_scan', 'mirror', 'prop', 'lifted'],
+)
 @pytest.mark.parametrize('outer, inner, want', NESTS, ids=['11', '12'])
 def test_a_block_in_a_part_of_a_lifted_module_is_inside_it(outer, inner, want, way, how, mutable):
     """Also where the part is used from outside, and no method of the lifted module runs."""
@@ -619,8 +659,12 @@ def test_a_subclass_of_a_lifted_class():
 
 def test_lifted_many_times():
     cls, mirrored = Net, lambda p: Net().bind(p)
-    for pattern, want in [('a', 'layers_0/b layers_1/b'), ('layers_0', 'layers_1/b'),
-                          ('layers_1', ''), ('a', '')]:
+    for pattern, want in [
+        ('a', 'layers_0/b layers_1/b'),
+        ('layers_0', 'layers_1/b'),
+        ('layers_1', ''),
+        ('a', ''),
+    ]:
         transform = sg.stop_gradient(pattern)
         cls = transform(cls)
         mirrored = functools.partial(lambda p, t, of: t(of(p)), t=transform, of=mirrored)
@@ -669,9 +713,16 @@ class Methods(nn.Module):
 METHODS = {'params': {'a': 1.0, 'leaf': {'b': 1.0}}}
 
 
-@pytest.mark.parametrize('method, want', [
-    ('__call__', 'leaf/b'), ('free', 'a leaf/b'), ('both', ''), ('jitted', 'leaf/b'),
-    ('rematted', 'leaf/b')])
+@pytest.mark.parametrize(
+    'method, want',
+    [
+        ('__call__', 'leaf/b'),
+        ('free', 'a leaf/b'),
+        ('both', ''),
+        ('jitted', 'leaf/b'),
+        ('rematted', 'leaf/b'),
+    ],
+)
 def test_methods(method, want):
     assert live(lambda p: Methods().apply(p, 1.0, method=method), METHODS) == want
     assert live(lambda p: getattr(Methods().bind(p), method)(1.0), METHODS) == want
@@ -710,9 +761,13 @@ def test_a_decorated_function_wants_a_module_first():
     def f(x):
         return x
 
-    with pytest.raises(sg.UsageError, match=(
+    with pytest.raises(
+        sg.UsageError,
+        match=(
             r"stop_gradient\('a'\) decorates 'f', whose first argument should be a flax.linen "
-            'Module; got float. Decorate a method of a Module, or open a block with `with`.')):
+            'Module; got float. Decorate a method of a Module, or open a block with `with`.'
+        ),
+    ):
         f(1.0)
     with pytest.raises(sg.UsageError, match='got no argument'):
         f()
@@ -737,9 +792,11 @@ FLAX_METHODS = {
     'apply, jitted': lambda t, p: jax.jit(t(Helped().apply))(p, 1.0),
     'bind': lambda t, p: t(Helped().bind)(p)(1.0),
     'unbind': lambda t, p: (lambda module, values: module.apply(values))(
-        *t(Helped().bind(p).unbind)()),
+        *t(Helped().bind(p).unbind)()
+    ),
     'get_variable': lambda t, p: sum(
-        t(Helped().bind(p).get_variable)('params', name) for name in 'ab'),
+        t(Helped().bind(p).get_variable)('params', name) for name in 'ab'
+    ),
     'method=': lambda t, p: Helped().apply(p, method=t(Helped().__call__)),
     'a helper': lambda t, p: t(Helped.loss)(Helped(), p),
     'a helper of an instance': lambda t, p: t(Helped().loss)(p),
@@ -772,6 +829,7 @@ def test_a_lifted_part_of_a_lifted_module_is_unbound_in_what_is_around_it():
         outer = sg.scale_gradient('part/a', 5.0)(Outer)().bind({'params': {'part': p}})
         module, variables = outer.part.unbind()
         return module.apply(variables) + 100 * module.apply({'params': p})
+
     params = {'a': jnp.ones(()), 'b': jnp.ones(())}
     assert jax.grad(run)(params) == {'a': 315, 'b': 101}
 
@@ -796,14 +854,19 @@ def test_a_helper_of_an_unbound_module_that_a_running_module_calls(how):
                 return part()
             values = {'params': part.variables['params']}
             helper = Decorated(parent=None)
-            return {'apply': lambda: t(helper.apply)(values),
-                    'decorated': lambda: helper.loss(values),
-                    'bound': lambda: t(helper.bind)(values)()}[how]()
+            return {
+                'apply': lambda: t(helper.apply)(values),
+                'decorated': lambda: helper.loss(values),
+                'bound': lambda: t(helper.bind)(values)(),
+            }[how]()
+
     params = Outer().init(jax.random.key(0))
     for _ in range(2):
         assert jax.grad(Outer().apply)(params)['params']['part'] == {'a': 3, 'b': 1}
         assert jax.grad(Decorated().loss)({'params': params['params']['part']})['params'] == {
-            'a': 3, 'b': 1}
+            'a': 3,
+            'b': 1,
+        }
 
 
 def test_methods_of_flax_that_read_and_create_in_a_module():
@@ -840,6 +903,7 @@ def by_descriptor(kind, lifted):
 
         def __call__(self, x=1.0):
             return self.run
+
     return Below
 
 
@@ -852,6 +916,7 @@ def by_method(lifted):
 
         def __call__(self, x=1.0):
             return self.run(x)
+
     return Below
 
 
@@ -859,6 +924,7 @@ def by_super(lifted):
     class Below(lifted):
         def __call__(self, x=1.0):
             return super().__call__(x)
+
     return Below
 
 
@@ -867,6 +933,7 @@ def by_subclass(lifted):
         @nn.compact
         def __call__(self, x=1.0):
             return self.part(x) + 0 * self.param('own', ones, ())
+
     return Further
 
 
@@ -876,6 +943,7 @@ def by_compact_and_remat(lifted):
         @nn.compact
         def __call__(self, x=1.0):
             return self.part(x) + 0 * self.param('own', ones, ())
+
     return Below
 
 
@@ -885,6 +953,7 @@ def by_alias(lifted):
             return self.part(x)
 
         __call__ = run
+
     return Below
 
 
@@ -905,6 +974,7 @@ class CallsPart:
 def by_mixin(lifted):
     class Below(CallsPart, lifted):
         pass
+
     return Below
 
 
@@ -915,19 +985,35 @@ def by_another_module(lifted):
 
     class Below(Calls, lifted):
         pass
+
     return Below
 
 
-BELOW = [lambda lifted: lifted, functools.partial(by_descriptor, property), by_method, by_super,
-         by_subclass, by_compact_and_remat,
-         functools.partial(by_descriptor, functools.cached_property),
-         by_alias, by_mixin, by_another_module]
+BELOW = [
+    lambda lifted: lifted,
+    functools.partial(by_descriptor, property),
+    by_method,
+    by_super,
+    by_subclass,
+    by_compact_and_remat,
+    functools.partial(by_descriptor, functools.cached_property),
+    by_alias,
+    by_mixin,
+    by_another_module,
+]
 
 
 @pytest.mark.parametrize('below', BELOW)
-@pytest.mark.parametrize('t, want', [
-    (sg.stop_gradient(True), 0), (sg.scale_gradient(True, 3.0), 3), (sg.constant(True), 0),
-    (sg.map_gradient(True, lambda info, ct: ct + 4), 5)], ids=['stop', 'scale', 'constant', 'map'])
+@pytest.mark.parametrize(
+    't, want',
+    [
+        (sg.stop_gradient(True), 0),
+        (sg.scale_gradient(True, 3.0), 3),
+        (sg.constant(True), 0),
+        (sg.map_gradient(True, lambda info, ct: ct + 4), 5),
+    ],
+    ids=['stop', 'scale', 'constant', 'map'],
+)
 def test_methods_of_a_subclass_cover_what_the_module_is_handed(below, t, want):
     cls = below(t(WithPart))
 
@@ -938,6 +1024,7 @@ def test_methods_of_a_subclass_cover_what_the_module_is_handed(below, t, want):
 
         def __call__(self):
             return self.head() + 100 * self.shared(1.0)
+
     params = Outer().init(jax.random.key(0))
     assert jax.grad(Outer().apply)(params)['params']['shared'] == {'b': 100 + want}
 
@@ -947,8 +1034,9 @@ class WithMixin(CallsPart, nn.Module):
     activation: object = lambda x: x
 
 
-@pytest.mark.parametrize('read', [
-    lambda m: m(), lambda m: m.read, lambda m: m.run(1.0), lambda m: m.activation(m())])
+@pytest.mark.parametrize(
+    'read', [lambda m: m(), lambda m: m.read, lambda m: m.run(1.0), lambda m: m.activation(m())]
+)
 @pytest.mark.parametrize('use', ['class', 'mirror', 'subclass'])
 def test_methods_of_a_mixin_cover_what_the_module_is_handed(use, read):
     t = sg.scale_gradient(True, 3.0)
@@ -956,13 +1044,16 @@ def test_methods_of_a_mixin_cover_what_the_module_is_handed(use, read):
     class Outer(nn.Module):
         def setup(self):
             self.shared = Leaf()
-            cls = {'class': t(WithMixin), 'subclass': type('Below', (t(WithMixin),), {
-                '__module__': __name__})}.get(use, WithMixin)
+            cls = {
+                'class': t(WithMixin),
+                'subclass': type('Below', (t(WithMixin),), {'__module__': __name__}),
+            }.get(use, WithMixin)
             self.head = cls(self.shared)
             self.lifted = t(self.head) if use == 'mirror' else self.head
 
         def __call__(self):
             return read(self.lifted) + 100 * self.shared(1.0)
+
     params = {'params': {'shared': {'b': jnp.ones(())}}}
     assert jax.grad(Outer().apply)(params)['params']['shared'] == {'b': 103}
 
@@ -1002,18 +1093,37 @@ class Described(nn.Module):
         return self.static(self, 1.0)
 
 
-@pytest.mark.parametrize('read', [
-    lambda m: m.value, lambda m: m.set_value, lambda m: m.callback(1.0), lambda m: m.partial(1.0),
-    lambda m: m.dispatched(1.0), lambda m: m()])
+@pytest.mark.parametrize(
+    'read',
+    [
+        lambda m: m.value,
+        lambda m: m.set_value,
+        lambda m: m.callback(1.0),
+        lambda m: m.partial(1.0),
+        lambda m: m.dispatched(1.0),
+        lambda m: m(),
+    ],
+)
 @pytest.mark.parametrize('use', ['class', 'mirror', 'subclass', 'mixin'])
 def test_descriptors_cover_what_the_module_is_handed(use, read):
     t = sg.scale_gradient(True, 3.0)
     made = {'__module__': __name__}
-    mixin = type('Mixin', (), {name: member for name, member in vars(Described).items() if name in (
-        'value', 'set_value', 'callback', 'partial', 'dispatched', '__call__', 'static')})
-    cls = {'class': lambda: t(Described), 'mirror': lambda: Described,
-           'subclass': lambda: type('Below', (t(Described),), made),
-           'mixin': lambda: type('Below', (mixin, t(WithPart)), made)}[use]()
+    mixin = type(
+        'Mixin',
+        (),
+        {
+            name: member
+            for name, member in vars(Described).items()
+            if name
+            in ('value', 'set_value', 'callback', 'partial', 'dispatched', '__call__', 'static')
+        },
+    )
+    cls = {
+        'class': lambda: t(Described),
+        'mirror': lambda: Described,
+        'subclass': lambda: type('Below', (t(Described),), made),
+        'mixin': lambda: type('Below', (mixin, t(WithPart)), made),
+    }[use]()
 
     class Outer(nn.Module):
         def setup(self):
@@ -1023,6 +1133,7 @@ def test_descriptors_cover_what_the_module_is_handed(use, read):
 
         def __call__(self):
             return read(self.lifted) + 100 * self.shared(1.0)
+
     params = {'params': {'shared': {'b': jnp.ones(())}}}
     assert jax.grad(Outer().apply)(params)['params']['shared'] == {'b': 103}
 
@@ -1034,10 +1145,12 @@ def test_methods_of_a_mixin_are_as_unknown_to_flax_as_without_the_transform():
         def note(call, args, kwargs, context):
             calls.append((type(context.module).__name__, context.method_name))
             return call(*args, **kwargs)
+
         module = cls(Leaf(name='part')).bind({'params': {'part': {'b': jnp.ones(())}}})
         with nn.intercept_methods(note):
             module.run(1.0)
         return calls
+
     assert seen(sg.stop_gradient(True)(WithMixin)) == seen(WithMixin) != []
 
 
@@ -1051,6 +1164,7 @@ def test_a_transformed_method_of_flax_in_a_module():
             if self.is_initializing():
                 return part()
             return self.t(part.apply)({'params': part.variables['params']})
+
     params = Outer(None).init(jax.random.key(0))['params']
     grads = lambda t: jax.grad(lambda p: Outer(t).apply({'params': p}))(params)['part']
     assert grads(sg.stop_gradient('a')) == {'a': 0, 'b': 1}
@@ -1080,13 +1194,18 @@ def test_a_method_of_an_unbound_module_runs():
 
 
 def test_unmatched_patterns_of_lifted_modules():
-    for use in (lambda t: t(Net)().apply(PARAMS, 1.0), lambda t: t(Net().bind(PARAMS))(1.0),
-                lambda t: t(Net()).apply(PARAMS, 1.0),
-                lambda t: t(Net().bind(PARAMS)).get_variable('params', 'a'),
-                lambda t: t(Net)().bind(PARAMS).variables['params']['a'],
-                lambda t: t(Net.half)(Net().bind(PARAMS), 1.0)):
-        with pytest.raises(sg.UnmatchedPathError, match=(
-                r"^stop_gradient\('b'\): no variable of '/' matches 'b'\. Perhaps '")):
+    for use in (
+        lambda t: t(Net)().apply(PARAMS, 1.0),
+        lambda t: t(Net().bind(PARAMS))(1.0),
+        lambda t: t(Net()).apply(PARAMS, 1.0),
+        lambda t: t(Net().bind(PARAMS)).get_variable('params', 'a'),
+        lambda t: t(Net)().bind(PARAMS).variables['params']['a'],
+        lambda t: t(Net.half)(Net().bind(PARAMS), 1.0),
+    ):
+        with pytest.raises(
+            sg.UnmatchedPathError,
+            match=(r"^stop_gradient\('b'\): no variable of '/' matches 'b'\. Perhaps '"),
+        ):
             use(sg.stop_gradient('b'))
         assert use(sg.stop_gradient('b', allow_unmatched=True)) > 0
         assert use(sg.stop_gradient('layers_1')) > 0
@@ -1116,21 +1235,33 @@ class Steps(nn.Module):
 
 
 def scanned(module):
-    scan = nn.scan(lambda m, c, x: m(c, x), variable_broadcast='params',
-                   split_rngs={'params': False}, length=2)
+    scan = nn.scan(
+        lambda m, c, x: m(c, x), variable_broadcast='params', split_rngs={'params': False}, length=2
+    )
     return scan(module, 1.0, None)[0]
 
 
-@pytest.mark.parametrize('body, want', [  # w² + w v + v, or w + v
-    (lambda step, held: scanned(step), {'w': 3, 'v': 2}),
-    (lambda step, held: scanned(held), {'w': 0, 'v': 2}),
-    (lambda step, held: scanned(held) + scanned(step), {'w': 3, 'v': 4}),
-    (lambda step, held: nn.remat(lambda a, b: a(1.0, None)[0] + 10 * b(1.0, None)[0])(held, step),
-     {'w': 10, 'v': 11}),
-    (lambda step, held: nn.remat(lambda a, b: a(1.0, None)[0] + 10 * b(1.0, None)[0])(step, held),
-     {'w': 1, 'v': 11}),
-    (lambda step, held: nn.jit(lambda a, b: a.w + 10 * b.w)(step, held), {'w': 1, 'v': 0}),
-])
+@pytest.mark.parametrize(
+    'body, want',
+    [  # w² + w v + v, or w + v
+        (lambda step, held: scanned(step), {'w': 3, 'v': 2}),
+        (lambda step, held: scanned(held), {'w': 0, 'v': 2}),
+        (lambda step, held: scanned(held) + scanned(step), {'w': 3, 'v': 4}),
+        (
+            lambda step, held: nn.remat(lambda a, b: a(1.0, None)[0] + 10 * b(1.0, None)[0])(
+                held, step
+            ),
+            {'w': 10, 'v': 11},
+        ),
+        (
+            lambda step, held: nn.remat(lambda a, b: a(1.0, None)[0] + 10 * b(1.0, None)[0])(
+                step, held
+            ),
+            {'w': 1, 'v': 11},
+        ),
+        (lambda step, held: nn.jit(lambda a, b: a.w + 10 * b.w)(step, held), {'w': 1, 'v': 0}),
+    ],
+)
 def test_mirrors_handed_to_lifted_functions(body, want):
     params = Steps(body).init(jax.random.key(0))
     assert set(params['params']) == {'step'}
@@ -1140,8 +1271,9 @@ def test_mirrors_handed_to_lifted_functions(body, want):
 @pytest.mark.parametrize('first', ['mask', 'lift'])
 def test_a_scan_over_layers_of_a_lifted_class(first):
     t = sg.stop_gradient('w')
-    scan = functools.partial(nn.scan, variable_axes={'params': 0}, split_rngs={'params': True},
-                             length=3)
+    scan = functools.partial(
+        nn.scan, variable_axes={'params': 0}, split_rngs={'params': True}, length=3
+    )
     Layers = scan(t(Step)) if first == 'mask' else t(scan(Step))
 
     class Net(nn.Module):
@@ -1154,7 +1286,6 @@ def test_a_scan_over_layers_of_a_lifted_class(first):
 
 
 class Scaled(nn.Module):
-
     @nn.compact
     def __call__(self, x, _=None):
         return x * self.param('w', nn.initializers.ones, (3,)), None
@@ -1174,26 +1305,30 @@ def below(cls):
     class Below(cls):
         def __call__(self, x):
             return super().__call__(x)
+
     return Below
 
 
 def shrink(info, value):
-    return value / (1 + jnp.sum(value ** 2))
+    return value / (1 + jnp.sum(value**2))
 
 
-@pytest.mark.parametrize('sees, make', [
-    ('a layer', lambda t, other, repeat: repeat(t(Scaled))),
-    ('a layer', lambda t, other, repeat: repeat(below(t(Scaled)))),
-    ('a layer', lambda t, other, repeat: below(repeat(t(Scaled)))),
-    ('a layer', lambda t, other, repeat: repeat(other(t(Scaled)))),
-    ('a layer', lambda t, other, repeat: repeat(t(other(Scaled)))),
-    ('a layer', lambda t, other, repeat: other(repeat(t(Scaled)))),
-    ('a layer', lambda t, other, repeat: other(below(repeat(t(Scaled))))),
-    ('a layer', lambda t, other, repeat: below(other(repeat(t(Scaled))))),
-    ('all layers', lambda t, other, repeat: t(repeat(Scaled))),
-    ('all layers', lambda t, other, repeat: below(t(repeat(Scaled)))),
-    ('all layers', lambda t, other, repeat: t(repeat(other(Scaled)))),
-])
+@pytest.mark.parametrize(
+    'sees, make',
+    [
+        ('a layer', lambda t, other, repeat: repeat(t(Scaled))),
+        ('a layer', lambda t, other, repeat: repeat(below(t(Scaled)))),
+        ('a layer', lambda t, other, repeat: below(repeat(t(Scaled)))),
+        ('a layer', lambda t, other, repeat: repeat(other(t(Scaled)))),
+        ('a layer', lambda t, other, repeat: repeat(t(other(Scaled)))),
+        ('a layer', lambda t, other, repeat: other(repeat(t(Scaled)))),
+        ('a layer', lambda t, other, repeat: other(below(repeat(t(Scaled))))),
+        ('a layer', lambda t, other, repeat: below(other(repeat(t(Scaled))))),
+        ('all layers', lambda t, other, repeat: t(repeat(Scaled))),
+        ('all layers', lambda t, other, repeat: below(t(repeat(Scaled)))),
+        ('all layers', lambda t, other, repeat: t(repeat(other(Scaled)))),
+    ],
+)
 @pytest.mark.parametrize('repeat', REPEATED)
 @pytest.mark.parametrize('method', ['map_values', 'map_gradient'])
 def test_a_lifted_class_opens_in_the_body_of_what_repeats_it(method, repeat, sees, make):
@@ -1208,7 +1343,8 @@ def test_a_lifted_class_opens_in_the_body_of_what_repeats_it(method, repeat, see
     def by_hand(weights):
         weights = shrunk(weights) if method == 'map_values' else weights
         out = x * weights if repeat == 'vmap' else x * weights[0] * weights[1]
-        return jnp.sum(out ** 2)
+        return jnp.sum(out**2)
+
     want = jax.grad(by_hand)(weights)
     want = shrunk(want) if method == 'map_gradient' else want
     np.testing.assert_allclose(jax.grad(masked)(weights), want, rtol=1e-5)

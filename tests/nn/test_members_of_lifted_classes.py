@@ -35,6 +35,7 @@ def value_and_gradient(cls, read):
 
         def __call__(self):
             return read(self.head)
+
     value, grads = jax.value_and_grad(Outer().apply)({'params': {'part': {'b': jnp.ones(())}}})
     return float(value), float(grads['params']['part']['b'])
 
@@ -76,6 +77,7 @@ class Behind(nn.Module):
 def added(by):
     def f(self):
         return by + super(f.cls, self).f()
+
     return f
 
 
@@ -94,6 +96,7 @@ def mixin_overridden_behind(lift):
     class Own(Mixin):
         def g(self):
             return 7 * self.part()
+
     return make(make(lift(Part), Mixin), Own)
 
 
@@ -105,6 +108,7 @@ def super_past_a_mixin(lift):
     class Top(make(lift(Part), Mixin), Own):
         def g(self):
             return 1 + super().g()
+
     return Top
 
 
@@ -112,30 +116,49 @@ def calls(name):
     return lambda module: getattr(module, name)()
 
 
-@pytest.mark.parametrize('build, read', [
-    (lambda lift: make(overriding(Mixin, lift(Part), by=1)), calls('f')),
-    (lambda lift: overriding(make(Mixin, lift(Part)), by=1), calls('f')),
-    (diamond, calls('f')),
-    (mixin_overridden_behind, calls('g')),
-    (super_past_a_mixin, calls('g')),
-    (lambda lift: make(lift(Part), Mixin), calls('g')),
-    (lambda lift: make(lift(Part), Mixin), lambda m: m.cached + m.cached),
-    (lambda lift: make(Mixin, lift(Part)), lambda m: m.cached + m.f()),
-    (lambda lift: make(lift(Part), Behind), calls('g')),
-    (lambda lift: lift(make(Mixin, Part)), calls('annotated')),
-    (lambda lift: make(Mixin, lift(Part)), calls('annotated')),
-    (lambda lift: make(nn.remat(lift(Part), methods=['f']), g=lambda self: self.part()),
-     calls('g')),
-    (lambda lift: make(nn.remat(lift(Part), methods=['f'])), calls('f')),
-    (lambda lift: make(nn.jit(lift(Part), methods=['f']), f=lambda self: 2 * self.part()),
-     calls('f')),
-    (lambda lift: make(lift(Part), f=nn.remat(lift(Part).f), g=lambda self: self.part()),
-     lambda m: m.f() + 10 * m.g()),
-    (lambda lift: make(lift(Part), f=functools.wraps(lift(Part).f)(lambda self: 2 * self.part())),
-     calls('f')),
-    (lambda lift: lift(nn.remat(lift(Part), methods=['f'])) if lift is plain else make(
-        nn.remat(lift(Part), methods=['f'])), calls('f')),
-])
+@pytest.mark.parametrize(
+    'build, read',
+    [
+        (lambda lift: make(overriding(Mixin, lift(Part), by=1)), calls('f')),
+        (lambda lift: overriding(make(Mixin, lift(Part)), by=1), calls('f')),
+        (diamond, calls('f')),
+        (mixin_overridden_behind, calls('g')),
+        (super_past_a_mixin, calls('g')),
+        (lambda lift: make(lift(Part), Mixin), calls('g')),
+        (lambda lift: make(lift(Part), Mixin), lambda m: m.cached + m.cached),
+        (lambda lift: make(Mixin, lift(Part)), lambda m: m.cached + m.f()),
+        (lambda lift: make(lift(Part), Behind), calls('g')),
+        (lambda lift: lift(make(Mixin, Part)), calls('annotated')),
+        (lambda lift: make(Mixin, lift(Part)), calls('annotated')),
+        (
+            lambda lift: make(nn.remat(lift(Part), methods=['f']), g=lambda self: self.part()),
+            calls('g'),
+        ),
+        (lambda lift: make(nn.remat(lift(Part), methods=['f'])), calls('f')),
+        (
+            lambda lift: make(nn.jit(lift(Part), methods=['f']), f=lambda self: 2 * self.part()),
+            calls('f'),
+        ),
+        (
+            lambda lift: make(lift(Part), f=nn.remat(lift(Part).f), g=lambda self: self.part()),
+            lambda m: m.f() + 10 * m.g(),
+        ),
+        (
+            lambda lift: make(
+                lift(Part), f=functools.wraps(lift(Part).f)(lambda self: 2 * self.part())
+            ),
+            calls('f'),
+        ),
+        (
+            lambda lift: (
+                lift(nn.remat(lift(Part), methods=['f']))
+                if lift is plain
+                else make(nn.remat(lift(Part), methods=['f']))
+            ),
+            calls('f'),
+        ),
+    ],
+)
 def test_members_are_found_as_python_finds_them(build, read):
     check(build, read)
 
@@ -144,6 +167,7 @@ def test_a_subclass_of_two_lifted_classes_runs_the_members_of_both_in_both():
     class Other(nn.Module):
         def g(self):
             return self.part()
+
     both = make(tripled(Part), sg.scale_gradient(True, 5.0)(Other))
     assert value_and_gradient(both, lambda m: m.f()) == (1, 15)
     assert value_and_gradient(both, lambda m: m.g()) == (1, 15)
@@ -231,23 +255,55 @@ class Described(Valued, Part):
         return module * original * fn * cls * self.part()
 
 
-@pytest.mark.parametrize('read', [
-    lambda m: m.twice(), lambda m: m.twice_property, lambda m: m.twice_cached,
-    lambda m: type(m).of_class * m.f(), lambda m: m.value, lambda m: m.seven * m.f(),
-    lambda m: m.in_class(), lambda m: m.inner() * m.f(), lambda m: m.perturb(),
-    lambda m: m.dynamic, lambda m: m[2.0],
-    lambda m: m.named(module=2.0, original=3.0, fn=4.0, cls=5.0)])
-@pytest.mark.parametrize('build', [
-    lambda lift: lift(Described), lambda lift: make(lift(Described)),
-    lambda lift: lift(make(Described)),
-    lambda lift: make(Valued, lift(Part), **{
-        name: member for name, member in vars(Described).items() if name in NAMES})])
+@pytest.mark.parametrize(
+    'read',
+    [
+        lambda m: m.twice(),
+        lambda m: m.twice_property,
+        lambda m: m.twice_cached,
+        lambda m: type(m).of_class * m.f(),
+        lambda m: m.value,
+        lambda m: m.seven * m.f(),
+        lambda m: m.in_class(),
+        lambda m: m.inner() * m.f(),
+        lambda m: m.perturb(),
+        lambda m: m.dynamic,
+        lambda m: m[2.0],
+        lambda m: m.named(module=2.0, original=3.0, fn=4.0, cls=5.0),
+    ],
+)
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda lift: lift(Described),
+        lambda lift: make(lift(Described)),
+        lambda lift: lift(make(Described)),
+        lambda lift: make(
+            Valued,
+            lift(Part),
+            **{name: member for name, member in vars(Described).items() if name in NAMES},
+        ),
+    ],
+)
 def test_descriptors_stay_what_they_are(build, read):
     check(build, read)
 
 
-NAMES = {'Inner', 'twice', 'twice_property', 'of_class', 'seven', 'in_class', 'setup',
-         'twice_cached', 'perturb', '__getattr__', '__getitem__', 'named', '__annotations__'}
+NAMES = {
+    'Inner',
+    'twice',
+    'twice_property',
+    'of_class',
+    'seven',
+    'in_class',
+    'setup',
+    'twice_cached',
+    'perturb',
+    '__getattr__',
+    '__getitem__',
+    'named',
+    '__annotations__',
+}
 
 
 @pytest.mark.parametrize('fn', ['custom_vjp', 'custom_jvp'])
@@ -279,7 +335,9 @@ def test_keywords_of_lifted_functions_are_the_users():
         def __call__(self, x):
             def body(module, x, *, groups=1.0, rngs=1.0):
                 return groups * rngs * module.param('w', nn.initializers.ones, ()) * x
+
             return nn.remat(body)(self, x, groups=2.0, rngs=3.0)
+
     with sg.stop_gradient('w'):
         assert Net().apply({'params': {'w': 1.0}}, 1.0) == 6
 
@@ -293,6 +351,7 @@ def test_keywords_of_lifted_functions_are_the_users():
         def __call__(self):
             views = sg.gradient_views({'w': 'w'})
             return views(self.run)(module=2.0, fn=3.0, body=5.0, core=7.0)['w']
+
     assert Viewed().apply({'params': {'w': 1.0}}) == 210
 
 
@@ -320,23 +379,41 @@ class Tied(nn.Module):
 
 
 TOUCHES = {
-    'nothing': lambda m: None, 'the table': lambda m: m.table, 'a submodule': lambda m: m.leaf,
-    'a number': lambda m: m.size, 'what is not there': lambda m: hasattr(m, 'other'),
+    'nothing': lambda m: None,
+    'the table': lambda m: m.table,
+    'a submodule': lambda m: m.leaf,
+    'a number': lambda m: m.size,
+    'what is not there': lambda m: hasattr(m, 'other'),
     'in remat': lambda m: nn.remat(lambda m: m.f())(m),
     'in jit': lambda m: nn.jit(lambda m: m.f())(m),
-    'a method': lambda m: m.f(), 'its variables': lambda m: m.variables}
+    'a method': lambda m: m.f(),
+    'its variables': lambda m: m.variables,
+}
 FORMS = {
     'class': lambda lift: lift(Tied),
     'subclass': lambda lift: make(lift(Tied), f=lambda self: 3 * self.table),
     'setup of a subclass': lambda lift: make(
-        lift(Part), setup=lambda self: vars(Tied)['setup'](self), number=2,
-        **{name: vars(Tied)[name] for name in ('f', 'doubled', 'both')}),
-    'mirror': None, 'copy': None}
+        lift(Part),
+        setup=lambda self: vars(Tied)['setup'](self),
+        number=2,
+        **{name: vars(Tied)[name] for name in ('f', 'doubled', 'both')},
+    ),
+    'mirror': None,
+    'copy': None,
+}
 
 
-@pytest.mark.parametrize('read', [
-    lambda m: m.f(), lambda m: m.table, lambda m: m.doubled, lambda m: m.both(),
-    lambda m: nn.remat(lambda m: m.f())(m), lambda m: nn.jit(lambda m: m.both())(m)])
+@pytest.mark.parametrize(
+    'read',
+    [
+        lambda m: m.f(),
+        lambda m: m.table,
+        lambda m: m.doubled,
+        lambda m: m.both(),
+        lambda m: nn.remat(lambda m: m.f())(m),
+        lambda m: nn.jit(lambda m: m.both())(m),
+    ],
+)
 @pytest.mark.parametrize('touch', TOUCHES)
 @pytest.mark.parametrize('form', FORMS)
 def test_setup_of_a_lifted_module_runs_in_its_block(form, touch, read):
@@ -345,8 +422,9 @@ def test_setup_of_a_lifted_module_runs_in_its_block(form, touch, read):
             def setup(self):
                 self.part = Leaf()
                 if form in ('mirror', 'copy'):
-                    self.head = Tied(self.part) if form == 'mirror' else lift(Tied(
-                        self.part, parent=None))
+                    self.head = (
+                        Tied(self.part) if form == 'mirror' else lift(Tied(self.part, parent=None))
+                    )
                 else:
                     self.head = FORMS[form](lift)(self.part)
 
@@ -354,10 +432,12 @@ def test_setup_of_a_lifted_module_runs_in_its_block(form, touch, read):
                 head = lift(self.head) if form == 'mirror' else self.head
                 TOUCHES[touch](head)
                 return read(head)
+
         leaf = {'b': jnp.ones(())}
         params = {'params': {'part': leaf, 'head': {'leaf': leaf}}}
         value, grads = jax.value_and_grad(Outer().apply)(params)
         return float(value), float(grads['params']['part']['b'])
+
     value, gradient = run(plain)
     assert run(tripled) == (value, 3 * gradient) and gradient != 0
 
@@ -378,10 +458,12 @@ def test_a_hook_for_subclasses_is_not_for_lifted_ones():
         @nn.compact
         def __call__(self):
             return self.param('w', nn.initializers.ones, ())
+
     lifted = tripled(tripled(First))
 
     class Below(lifted, tag='b'):
         pass
+
     assert (lifted.tag, Below.tag, seen) == ('a', 'b', ['a', 'b'])
     assert jax.grad(Below().apply)({'params': {'w': 1.0}}) == {'params': {'w': 9.0}}
 
@@ -393,6 +475,7 @@ def test_a_generic_class():
         @nn.compact
         def __call__(self):
             return self.param('w', nn.initializers.ones, ())
+
     lifted = tripled(Of)
     params = {'params': {'w': 1.0}}
     assert jax.grad(lifted[int]().apply)(params) == {'params': {'w': 3.0}}
@@ -403,18 +486,29 @@ def test_a_generic_class():
 
 @pytest.mark.parametrize('mutable', [False, ['params'], True])
 @pytest.mark.parametrize('init', [False, True])
-@pytest.mark.parametrize('t, seen, factor', [
-    (sg.stop_gradient(True), lambda v: v, 0), (sg.scale_gradient(True, 3.0), lambda v: v, 3),
-    (sg.map_values(True, lambda info, v: v + 1), lambda v: v + 1, 1)], ids=['stop', 'scale', 'map'])
+@pytest.mark.parametrize(
+    't, seen, factor',
+    [
+        (sg.stop_gradient(True), lambda v: v, 0),
+        (sg.scale_gradient(True, 3.0), lambda v: v, 3),
+        (sg.map_values(True, lambda info, v: v + 1), lambda v: v + 1, 1),
+    ],
+    ids=['stop', 'scale', 'map'],
+)
 @pytest.mark.parametrize('form', ['block', 'class', 'instance'])
 def test_map_variables_that_runs_its_body_first(form, t, seen, factor, init, mutable):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
             return self.param('w', nn.initializers.ones, ()) * x
+
     mapped = nn.map_variables(
-        Net, 'params', lambda v: jax.tree.map(lambda a: 2 * a, v),
-        lambda v: jax.tree.map(lambda a: a / 2, v) if mutable else v, init=init)
+        Net,
+        'params',
+        lambda v: jax.tree.map(lambda a: 2 * a, v),
+        lambda v: jax.tree.map(lambda a: a / 2, v) if mutable else v,
+        init=init,
+    )
     model = {'block': mapped, 'class': t(mapped), 'instance': mapped}[form]()
     model = t(model) if form == 'instance' else model
 
@@ -431,6 +525,7 @@ def test_map_variables_that_runs_its_body_first(form, t, seen, factor, init, mut
     def by_hand(w):
         once_more = lambda v: v / 2 if init and mutable else v
         return 2 * once_more(seen(w))
+
     value, grads = jax.value_and_grad(loss)({'params': {'w': 5.0}})
     want = jax.value_and_grad(by_hand)(5.0)
     assert (value, grads['params']['w']) == (want[0], factor * want[1])

@@ -115,13 +115,21 @@ class SetupClosure(nn.Module):
         self.keyword_only = only
         self.method = Held(jnp.cos(w)).times
         self.argument = functools.partial(times, jnp.exp(w))
-        self.keyword = functools.partial(times, w=w ** 2)
-        self.function = functools.partial(lambda x, scale: x * w ** 3 * scale, scale=2.0)
+        self.keyword = functools.partial(times, w=w**2)
+        self.function = functools.partial(lambda x, scale: x * w**3 * scale, scale=2.0)
         self.recursive = power
 
     def __call__(self, x):
-        return (self.closure(x) + self.default(x) + self.keyword_only(x) + self.method(x)
-                + self.argument(x) + self.keyword(x) + self.function(x) + self.recursive(x))
+        return (
+            self.closure(x)
+            + self.default(x)
+            + self.keyword_only(x)
+            + self.method(x)
+            + self.argument(x)
+            + self.keyword(x)
+            + self.function(x)
+            + self.recursive(x)
+        )
 
 
 class SetupBuiltins(nn.Module):
@@ -167,7 +175,7 @@ class SetupClasses(nn.Module):
             part = functools.partialmethod(lambda self, w: w, w=jnp.exp(w))
 
         class Holds:
-            cube = w ** 3
+            cube = w**3
 
         class One:
             def __call__(self, x):
@@ -184,13 +192,22 @@ class SetupClasses(nn.Module):
         self.times, self.chain = Times(), nn.Sequential([Below(), lambda x: x])
         self.several, self.holds = {'sine': Sine()}, Holds
         self.other, self.one, self.kept = Other, One, Kept()
-        self.boxed = type('Boxed', (nn.Module,), {
-            '__call__': lambda self, x: box.times(x), '__module__': __name__})()
+        self.boxed = type(
+            'Boxed',
+            (nn.Module,),
+            {'__call__': lambda self, x: box.times(x), '__module__': __name__},
+        )()
 
     def __call__(self, x):
-        return (self.times(x) + self.chain(x) * self.several['sine'].w + self.holds.cube
-                + self.one()(x) * self.kept.twice + self.kept.part() + self.other.times(x)
-                + self.boxed(x))
+        return (
+            self.times(x)
+            + self.chain(x) * self.several['sine'].w
+            + self.holds.cube
+            + self.one()(x) * self.kept.twice
+            + self.kept.part()
+            + self.other.times(x)
+            + self.boxed(x)
+        )
 
 
 class SetupFills(nn.Module):
@@ -208,13 +225,18 @@ class SetupFills(nn.Module):
         self.w = self.param('w', near_one, (3,))
         self.none = jnp.exp(self.w)
         self.store['w'] = jnp.sin(self.w)
-        self.items = [self.w ** 2]
+        self.items = [self.w**2]
         self.queue.append(jnp.tanh(self.w))
-        self.box.w = self.w ** 3
+        self.box.w = self.w**3
 
     def __call__(self, x):
-        return (x * self.w + self.none * self.store['w'] * x + self.items[0] + self.queue[0] * x
-                + self.box.times(x))
+        return (
+            x * self.w
+            + self.none * self.store['w'] * x
+            + self.items[0]
+            + self.queue[0] * x
+            + self.box.times(x)
+        )
 
 
 class Times(nn.Module):
@@ -416,6 +438,7 @@ def scan(**kwargs):
         def __call__(self, x):
             c, ys = nn.scan(Body, length=3, in_axes=nn.broadcast, **kwargs)()(x, x)
             return c + ys.sum()
+
     return Scan()
 
 
@@ -439,8 +462,12 @@ class Vmap(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        lifted = nn.vmap(Dense, variable_axes={'params': self.axis}, in_axes=0,
-                         split_rngs={'params': self.axis is not None})
+        lifted = nn.vmap(
+            Dense,
+            variable_axes={'params': self.axis},
+            in_axes=0,
+            split_rngs={'params': self.axis is not None},
+        )
         return lifted()(jnp.stack([x, 2 * x])).sum(0)
 
 
@@ -479,8 +506,9 @@ class WhileLoop(nn.Module):
         step = lambda mdl, c: jax.lax.stop_gradient(c * mdl.get_variable('params', 'w'))
         if not self.is_initializing():
             start = jnp.abs(jax.lax.stop_gradient(x))
-            c = nn.while_loop(lambda mdl, c: c.sum() < 5, step, self, start,
-                              broadcast_variables='params')
+            c = nn.while_loop(
+                lambda mdl, c: c.sum() < 5, step, self, start, broadcast_variables='params'
+            )
         else:
             c = x
         return x * w + c
@@ -495,8 +523,11 @@ class Cond(nn.Module):
             return self.a(x) + self.b(x)
         yes = lambda mdl, x: mdl.a(x)
         no = lambda mdl, x: mdl.b(x)
-        return nn.cond(x.sum() > 0, yes, no, self, x) + nn.cond(x.sum() < 0, yes, no, self, x) + (
-            nn.switch(1, [yes, no], self, x))
+        return (
+            nn.cond(x.sum() > 0, yes, no, self, x)
+            + nn.cond(x.sum() < 0, yes, no, self, x)
+            + (nn.switch(1, [yes, no], self, x))
+        )
 
 
 class CustomVjp(nn.Module):
@@ -542,7 +573,8 @@ class MapVariables(nn.Module):
     @nn.compact
     def __call__(self, x):
         squared = nn.map_variables(
-            Dense, 'params', lambda v: jax.tree.map(jnp.square, v), init=self.is_initializing())
+            Dense, 'params', lambda v: jax.tree.map(jnp.square, v), init=self.is_initializing()
+        )
         return squared()(x)
 
 
@@ -556,7 +588,7 @@ class Norms(nn.Module):
 class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
-        rows = jnp.concatenate([x, 2 * x, x ** 2])
+        rows = jnp.concatenate([x, 2 * x, x**2])
         return nn.BatchNorm(use_running_average=False)(rows) * jnp.array([[1.0], [2], [4]]) + x
 
 
@@ -605,19 +637,60 @@ def named(*forms):
 
 # Forms that are nothing but reads, and forms with a control flow or a size worth compiling once.
 SMALL = named(
-    Param(), Variable(), GetVariable(), Variables(), SubTree(), SetupParam(), SetupDerived(),
-    SetupClosure(), SetupBuiltins(), SetupClasses(), SetupFills(), SetupPassesOn(),
-    SetupDerivedBelow(), SetupShadowsDefault(), Embed(),
-    LocalAttribute(), Dense(), Containers(), Deep(), LoraHost(), LoraChild(), NoWrap(), Property(),
-    CachedProperty(), Field(), ByArgument(), MapVariables(), Norms(), BatchNorm(), Boxed(),
-    Dropout(), RandomSetup(), VjpInput(), Jvp(), Grad(), JitMethod())
+    Param(),
+    Variable(),
+    GetVariable(),
+    Variables(),
+    SubTree(),
+    SetupParam(),
+    SetupDerived(),
+    SetupClosure(),
+    SetupBuiltins(),
+    SetupClasses(),
+    SetupFills(),
+    SetupPassesOn(),
+    SetupDerivedBelow(),
+    SetupShadowsDefault(),
+    Embed(),
+    LocalAttribute(),
+    Dense(),
+    Containers(),
+    Deep(),
+    LoraHost(),
+    LoraChild(),
+    NoWrap(),
+    Property(),
+    CachedProperty(),
+    Field(),
+    ByArgument(),
+    MapVariables(),
+    Norms(),
+    BatchNorm(),
+    Boxed(),
+    Dropout(),
+    RandomSetup(),
+    VjpInput(),
+    Jvp(),
+    Grad(),
+    JitMethod(),
+)
 LARGE = named(
-    LayerScan(), Remat(), Jit(), RematScan(), WhileLoop(), Cond(), CustomVjp(), Recurrent(),
-    Attention())
+    LayerScan(),
+    Remat(),
+    Jit(),
+    RematScan(),
+    WhileLoop(),
+    Cond(),
+    CustomVjp(),
+    Recurrent(),
+    Attention(),
+)
 LARGE |= {
     'ScanBroadcast': scan(variable_broadcast='params', split_rngs={'params': False}),
     'ScanSplit': scan(variable_axes={'params': 0}, split_rngs={'params': True}),
-    'VmapShared': Vmap(None), 'VmapSplit': Vmap(0)}
+    'VmapShared': Vmap(None),
+    'VmapSplit': Vmap(0),
+}
 
 
 # Hosts -------------------------------------------------------------------------------------------
@@ -695,8 +768,12 @@ class FieldHost(Host):
     def __call__(self, x, weights):
         f = self.form.copy(name='f')
         shares = {'L': Share(f), 'M': Share(f)}
-        return add_up(self.uses, weights, lambda: shares['L'](x),
-                      lambda: self.in_block(lambda: shares['M'](x)))
+        return add_up(
+            self.uses,
+            weights,
+            lambda: shares['L'](x),
+            lambda: self.in_block(lambda: shares['M'](x)),
+        )
 
 
 class MirrorHost(Host):
@@ -772,9 +849,20 @@ class Applied:
         return add_up(self.uses, weights, lambda: run(x), masked), None
 
 
-HOSTS = {host.__name__: host for host in (
-    SetupHost, LocalHost, FirstUseHost, ArgumentHost, FieldHost, MirrorHost, MethodHost,
-    NestedHost, ClosureHost)}
+HOSTS = {
+    host.__name__: host
+    for host in (
+        SetupHost,
+        LocalHost,
+        FirstUseHost,
+        ArgumentHost,
+        FieldHost,
+        MirrorHost,
+        MethodHost,
+        NestedHost,
+        ClosureHost,
+    )
+}
 HOSTS |= {how: functools.partial(Applied, how=how) for how in ('apply', 'jit', 'bind')}
 
 
@@ -803,9 +891,15 @@ def rngs():
 
 def derivatives(host, others, jit):
     """Return a function of (params, x, weights) that gives the output and its gradient."""
+
     def loss(params, x, weights):
-        out, _ = host.apply({'params': params, **others}, x, weights,
-                            rngs={'dropout': rngs()['dropout']}, mutable=[*others, 'none'])
+        out, _ = host.apply(
+            {'params': params, **others},
+            x,
+            weights,
+            rngs={'dropout': rngs()['dropout']},
+            mutable=[*others, 'none'],
+        )
         return out.sum()
 
     run = jax.value_and_grad(loss, (0, 1))
@@ -852,8 +946,11 @@ IN_TURN = [host for host in HOSTS if host not in ALWAYS]
 
 # Drawing keys in a cached trace repeats them, with and without blocks.
 CANNOT = [(form, 'ClosureHost') for form in ('Dropout', 'RandomSetup')]
-PAIRS = [(form, host) for i, form in enumerate(SMALL)
-         for host in (*ALWAYS, *(IN_TURN[(2 * i + k) % len(IN_TURN)] for k in range(2)))]
+PAIRS = [
+    (form, host)
+    for i, form in enumerate(SMALL)
+    for host in (*ALWAYS, *(IN_TURN[(2 * i + k) % len(IN_TURN)] for k in range(2)))
+]
 
 
 @pytest.mark.thinned(10)
@@ -865,9 +962,13 @@ def test_reads_inside_are_stopped_and_reads_outside_are_live(form, host):
 
 
 @pytest.mark.thinned(7)
-@pytest.mark.parametrize('form, host', [
-    *((form, host) for i, form in enumerate(LARGE) for host in ('SetupHost', 'apply')[i % 2:]),
-    *((form, 'MirrorHost') for form in ('LayerScan', 'ScanSplit'))])
+@pytest.mark.parametrize(
+    'form, host',
+    [
+        *((form, host) for i, form in enumerate(LARGE) for host in ('SetupHost', 'apply')[i % 2 :]),
+        *((form, 'MirrorHost') for form in ('LayerScan', 'ScanSplit')),
+    ],
+)
 def test_reads_of_lifted_and_large_modules(form, host):
     check(LARGE[form], HOSTS[host], 'MLM', jit=True)
 
@@ -886,8 +987,13 @@ def test_alternating_three_times(form, host):
 @pytest.mark.parametrize('form', ['SetupDerivedBelow', 'Norms'])
 def test_what_is_not_selected_stays_live(form, host):
     ends = ('w', 'kernel', 'scale')
-    check(SMALL[form], HOSTS[host], 'MLM', lambda v: v.path[-1].endswith(ends),
-          lambda names: names[-1].endswith(ends))
+    check(
+        SMALL[form],
+        HOSTS[host],
+        'MLM',
+        lambda v: v.path[-1].endswith(ends),
+        lambda names: names[-1].endswith(ends),
+    )
 
 
 @pytest.mark.parametrize('first', ['live', 'held'])
@@ -902,16 +1008,21 @@ def test_what_setup_makes_is_live_then_held_then_live(form, first):
         with sg.stop_gradient(True):
             held = module(x).sum()
         return live + 10 * held + 100 * module(x).sum()
+
     once = jax.grad(lambda p: model.apply({'params': p}, x).sum())(params)
     times = 101 if first == 'live' else 100
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, times * b, rtol=1e-4, atol=1e-4),
-                 jax.grad(run)(params), once)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, times * b, rtol=1e-4, atol=1e-4),
+        jax.grad(run)(params),
+        once,
+    )
 
 
 def by_class(w):
     class Local(nn.Module):
         def __call__(self, x):
             return x * w
+
     return Local()
 
 
@@ -919,6 +1030,7 @@ def by_base(w):
     class Base(nn.Module):
         def __call__(self, x):
             return x * w
+
     return type('Below', (Base,), {'__module__': __name__})()
 
 
@@ -933,16 +1045,23 @@ def by_keyword(w):
 def by_attribute(w):
     def f(x):
         return x * f.w
+
     f.w = w
     return f
 
 
 HOLDERS = {
-    'a field': lambda w: Times(w), 'a class': by_class, 'a base class': by_base,
-    'a default': by_default, 'a keyword': by_keyword, 'an attribute': by_attribute,
-    'a closure': lambda w: lambda x: x * w, 'a method': lambda w: Held(w).times,
+    'a field': lambda w: Times(w),
+    'a class': by_class,
+    'a base class': by_base,
+    'a default': by_default,
+    'a keyword': by_keyword,
+    'an attribute': by_attribute,
+    'a closure': lambda w: lambda x: x * w,
+    'a method': lambda w: Held(w).times,
     'a method of Python': lambda w: (lambda get: lambda x: x * get('w'))({'w': w}.get),
-    'a partial': lambda w: functools.partial(jnp.multiply, w)}
+    'a partial': lambda w: functools.partial(jnp.multiply, w),
+}
 
 
 class Fills(nn.Module):
@@ -972,13 +1091,19 @@ def test_what_setup_fills_a_list_with(by, order):
             with sg.stop_gradient(True) if way == 'held' else contextlib.nullcontext():
                 total += module(jnp.ones(3)).sum()
         return total
+
     np.testing.assert_array_equal(
-        jax.grad(run)(jnp.ones(3)), order.split().count('live') * jnp.ones(3))
+        jax.grad(run)(jnp.ones(3)), order.split().count('live') * jnp.ones(3)
+    )
 
 
-@pytest.mark.parametrize('t', [
-    sg.replace_values('w', {'w': jnp.ones(3)}),
-    sg.map_gradient('w', lambda i, ct: ct * jnp.ones(3))])
+@pytest.mark.parametrize(
+    't',
+    [
+        sg.replace_values('w', {'w': jnp.ones(3)}),
+        sg.map_gradient('w', lambda i, ct: ct * jnp.ones(3)),
+    ],
+)
 def test_a_part_of_a_lifted_class_stays_the_same_module_in_a_block(t):
     class Whole(nn.Module):
         def setup(self):
@@ -1005,6 +1130,7 @@ def test_what_flax_keeps_in_a_module_is_not_what_setup_makes():
         live = module(X).sum()
         with sg.stop_gradient(True):
             return live + module(X).sum()
+
     jax.grad(run)(Fresh().init(jax.random.key(0), X))
     ours = type(vars(Fresh)['w'])
     assert {n for n, member in vars(Fresh).items() if type(member) is ours} == {'w', 'times'}

@@ -50,10 +50,17 @@ def method(module, read):
 
 
 USES = [plain, in_block, mirror, mirror_of_a_mirror, method]
-ORDERS = [(plain, plain), *((use, plain) for use in USES[1:]), *((plain, use) for use in USES[1:]),
-          (mirror, in_block), (in_block, mirror), (mirror, mirror)]
+ORDERS = [
+    (plain, plain),
+    *((use, plain) for use in USES[1:]),
+    *((plain, use) for use in USES[1:]),
+    (mirror, in_block),
+    (in_block, mirror),
+    (mirror, mirror),
+]
 orders = pytest.mark.parametrize(
-    'order', ORDERS, ids=lambda order: ' then '.join(use.__name__ for use in order))
+    'order', ORDERS, ids=lambda order: ' then '.join(use.__name__ for use in order)
+)
 
 
 class Own(nn.Module):
@@ -171,7 +178,8 @@ class State(nn.Module):
             'value': lambda: self.s.value,
             'get_variable': lambda: self.get_variable('state', 's'),
             'variables': lambda: self.variables['state']['s'],
-            'scope': lambda: self.scope.variables()['state']['s']}[self.way]()
+            'scope': lambda: self.scope.variables()['state']['s'],
+        }[self.way]()
         self.value = stored * self.w
 
     def bump(self):
@@ -214,6 +222,7 @@ def test_a_cached_property_of_a_module_that_has_no_setup(first, name):
         if first:
             getattr(module, name)
         return 10 * in_block(module, lambda m: getattr(m, name)) + getattr(module, name)
+
     assert jax.grad(loss)({'params': {'w': one}})['params']['w'] == 1
 
 
@@ -237,9 +246,11 @@ class Pair(struct.PyTreeNode):
     fn: object = struct.field(pytree_node=False)
 
 
-@pytest.mark.parametrize('make', [
-    lambda w: Pair(w, lambda x: 2 * x),
-    lambda w: jax.tree_util.Partial(lambda a, b: 2 * a, w)], ids=['dataclass', 'Partial'])
+@pytest.mark.parametrize(
+    'make',
+    [lambda w: Pair(w, lambda x: 2 * x), lambda w: jax.tree_util.Partial(lambda a, b: 2 * a, w)],
+    ids=['dataclass', 'Partial'],
+)
 def test_setup_makes_a_tree_whose_structure_is_new_in_each_run(make):
     class Holds(nn.Module):
         def setup(self):
@@ -251,6 +262,7 @@ def test_setup_makes_a_tree_whose_structure_is_new_in_each_run(make):
     def loss(params):
         module = Holds().bind(params)
         return 10 * module() + 100 * in_block(module, lambda m: m()) + mirror(module, lambda m: m())
+
     value, grads = jax.value_and_grad(loss)({'params': {'w': one}})
     assert value == 222 and grads['params']['w'] == 20
 
@@ -330,10 +342,17 @@ class Once(nn.Module):
         return [use(self.m, lambda m: m.value) for use in self.order]
 
 
-@pytest.mark.parametrize('order', [
-    (plain, in_block, plain), (in_block, plain, in_block), (plain, mirror, plain),
-    (mirror, plain, mirror), (mirror, in_block, plain)],
-    ids=lambda order: ' then '.join(use.__name__ for use in order))
+@pytest.mark.parametrize(
+    'order',
+    [
+        (plain, in_block, plain),
+        (in_block, plain, in_block),
+        (plain, mirror, plain),
+        (mirror, plain, mirror),
+        (mirror, in_block, plain),
+    ],
+    ids=lambda order: ' then '.join(use.__name__ for use in order),
+)
 @pytest.mark.parametrize('stored', [False, True])
 @pytest.mark.parametrize('kind', [HasVariable, Draws, Default, Whole, Tree, InJit, InRemat])
 def test_setup_sees_what_there_was_and_what_it_wrote(kind, stored, order):
@@ -345,7 +364,8 @@ def test_setup_sees_what_there_was_and_what_it_wrote(kind, stored, order):
     (values, state), ((want, *_), wanted) = run(order), run((plain, plain))
     assert values == [want] * 3 and state == wanted
     (values, made), ((want, *_), wanted) = (
-        Once(kind, order).init_with_output(keys) for order in (order, (plain, plain)))
+        Once(kind, order).init_with_output(keys) for order in (order, (plain, plain))
+    )
     assert values == [want] * 3 and made == wanted
 
 
@@ -447,6 +467,7 @@ def test_a_cached_property_of_a_mixin_in_a_block():
     def loss(params):
         module = Mixed().bind(params)
         return 10 * in_block(module, lambda m: m.read) + module.read
+
     assert jax.grad(loss)({'params': {'w': one}})['params']['w'] == 1
 
 
@@ -545,12 +566,14 @@ def test_setup_that_puts_a_value_into_an_object_of_a_field(put, first):
             module()
         with held:
             return module()
+
     with pytest.raises(sg.UsageError) as error:
         jax.grad(run)({'w': one})
     assert str(error.value) == (
         "setup of '/' put what it reads inside a flax_sg block into the object in field 'registry'"
         ": code that holds the object would see the block's values after it. Set attributes of the "
-        'module itself.')
+        'module itself.'
+    )
 
 
 def test_setup_that_changes_an_object_of_a_field_without_what_it_reads():
@@ -565,21 +588,32 @@ def test_setup_that_changes_an_object_of_a_field_without_what_it_reads():
 
         def __call__(self):
             return (self.w * self.registry.table).sum()
+
     for first in ('live', 'held'):
+
         def run(p, first=first):
             module = Rotates(Registry()).bind({'params': p})
             live = module() if first == 'live' else 0
             with held:
                 stopped = module()
             return live + 10 * stopped + 100 * module()
+
         assert jax.grad(run)({'w': one})['w'] == (303 if first == 'live' else 300)
 
 
 FIELDS = {
-    'function': (nn.relu,), 'numbers': (3, 4), 'dict': {'a': 1}, 'list': [jnp.tanh],
-    'module': (nn.Dense(3), nn.relu), 'array': (np.ones(2),), 'object': Registry(),
-    'objects': (Registry(),), 'jitted': (jax.jit(nn.relu),), 'nested': ((1, 2), (3,)),
-    'enum': (jax.lax.Precision.HIGHEST,)}
+    'function': (nn.relu,),
+    'numbers': (3, 4),
+    'dict': {'a': 1},
+    'list': [jnp.tanh],
+    'module': (nn.Dense(3), nn.relu),
+    'array': (np.ones(2),),
+    'object': Registry(),
+    'objects': (Registry(),),
+    'jitted': (jax.jit(nn.relu),),
+    'nested': ((1, 2), (3,)),
+    'enum': (jax.lax.Precision.HIGHEST,),
+}
 
 
 @pytest.mark.parametrize('field', FIELDS)
@@ -604,6 +638,7 @@ def test_fields_stay_what_they_are(field):
             y = self.layer(x)
             with nn.stop_gradient('layer'):
                 return y + 10 * self.layer(x)
+
     run = lambda p: Net().apply({'params': p}, 1.0)
     params = Net().init(jax.random.key(0), 1.0)['params']
     for mode in (lambda f: f, jax.jit):
@@ -627,8 +662,11 @@ def test_numbers_that_setup_makes_of_a_variable(first):
             with nn.replace_values('v', {'v': -5 * one}, collections='c'):
                 replaced = self()
             return replaced, self()
+
     assert Numbers().apply({'c': {'v': one}}, method='both') == (
-        (-5.0, -5, 'v', False, 3), (1.0, 1, 'v', True, 3))
+        (-5.0, -5, 'v', False, 3),
+        (1.0, 1, 'v', True, 3),
+    )
 
 
 def test_attributes_that_flax_gives_a_module_are_none_of_setups():
@@ -655,9 +693,9 @@ def test_attributes_that_flax_gives_a_module_are_none_of_setups():
         live = module()
         with held:
             return live + 10 * module() + 10 * module()
+
     assert jax.grad(run)({'w': one})['w'] == 4
     assert len(runs) == 2  # and once in the block
     names = {'_state', '_id', '_parent_ref', 'name', 'parent', 'scope'}
     assert names <= names_of_flax()
-    assert not any(is_watched_by_setup(inspect.getattr_static(Whole, name, None))
-                   for name in names)
+    assert not any(is_watched_by_setup(inspect.getattr_static(Whole, name, None)) for name in names)

@@ -35,19 +35,23 @@ class Caller(nn.Module):
     def nested(self, f, x):
         def call(x):
             return [f(x) for _ in range(1)][0]
+
         return call(x)
 
 
 CALLS = {
-    'unwrapped': lambda s, f, x: s.unwrapped(f, x), 'wrapped': lambda s, f, x: s.wrapped(f, x),
-    'generator': lambda s, f, x: next(s.generator(f, x)), 'property': lambda s, f, x: s.calls(f, x),
+    'unwrapped': lambda s, f, x: s.unwrapped(f, x),
+    'wrapped': lambda s, f, x: s.wrapped(f, x),
+    'generator': lambda s, f, x: next(s.generator(f, x)),
+    'property': lambda s, f, x: s.calls(f, x),
     'nested': lambda s, f, x: s.nested(f, x),
     'lambda': lambda s, f, x: s.unwrapped(lambda x: f(x), x),
     'partial': lambda s, f, x: s.wrapped(functools.partial(lambda a, x: f(x), 1), x),
     'jit': lambda s, f, x: s.unwrapped(jax.jit(f), x),
     'map': lambda s, f, x: s.wrapped(jax.jit(jax.vmap(f)), x[None])[0],
-    'scan': lambda s, f, x: s.wrapped(lambda x: jax.lax.scan(
-        lambda c, _: (c, f(x)), x, None, length=1)[1][0], x),
+    'scan': lambda s, f, x: s.wrapped(
+        lambda x: jax.lax.scan(lambda c, _: (c, f(x)), x, None, length=1)[1][0], x
+    ),
     'twice': lambda s, f, x: s.wrapped(lambda x: s.unwrapped(f, x), x),
 }
 WRITTEN = ['in the method', 'in setup', 'in a nested function', 'in a property']
@@ -63,6 +67,7 @@ class Writer(nn.Module):
         def block(x):
             with nn.stop_gradient('w'):
                 return self.w * x
+
         self.of_setup = lambda x: block(x)
 
     @property
@@ -70,6 +75,7 @@ class Writer(nn.Module):
         def block(x):
             with nn.stop_gradient('w'):
                 return self.w * x
+
         return block
 
     def __call__(self, x):
@@ -81,7 +87,9 @@ class Writer(nn.Module):
             def inner(x):
                 with nn.stop_gradient('w'):
                     return self.w * x
+
             return inner(x)
+
         f = dict(zip(WRITTEN, (in_method, self.of_setup, outer, self.of_property), strict=True))
         called = CALLS[self.call](self.s, f[self.where], x)
         return called + self.s.wrapped(lambda x: self.s.w * x, x)
@@ -98,6 +106,7 @@ def test_a_function_that_another_module_calls(where, call):
 
 def test_it_may_be_called_without_the_module_that_wrote_it():
     """Then there is none whose names could be meant but the one that is running."""
+
     class Maker(nn.Module):
         def setup(self):
             self.s, self.w = Caller(), self.param('w', ones, ())
@@ -106,12 +115,15 @@ def test_it_may_be_called_without_the_module_that_wrote_it():
             def f(x):
                 with nn.stop_gradient('w'):
                     return self.w * x
+
             return f
 
         def __call__(self, x):
             return self.make()(x) + self.s.w * x
+
     grads = jax.grad(lambda p: Maker().apply({'params': p}, 2.0))(
-        {'w': jnp.array(1.0), 's': {'w': jnp.array(1.0)}})
+        {'w': jnp.array(1.0), 's': {'w': jnp.array(1.0)}}
+    )
     assert (grads['w'], grads['s']['w']) == (0, 2)
 
 
@@ -125,14 +137,17 @@ class Deep(nn.Module):
     def curvature(self, xs):
         def f(x):
             with nn.stop_gradient('w'):
-                return self.w * x ** 3
+                return self.w * x**3
 
         def down(x, depth):
             return f(x) if depth == 0 else down(x, depth - 1)
-        return {'hessian': lambda: jax.vmap(jax.hessian(f))(xs),
-                'jitted': lambda: jax.jit(jax.vmap(jax.hessian(f)))(xs),
-                'map': lambda: jax.lax.map(jax.hessian(f), xs),
-                'recursion': lambda: down(xs, 60)}[self.kind]().sum()
+
+        return {
+            'hessian': lambda: jax.vmap(jax.hessian(f))(xs),
+            'jitted': lambda: jax.jit(jax.vmap(jax.hessian(f)))(xs),
+            'map': lambda: jax.lax.map(jax.hessian(f), xs),
+            'recursion': lambda: down(xs, 60),
+        }[self.kind]().sum()
 
     @property
     def in_property(self):
@@ -162,6 +177,7 @@ def test_however_deep_in_calls_the_block_is(kind, named):
 
 # Which module it is, where several could be meant -------------------------------------------------
 
+
 class Node(nn.Module):
     """One class, at two places: the parent's function is called by the child."""
 
@@ -173,6 +189,7 @@ class Node(nn.Module):
         def of_setup(x):
             with nn.stop_gradient('w'):
                 return self.w * x
+
         self.of_setup = of_setup
 
     def __call__(self, x, f=None):
@@ -182,6 +199,7 @@ class Node(nn.Module):
         def block(x):
             with nn.stop_gradient('w'):
                 return self.w * x + 3 * self.child.w
+
         return self.child(x, block)
 
     def the_childs(self, x):
@@ -200,6 +218,7 @@ def held(fn):
     def wrapper(*args, **kwargs):
         with nn.stop_gradient('w'):
             return fn(*args, **kwargs)
+
     return wrapper
 
 
@@ -245,13 +264,17 @@ class Part(nn.Module):
             def static():
                 with nn.stop_gradient('w'):
                     return 0.0 * self.w
+
         return Reads().instance() + Reads.static()
 
 
 READS = {
-    'property': lambda p: p.decorated_property, 'decorated': lambda p: p.decorated(),
-    'arguments': lambda p: p.several(), 'descriptor': lambda p: p.descriptor,
-    'class': lambda p: p.by_a_class()}
+    'property': lambda p: p.decorated_property,
+    'decorated': lambda p: p.decorated(),
+    'arguments': lambda p: p.several(),
+    'descriptor': lambda p: p.descriptor,
+    'class': lambda p: p.by_a_class(),
+}
 
 
 class Whole(nn.Module):
@@ -282,6 +305,7 @@ class InAClass(nn.Module):
         def of_setup(x, w=self.w):  # no `self` in its closure
             with nn.stop_gradient('w'):
                 return self_of_setup[0].w * x
+
         self_of_setup = [self]
         self.of_setup = of_setup
 
@@ -313,19 +337,24 @@ def test_a_module_class_that_a_method_defines_has_names_of_its_own():
                     def f(x):
                         with nn.stop_gradient('w'):
                             return self.param('w', ones, ()) * x
+
                     return f(x)
+
             return Inner(name='inner')(x) * self.param('w', ones, ())
 
     grads = jax.grad(lambda p: Outer().apply({'params': p}, 2.0))(
-        {'w': jnp.array(1.0), 'inner': {'w': jnp.array(1.0)}})
+        {'w': jnp.array(1.0), 'inner': {'w': jnp.array(1.0)}}
+    )
     assert (grads['w'], grads['inner']['w']) == (2, 0)
 
 
 def checked(fn):
     """A decorator that methods and helpers share, as of a library that checks types."""
+
     @functools.wraps(fn)
     def wrapper(*args, **kwargs):
         return fn(*args, **kwargs)
+
     return wrapper
 
 

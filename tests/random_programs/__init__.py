@@ -20,7 +20,24 @@ from random_programs.source import Emitter, report
 from random_programs.views import check_views
 
 __all__ = [
-    'OPS', 'Emitter', 'Generator', 'IllConditioned', 'Machine', 'build', 'check', 'check_views',
-    'deterministic', 'draw', 'draw_views', 'evaluate', 'flatten', 'meaning', 'report',
-    'same_failure', 'seeds', 'shrink', 'traced', 'unflatten',
+    'OPS',
+    'Emitter',
+    'Generator',
+    'IllConditioned',
+    'Machine',
+    'build',
+    'check',
+    'check_views',
+    'deterministic',
+    'draw',
+    'draw_views',
+    'evaluate',
+    'flatten',
+    'meaning',
+    'report',
+    'same_failure',
+    'seeds',
+    'shrink',
+    'traced',
+    'unflatten',
 ]

@@ -37,8 +37,12 @@ def blocks(masks: list[Mask]) -> Iterator[None]:
         yield
 
 
-def application(program: Program, model: linen.Module, masks: list[Mask],
-                views: Callable = lambda target: target) -> Callable:
+def application(
+    program: Program,
+    model: linen.Module,
+    masks: list[Mask],
+    views: Callable = lambda target: target,
+) -> Callable:
     """Return ``f(params, stats, x) -> (loss, (out, noises))`` for one application of the module."""
     mutable = ['batch_stats', *['params'] * program.mutable_params]
     inside = [] if program.around_grad else masks
@@ -52,7 +56,8 @@ def application(program: Program, model: linen.Module, masks: list[Mask],
                 y = views(bound)(x)
             else:
                 y, variables = model.apply(
-                    variables, x, rngs=rngs, mutable=mutable, method=views(type(model).__call__))
+                    variables, x, rngs=rngs, mutable=mutable, method=views(type(model).__call__)
+                )
         if program.bind:
             variables = bound.variables
         out = {'y': y, 'stats': variables.get('batch_stats', {})}
@@ -68,6 +73,7 @@ def around(program: Program, masks: list[Mask], fn: Callable) -> Callable:
     def run(*args):
         with blocks(masks if program.around_grad else []):
             return fn(*args)
+
     return run
 
 
@@ -91,8 +97,10 @@ def check(program: Program, modes: tuple[str, ...] = ('traced',), *, second: boo
     args = (variables.get('params', {}), variables.get('batch_stats', {}), X)
     # A derived value is computed once in setup, and at each read in the machine.
     # A scaled gradient is a sum of two in the machine, and a mapped value is read once in a block.
-    exact = not (re.search(r'scan|vmap|jit|remat|raw|lifted|scale_|map_|tied|ruled|steps', source)
-                 or any(c.derived for c in program.classes))
+    exact = not (
+        re.search(r'scan|vmap|jit|remat|raw|lifted|scale_|map_|tied|ruled|steps', source)
+        or any(c.derived for c in program.classes)
+    )
     differs = False
     for mode in modes:
         run, plain_fn = MODES[mode], application(program, plain, [])
@@ -124,8 +132,10 @@ def check(program: Program, modes: tuple[str, ...] = ('traced',), *, second: boo
                 if bent or not exact:
                     check_condition(run(gradients(two_copies)), args)
                 raise
-            differs |= any(bool((a != b).any()) for a, b in zip(
-                jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True))
+            differs |= any(
+                bool((a != b).any())
+                for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True)
+            )
             if second and forward:
                 check_second_order(fn, two_copies, args, around(program, masks, lambda f: f()))
     return differs
@@ -149,8 +159,9 @@ def streams_told_apart() -> Iterator[None]:
     original, caches = lift._restore_rng_counters, lift._side_effect_cache.cache
 
     def restore(scopes: Any, fingerprint: Any, before: Any) -> None:
-        count = lambda: [lift.CountsHolder.make(s.rng_counters).flat_d
-                         for s in jax.tree.leaves(scopes)]
+        count = lambda: [
+            lift.CountsHolder.make(s.rng_counters).flat_d for s in jax.tree.leaves(scopes)
+        ]
         known, after = fingerprint in caches, count()
         drawn = after != [c.flat_d for c in jax.tree.leaves(before, is_leaf=_has_counts)]
         original(scopes, fingerprint, before)

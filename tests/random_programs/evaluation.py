@@ -30,19 +30,27 @@ def _bind_dot(x: Any, y: Any, dimension_numbers: Any) -> Any:
 
 # The operations that programs consist of, in numpy, so that nothing has to be compiled.
 _NUMPY: dict[str, Callable] = {
-    'add': lambda x, y, **_: np.add(x, y), 'add_any': lambda x, y, **_: np.add(x, y),
-    'sub': lambda x, y, **_: np.subtract(x, y), 'mul': lambda x, y, **_: np.multiply(x, y),
-    'neg': lambda x, **_: np.negative(x), 'gt': lambda x, y, **_: np.greater(x, y),
-    'sin': lambda x, **_: np.sin(x), 'cos': lambda x, **_: np.cos(x),
-    'exp': lambda x, **_: np.exp(x), 'broadcast_in_dim': _broadcast,
+    'add': lambda x, y, **_: np.add(x, y),
+    'add_any': lambda x, y, **_: np.add(x, y),
+    'sub': lambda x, y, **_: np.subtract(x, y),
+    'mul': lambda x, y, **_: np.multiply(x, y),
+    'neg': lambda x, **_: np.negative(x),
+    'gt': lambda x, y, **_: np.greater(x, y),
+    'sin': lambda x, **_: np.sin(x),
+    'cos': lambda x, **_: np.cos(x),
+    'exp': lambda x, **_: np.exp(x),
+    'broadcast_in_dim': _broadcast,
     'reduce_sum': lambda x, *, axes, **_: np.sum(x, axis=axes, dtype=x.dtype),
     'squeeze': lambda x, *, dimensions, **_: np.squeeze(x, dimensions),
     'transpose': lambda x, *, permutation, **_: np.transpose(x, permutation),
-    'copy': lambda x, **_: x, 'stop_gradient': lambda x, **_: x, 'dot_general': _dot,
+    'copy': lambda x, **_: x,
+    'stop_gradient': lambda x, **_: x,
+    'dot_general': _dot,
     'stack': lambda *xs, axis, **_: np.stack(xs, axis),
     'convert_element_type': lambda x, *, new_dtype, **_: np.asarray(x).astype(new_dtype),
     'slice': lambda x, *, start_indices, limit_indices, **_: x[
-        tuple(map(slice, start_indices, limit_indices))],
+        tuple(map(slice, start_indices, limit_indices))
+    ],
     'reshape': lambda x, *, new_sizes, **_: np.reshape(x, new_sizes),
 }
 
@@ -64,7 +72,7 @@ def evaluate(closed: Any, *args: Any) -> list:
             outs = evaluate(params['branches'][int(vals[0])], *vals[1:])
         elif name == 'flax_sg_views':
             body, count = params['jaxpr'], params['count']  # the inputs of the first lane
-            outs = evaluate(body, *vals[:len(getattr(body, 'jaxpr', body).invars)])
+            outs = evaluate(body, *vals[: len(getattr(body, 'jaxpr', body).invars)])
             outs = outs[:count] * len(params['views']) + outs[count:]
         elif 'jaxpr' in params or 'call_jaxpr' in params:
             outs = evaluate(params.get('jaxpr', params.get('call_jaxpr')), *vals)
@@ -81,25 +89,28 @@ def _evaluate_scan(eqn: Any, vals: list) -> list:
     # How a scan says what is carried differs between versions; the ranks tell too.
     body, length, reverse = (eqn.params[k] for k in ('jaxpr', 'length', 'reverse'))
     inner = getattr(body, 'jaxpr', body)
-    stacked = [a.aval.ndim != b.aval.ndim
-               for a, b in zip(eqn.invars, inner.invars, strict=True)]
-    collected = [a.aval.ndim != b.aval.ndim
-                 for a, b in zip(eqn.outvars, inner.outvars, strict=True)]
+    stacked = [a.aval.ndim != b.aval.ndim for a, b in zip(eqn.invars, inner.invars, strict=True)]
+    collected = [
+        a.aval.ndim != b.aval.ndim for a, b in zip(eqn.outvars, inner.outvars, strict=True)
+    ]
     carries = collected.count(False)
     start = stacked.index(True) - carries if True in stacked else len(vals) - carries
     ys: list = []
     for i in reversed(range(length)) if reverse else range(length):
         outs = evaluate(body, *(v[i] if s else v for v, s in zip(vals, stacked, strict=True)))
-        vals[start:start + carries] = outs[:carries]
+        vals[start : start + carries] = outs[:carries]
         ys.append(outs[carries:])
     ys = ys[::-1] if reverse else ys
-    return [*vals[start:start + carries], *(jnp.stack(y) for y in zip(*ys, strict=True))]
+    return [*vals[start : start + carries], *(jnp.stack(y) for y in zip(*ys, strict=True))]
 
 
 def traced(fn: Callable) -> Callable:
     """Return ``fn`` run as its jaxpr says, one operation at a time."""
+
     def run(*args):
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
         return jax.tree.unflatten(
-            jax.tree.structure(shape), evaluate(closed, *jax.tree.leaves(args)))
+            jax.tree.structure(shape), evaluate(closed, *jax.tree.leaves(args))
+        )
+
     return run

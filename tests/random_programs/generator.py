@@ -64,28 +64,39 @@ class Generator(MaskGenerator):
         for i in range(self.rng.randint(0, 3)):
             classes.append(self.cls(f'M{i}', classes))
         classes.append(self.cls('Root', classes, root=True))
-        wraps = [(self.rng.choice(['class', 'instance']), self.mask(classes[-1]))
-                 for _ in range(self.chance(0.15))]
+        wraps = [
+            (self.rng.choice(['class', 'instance']), self.mask(classes[-1]))
+            for _ in range(self.chance(0.15))
+        ]
         root = classes[-1]
         one, two = [self.mask(root)], [self.mask(root), self.mask(root)]
         if self.chance(0.2):
-            one[0] = dataclasses.replace(
-                self.selection(root, 'params'), kind='map_values, centre')
-        runs = self.rng.choice([[[]], [[]], [one], [one, [], one], [[], one], [one, two, []],
-                                [[], two, one, []]])
+            one[0] = dataclasses.replace(self.selection(root, 'params'), kind='map_values, centre')
+        runs = self.rng.choice(
+            [[[]], [[]], [one], [one, [], one], [[], one], [one, two, []], [[], two, one, []]]
+        )
         outer = self.chance(0.3)
         # What is bound is read once more for its statistics, outside of all blocks.
         bind = not outer and not wraps and self.chance(0.2)
-        return Program(classes, wraps, runs, around_grad=outer, bind=bind,
-                       mutable_params=not self.raws and self.chance(0.2))
+        return Program(
+            classes,
+            wraps,
+            runs,
+            around_grad=outer,
+            bind=bind,
+            mutable_params=not self.raws and self.chance(0.2),
+        )
 
     # Classes.
 
     def cls(self, name: str, pool: list[Class], root: bool = False) -> Class:
-        c = Class(name, compact=self.chance(0.4), scanned=not root and self.chance(0.25),
-                  pool=list(pool))
-        c.params = {p: 'mat' if p == 'k' else 'vec'
-                    for p in self.rng.sample(['w', 'v', 'k'], self.rng.randint(1, 2))}
+        c = Class(
+            name, compact=self.chance(0.4), scanned=not root and self.chance(0.25), pool=list(pool)
+        )
+        c.params = {
+            p: 'mat' if p == 'k' else 'vec'
+            for p in self.rng.sample(['w', 'v', 'k'], self.rng.randint(1, 2))
+        }
         vectors = [p for p, kind in c.params.items() if kind == 'vec']
         if not c.compact:
             if vectors and self.chance(0.5):
@@ -104,7 +115,7 @@ class Generator(MaskGenerator):
                 if pool:
                     self.add_sub(c, sub, pool)
         self.cost[id(c)] = 0
-        for method in ['__call__', 'aux'][:1 if c.compact else self.rng.choice([1, 1, 2])][::-1]:
+        for method in ['__call__', 'aux'][: 1 if c.compact else self.rng.choice([1, 1, 2])][::-1]:
             c.methods[method] = self.body(Env(c), self.rng.randint(2, 5 + 2 * root))
             if self.chance(0.15):
                 c.masks[method] = self.mask(c)
@@ -118,8 +129,9 @@ class Generator(MaskGenerator):
             use = self.use(c, self.rng.choice(pool), lambda f: self.setup_field(c, f))
             c.subs[name] = use
             return
-        uses = [self.use(c, self.rng.choice(pool), lambda f: self.setup_field(c, f))
-                for _ in range(2)]
+        uses = [
+            self.use(c, self.rng.choice(pool), lambda f: self.setup_field(c, f)) for _ in range(2)
+        ]
         if kind == 'list':
             c.subs['layers' if 'layers' not in c.subs else name] = uses
         else:
@@ -182,14 +194,22 @@ class Generator(MaskGenerator):
     def subs(self, base: Ref, cls: Class) -> list[tuple[Ref, Use]]:
         found = []
         for name, sub in cls.subs.items():
-            items = (enumerate(sub) if isinstance(sub, list) else
-                     sub.items() if isinstance(sub, dict) else [(None, sub)])
+            items = (
+                enumerate(sub)
+                if isinstance(sub, list)
+                else sub.items()
+                if isinstance(sub, dict)
+                else [(None, sub)]
+            )
             found += [(('attr', base, name, i), use) for i, use in items]
         return found
 
     def op(self, kind: str) -> str:
-        return 'mat' if kind == 'mat' else self.rng.choice(
-            ['mul', 'add', 'wave', 'mul', 'add', 'wave', 'tied', 'ruled'])
+        return (
+            'mat'
+            if kind == 'mat'
+            else self.rng.choice(['mul', 'add', 'wave', 'mul', 'add', 'wave', 'tied', 'ruled'])
+        )
 
     def stmt(self, env: Env, depth: int) -> list:
         raw, method = env.place == 'raw', env.place == 'method'
@@ -215,7 +235,8 @@ class Generator(MaskGenerator):
 
     def read(self, env: Env, depth: int) -> list:
         options: list[tuple[Ref, str, str, str]] = [
-            (('self',), name, 'held', kind) for name, kind in env.held.items()]
+            (('self',), name, 'held', kind) for name, kind in env.held.items()
+        ]
         c = env.cls
         hidden = {p for _, p, direct in c.derived.values() if direct}
         for name, kind in c.params.items():
@@ -229,13 +250,19 @@ class Generator(MaskGenerator):
                 continue
             d, called = use.cls, (ref, '__call__') in env.touched
             if called:
-                options += [(ref, name, how, kind) for name, kind in d.params.items()
-                            for how in ('get_variable', 'variables')]
+                options += [
+                    (ref, name, how, kind)
+                    for name, kind in d.params.items()
+                    for how in ('get_variable', 'variables')
+                ]
             # Flax would set a module up in the trace of a function, and its values would leak.
             if not d.compact and (env.place != 'raw' or called and not use.names):
                 hidden = {p for _, p, direct in d.derived.values() if direct}
-                options += [(ref, name, 'attr', kind) for name, kind in d.params.items()
-                            if name not in hidden]
+                options += [
+                    (ref, name, 'attr', kind)
+                    for name, kind in d.params.items()
+                    if name not in hidden
+                ]
                 options += [(ref, name, 'attr', 'vec') for name in d.derived]
         if not options or not self.spend(env, 1):
             return []
@@ -310,8 +337,12 @@ class Generator(MaskGenerator):
 
     def revisit(self, env: Env, depth: int) -> list:
         """Read an attribute in a block, which may set its module up, and again after it."""
-        options = [(ref, use.cls, name) for ref, use in self.modules(env)
-                   if use.open and not use.cls.compact for name in use.cls.derived]
+        options = [
+            (ref, use.cls, name)
+            for ref, use in self.modules(env)
+            if use.open and not use.cls.compact
+            for name in use.cls.derived
+        ]
         if not options or not self.spend(env, 2):
             return []
         ref, cls, name = self.rng.choice(options)

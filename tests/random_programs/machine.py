@@ -78,12 +78,12 @@ class Machine:
         A masked module's own is open while one of its methods runs, and does not count twice.
         """
         open_now = {(id(m), opener): m for m, opener in (*self.stack, *masks)}
-        return [m.kind for (_, opener), m in open_now.items()
-                if m.selects(opener, path, collection)]
+        return [
+            m.kind for (_, opener), m in open_now.items() if m.selects(opener, path, collection)
+        ]
 
     def index(self, path: Path, collection: str) -> tuple[int, ...]:
-        return tuple(i for p, i, cols in self.slices
-                     if path[:len(p)] == p and collection in cols)
+        return tuple(i for p, i, cols in self.slices if path[: len(p)] == p and collection in cols)
 
     def param(self, inst: Inst, name: str) -> jax.Array:
         path = (*inst.path, name)
@@ -189,11 +189,13 @@ class Machine:
         elif isinstance(s, Stat):
             path = (*me.path, 'n')
             index = self.index(path, 'batch_stats')
+
             def read():
                 kinds, value = self.covering(path, 'batch_stats'), self.stats[path]
                 live = all(ALL_KINDS[kind][1] for kind in kinds)
                 value = value if live else lax.stop_gradient(value)
                 return transformed(kinds, value, path)[index]
+
             new = 0.9 * read() + 0.1 * x
             self.stats[path] = put(self.stats[path], index, new)
             return x + read()
@@ -222,8 +224,15 @@ def unflatten(leaves: dict[Path, Any]) -> Any:
     return tree
 
 
-def meaning(program: Program, around: list[Mask], phi: Any, bar: Any, stats: Any, x: jax.Array,
-            noise: list[jax.Array]) -> dict[str, Any]:
+def meaning(
+    program: Program,
+    around: list[Mask],
+    phi: Any,
+    bar: Any,
+    stats: Any,
+    x: jax.Array,
+    noise: list[jax.Array],
+) -> dict[str, Any]:
     """Return what one application of the program gives, as a function of two copies."""
     machine = Machine(phi, bar, stats, noise)
     root = Inst(program.root, (), masks=tuple((mask, ()) for _, mask in program.wraps))

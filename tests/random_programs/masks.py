@@ -90,9 +90,9 @@ class Mask:
             return False
         path = absolute
         for i, name in enumerate(opener):
-            if absolute[i:i + 1] != (name,):
+            if absolute[i : i + 1] != (name,):
                 path = ('..',) * (len(opener) - i) + absolute[i:]
                 break
         else:
-            path = absolute[len(opener):]
+            path = absolute[len(opener) :]
         return self.filter.selects(path, absolute)

@@ -75,6 +75,7 @@ def _stat(mdl: linen.Module, var: Any, x: jax.Array) -> jax.Array:
 def _raw(run: Callable) -> Callable:
     def outside_init(mdl, body, x):
         return body(x)[0] if mdl.is_initializing() else run(body, x)
+
     return outside_init
 
 
@@ -94,12 +95,19 @@ def _yes(x: jax.Array) -> jax.Array:
 
 
 # The stream of noise goes in too, or Flax fails where nn.jit in such a body has met it outside.
-_scan_b = {'variable_broadcast': 'params', 'variable_carry': 'batch_stats',
-           'split_rngs': {'params': False, 'noise': False}}
-_scan_s = {'variable_axes': {'params': 0, 'batch_stats': 0},
-           'split_rngs': {'params': True, 'noise': False}}
-_vmap_b = {'variable_axes': {'params': None, 'batch_stats': 0},
-           'split_rngs': {'params': False, 'noise': False}}
+_scan_b = {
+    'variable_broadcast': 'params',
+    'variable_carry': 'batch_stats',
+    'split_rngs': {'params': False, 'noise': False},
+}
+_scan_s = {
+    'variable_axes': {'params': 0, 'batch_stats': 0},
+    'split_rngs': {'params': True, 'noise': False},
+}
+_vmap_b = {
+    'variable_axes': {'params': None, 'batch_stats': 0},
+    'split_rngs': {'params': False, 'noise': False},
+}
 
 
 def _lifted_scan(mdl, body, x):
@@ -115,13 +123,25 @@ def _lifted_cond(mdl, body, x):
 
 
 NAMES: dict[str, Any] = {
-    'nn': linen, 'sg': flax_sg, 're': re, **OPS, 'tied': _tied, 'ruled': _ruled,
-    'noise': _noise, 'stat': _stat, 'pair': pair,
+    'nn': linen,
+    'sg': flax_sg,
+    're': re,
+    **OPS,
+    'tied': _tied,
+    'ruled': _ruled,
+    'noise': _noise,
+    'stat': _stat,
+    'pair': pair,
     'vec_init': lambda key: lax.add(_draw(key, (WIDTH,)), np.full(WIDTH, 0.5, np.float32)),
     'mat_init': lambda key: 2 * _draw(key, (WIDTH, WIDTH)) - 1,
-    'ones': lambda: jnp.ones(WIDTH), 'double': lambda info, cotangent: 2 * cotangent, 'bend': bend,
-    'shift': shift, 'named': named, 'centre': centre,
-    'remat': linen.remat, 'jit': linen.jit,
+    'ones': lambda: jnp.ones(WIDTH),
+    'double': lambda info, cotangent: 2 * cotangent,
+    'bend': bend,
+    'shift': shift,
+    'named': named,
+    'centre': centre,
+    'remat': linen.remat,
+    'jit': linen.jit,
     'scan_b': lambda c: linen.scan(c, length=2, **_scan_b),
     'scan_s': lambda c: linen.scan(c, length=2, **_scan_s),
     'vmap_b': lambda c: linen.vmap(c, axis_size=2, **_vmap_b),

@@ -13,8 +13,12 @@ from random_programs.syntax import Program
 
 # A program is drawn from a seed, and a failing one is shrunk by its syntax, not by its seed.
 deterministic = settings(
-    deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck))
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -32,6 +36,6 @@ def draw_views(seed: int) -> tuple[Program, dict[str, Any]]:
     generator = Generator(random.Random(seed))
     program = generator.program()
     collections = generator.rng.choice(['params', 'params', 'params', True])
-    names = 'uvw'[:generator.rng.randint(1, 3)]
+    names = 'uvw'[: generator.rng.randint(1, 3)]
     filters = {name: generator.selection(program.root, collections) for name in names}
     return program, {'filters': filters, 'second': generator.chance(0.1)}

@@ -14,6 +14,7 @@ from random_programs.syntax import Block, Closure, Lifted, New, Program, Stepped
 
 def _edits(program: Program) -> Iterator[Callable[[], None]]:
     """Yield ways to make a program smaller, each a change in place."""
+
     def bodies(body: list) -> Iterator[list]:
         yield body
         for s in body:
@@ -24,8 +25,11 @@ def _edits(program: Program) -> Iterator[Callable[[], None]]:
         return lambda: items.__delitem__(key)
 
     for items in (program.runs, program.wraps, *program.runs):
-        yield from (clear(items, i) for i in range(len(items)) if len(program.runs) > 1
-                    or items is not program.runs)
+        yield from (
+            clear(items, i)
+            for i in range(len(items))
+            if len(program.runs) > 1 or items is not program.runs
+        )
     for c in program.classes:
         for body in [b for m in c.methods.values() for b in bodies(m)]:
             for i, s in enumerate(body):
@@ -36,13 +40,19 @@ def _edits(program: Program) -> Iterator[Callable[[], None]]:
             yield from (clear(table, key) for key in list(table))
     yield from (clear(program.classes, i) for i in range(len(program.classes) - 1))
     for c in program.classes:
-        uses = [u for sub in c.subs.values() for u in (
-            sub if isinstance(sub, list) else sub.values() if isinstance(sub, dict) else [sub])]
-        uses += [s.use for m in c.methods.values() for b in bodies(m) for s in b
-                 if isinstance(s, New)]
+        uses = [
+            u
+            for sub in c.subs.values()
+            for u in (
+                sub if isinstance(sub, list) else sub.values() if isinstance(sub, dict) else [sub]
+            )
+        ]
+        uses += [
+            s.use for m in c.methods.values() for b in bodies(m) for s in b if isinstance(s, New)
+        ]
         for use in uses:
             for i in range(len(use.lifts)):
-                yield lambda use=use, i=i: setattr(use, 'lifts', use.lifts[:i] + use.lifts[i + 1:])
+                yield lambda use=use, i=i: setattr(use, 'lifts', use.lifts[:i] + use.lifts[i + 1 :])
 
 
 def shrink(program: Program, fails: Callable[[Program], bool]) -> Program:
@@ -66,13 +76,16 @@ def kind_of(error: BaseException) -> str:
     return re.sub(r"\[.*|'.*", '', text) if isinstance(error, AssertionError) else text[:60]
 
 
-def same_failure(error: BaseException, run: Callable = check,
-                 **how: Any) -> Callable[[Program], bool]:
+def same_failure(
+    error: BaseException, run: Callable = check, **how: Any
+) -> Callable[[Program], bool]:
     """Return a predicate: does a program fail as this error did?"""
+
     def fails(program: Program) -> bool:
         try:
             run(program, **how)
         except Exception as other:
             return kind_of(other) == kind_of(error)
         return False
+
     return fails

@@ -147,18 +147,29 @@ class Emitter:
         if isinstance(s, New):
             return [f'{s.local} = {self.use(s.use, None if s.auto else s.local)}']
         if isinstance(s, Closure):
-            return [f'def {s.local}(x, _=None):', *self.body(s.body, cls, me, deeper),
-                    ' ' * deeper + 'return x, None']
+            return [
+                f'def {s.local}(x, _=None):',
+                *self.body(s.body, cls, me, deeper),
+                ' ' * deeper + 'return x, None',
+            ]
         if isinstance(s, Raw):
             return [f'x = raw_{s.kind}({me}, {s.local}, x)']
         if isinstance(s, Lifted):
-            return [f'def {s.local}(mdl, x, _=None):', *self.body(s.body, cls, 'mdl', deeper),
-                    ' ' * deeper + 'return x, None', f'x = lifted_{s.kind}({me}, {s.local}, x)']
+            return [
+                f'def {s.local}(mdl, x, _=None):',
+                *self.body(s.body, cls, 'mdl', deeper),
+                ' ' * deeper + 'return x, None',
+                f'x = lifted_{s.kind}({me}, {s.local}, x)',
+            ]
         if isinstance(s, Stepped):
-            return [*([] if self.plain else [f'@{s.mask.source()}']),
-                    f'def {s.local}(mdl, x):', ' ' * deeper + 'yield x',
-                    *self.body(s.body, cls, 'mdl', deeper), ' ' * deeper + 'yield x',
-                    f'*_, x = {s.local}({me}, x)']
+            return [
+                *([] if self.plain else [f'@{s.mask.source()}']),
+                f'def {s.local}(mdl, x):',
+                ' ' * deeper + 'yield x',
+                *self.body(s.body, cls, 'mdl', deeper),
+                ' ' * deeper + 'yield x',
+                f'*_, x = {s.local}({me}, x)',
+            ]
         if isinstance(s, Noise):
             return [f'x = noise({me}, x)']
         if isinstance(s, Stat):
@@ -170,6 +181,8 @@ class Emitter:
 def report(program: Program) -> str:
     """Show a program as it was run."""
     runs = [[mask.source() for mask in masks] for masks in program.runs]
-    return (f'{Emitter(program, plain=False).source()}\n# blocks around each run: {runs}\n'
-            f'# around grad: {program.around_grad}, bound: {program.bind}, '
-            f'mutable params: {program.mutable_params}')
+    return (
+        f'{Emitter(program, plain=False).source()}\n# blocks around each run: {runs}\n'
+        f'# around grad: {program.around_grad}, bound: {program.bind}, '
+        f'mutable params: {program.mutable_params}'
+    )

@@ -30,8 +30,10 @@ def check_views(program: Program, filters: dict[str, Mask], *, second: bool = Fa
     _, (_, noise) = traced(application(program, plain, []))(*args)
     entries = ', '.join(f'{k!r}: {m.predicate()}' for k, m in filters.items())
     collections = next(iter(filters.values())).collections
-    views = eval(f'sg.gradient_views({{{entries}}}, collections={collections!r}, '
-                 'allow_unmatched=True)', dict(NAMES))
+    views = eval(
+        f'sg.gradient_views({{{entries}}}, collections={collections!r}, allow_unmatched=True)',
+        dict(NAMES),
+    )
     with blocks(masks):
         assert set(views(model).init(KEYS, X)) == set(variables)
     fn = application(program, model, masks, views)

@@ -46,7 +46,8 @@ def live(f, params=PARAMS, **kwargs):
     grads = jax.grad(lambda p: jnp.sum(f(p), **kwargs))(params)['params']
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     return ' '.join(
-        jax.tree_util.keystr(k, simple=True, separator='/') for k, g in leaves if g != 0)
+        jax.tree_util.keystr(k, simple=True, separator='/') for k, g in leaves if g != 0
+    )
 
 
 class Model(nn.Module):
@@ -106,7 +107,7 @@ def test_values_keep_what_they_were_when_read():
 def test_inputs_and_activations_stay_differentiable():
     def f(x):
         with sg.stop_gradient(True):
-            return sum(Two().apply(PARAMS, x ** 2))
+            return sum(Two().apply(PARAMS, x**2))
 
     assert jax.grad(f)(3.0) == 12.0
     assert jax.jvp(f, (3.0,), (1.0,)) == (18.0, 12.0)
@@ -136,9 +137,14 @@ def test_derivatives_of_every_order_and_mode():
 
     at = jnp.array([2.0, 3.0])
     by_hand = lambda ab: two_copies(ab, jax.lax.stop_gradient(ab))
-    for derive in (jax.grad, jax.jacfwd, jax.hessian, lambda f: jax.jacrev(jax.jacfwd(f)),
-                   lambda f: jax.jacfwd(jax.hessian(f)), lambda f: jax.grad(lambda x: jax.vmap(
-                       jax.grad(f))(x[None] * jnp.ones((3, 1))).sum())):
+    for derive in (
+        jax.grad,
+        jax.jacfwd,
+        jax.hessian,
+        lambda f: jax.jacrev(jax.jacfwd(f)),
+        lambda f: jax.jacfwd(jax.hessian(f)),
+        lambda f: jax.grad(lambda x: jax.vmap(jax.grad(f))(x[None] * jnp.ones((3, 1))).sum()),
+    ):
         for run in (lambda f: f, jax.jit):
             np.testing.assert_allclose(run(derive(masked))(at), run(derive(by_hand))(at), rtol=1e-6)
     assert jax.grad(masked)(at)[0] == 2 * 9  # ∂a: b² ⊥(a)
@@ -150,7 +156,7 @@ def test_an_explicit_derivative_inside_sees_a_constant_handed_in():
         with sg.stop_gradient(True):
             y, pullback = nn.vjp(lambda m, x: sum(m(x)), m.one, x)
             grads, _ = pullback(1.0)
-            inner = jax.grad(lambda w: w ** 2)(m.one.a)
+            inner = jax.grad(lambda w: w**2)(m.one.a)
         return jnp.stack([y, grads['params']['a'], inner]).sum() + m.two.a
 
     assert in_model(body) == 'two/a'
@@ -195,19 +201,39 @@ class Outside(nn.Module):
 
 
 @pytest.mark.parametrize('depth', [0, 2])
-@pytest.mark.parametrize('predicate, stopped', [
-    ('w', 'w'), ('w/b', 'w'), ('../../{up}other', 'other'), ('/other', 'other'),
-    ('/d/{down}o/w', 'w'), ('**/b', 'w other'), (True, 'w other'), ('*', 'w'), ('..', 'other'),
-    (~sg.path('w'), 'other'), (lambda v: v.name == 'w/b', 'w'),
-    (lambda v: v.path[0] == '..', 'other'), (lambda v: v.absolute_name == 'other/b', 'other')])
+@pytest.mark.parametrize(
+    'predicate, stopped',
+    [
+        ('w', 'w'),
+        ('w/b', 'w'),
+        ('../../{up}other', 'other'),
+        ('/other', 'other'),
+        ('/d/{down}o/w', 'w'),
+        ('**/b', 'w other'),
+        (True, 'w other'),
+        ('*', 'w'),
+        ('..', 'other'),
+        (~sg.path('w'), 'other'),
+        (lambda v: v.name == 'w/b', 'w'),
+        (lambda v: v.path[0] == '..', 'other'),
+        (lambda v: v.absolute_name == 'other/b', 'other'),
+    ],
+)
 def test_paths_are_relative_to_the_opener(predicate, stopped, depth):
     if isinstance(predicate, str):
         predicate = predicate.format(up='../' * depth, down='d/' * depth)
     model = Outside(sg.stop_gradient(predicate), depth)
     params = model.init(jax.random.key(0))
     got = live(lambda p: model.apply(p), jax.tree.map(jnp.ones_like, params))
-    want = ' '.join(filter(None, ['d/' * (depth + 1) + 'o/w/b' if 'w' not in stopped else '',
-                                  'other/b' if 'other' not in stopped else '']))
+    want = ' '.join(
+        filter(
+            None,
+            [
+                'd/' * (depth + 1) + 'o/w/b' if 'w' not in stopped else '',
+                'other/b' if 'other' not in stopped else '',
+            ],
+        )
+    )
     assert got == want
 
 
@@ -291,9 +317,17 @@ class Stateful(nn.Module):
 STATE = {'params': {'w': 1.0}, 'state': {'s': 1.0}}
 
 
-@pytest.mark.parametrize('collections, want', [
-    ('params', (0, 3)), ('state', (1, 0)), (('params', 'state'), (0, 0)), (True, (0, 0)),
-    (False, (1, 3)), (DenyList('params'), (1, 0))])
+@pytest.mark.parametrize(
+    'collections, want',
+    [
+        ('params', (0, 3)),
+        ('state', (1, 0)),
+        (('params', 'state'), (0, 0)),
+        (True, (0, 0)),
+        (False, (1, 3)),
+        (DenyList('params'), (1, 0)),
+    ],
+)
 def test_collections(collections, want):
     def loss(variables):
         with sg.stop_gradient(True, collections=collections):
@@ -352,13 +386,16 @@ def test_batch_norm_statistics():
     x = jnp.arange(6.0).reshape(3, 2)
     variables = Net().init(jax.random.key(0), x)
     plain = nn.BatchNorm(use_running_average=False, momentum=0.5)
-    _, want = plain.apply({c: v['BatchNorm_0'] for c, v in variables.items()}, x,
-                          mutable=['batch_stats'])
+    _, want = plain.apply(
+        {c: v['BatchNorm_0'] for c, v in variables.items()}, x, mutable=['batch_stats']
+    )
     y, new = Net().apply(variables, x, mutable=['batch_stats'])
-    jax.tree.map(np.testing.assert_array_equal, new['batch_stats']['BatchNorm_0'],
-                 want['batch_stats'])
-    grads = jax.grad(lambda p: (Net().apply({**variables, 'params': p}, x, mutable=[
-        'batch_stats'])[0] * x).sum())(variables['params'])['BatchNorm_0']
+    jax.tree.map(
+        np.testing.assert_array_equal, new['batch_stats']['BatchNorm_0'], want['batch_stats']
+    )
+    grads = jax.grad(
+        lambda p: (Net().apply({**variables, 'params': p}, x, mutable=['batch_stats'])[0] * x).sum()
+    )(variables['params'])['BatchNorm_0']
     assert (grads['scale'] == 0).all() and grads['bias'].tolist() == [6, 9]  # sums of x
 
 
@@ -427,7 +464,8 @@ def test_random_streams_and_init_are_those_of_the_plain_program():
 
         def setup(self):
             self.noise = jax.random.normal(self.make_rng('noise'), ()) * self.param(
-                'w', nn.initializers.normal(), ())
+                'w', nn.initializers.normal(), ()
+            )
             self.drop = nn.Dropout(0.5, deterministic=False)
             self.dense = nn.Dense(3)
 
@@ -509,14 +547,19 @@ def test_a_setup_that_is_not_the_same_twice_is_an_error():
         bound = Fickle().bind(p)
         return bound.w + bound()
 
-    with pytest.raises(sg.UsageError, match=(
+    with pytest.raises(
+        sg.UsageError,
+        match=(
             "setup of '/' set 'w' when it first ran, and not when it ran again inside a flax_sg "
-            "block. Let setup depend on nothing but the module's fields, variables and random")):
+            "block. Let setup depend on nothing but the module's fields, variables and random"
+        ),
+    ):
         jax.grad(first_outside)(params)
 
 
 def test_a_replay_of_setup_has_no_effects():
     """Setup counts, draws and sows; a block reads what it computed, and runs it again."""
+
     class Busy(nn.Module):
         def setup(self):
             n = self.variable('state', 'n', lambda: jnp.zeros(()))
@@ -534,11 +577,16 @@ def test_a_replay_of_setup_has_no_effects():
     variables = {'params': {'w': 2.0}, 'state': {'n': 5.0}}
 
     def run(p, masked):
-        return Busy().apply({**variables, 'params': p}, masked, rngs={'noise': jax.random.key(0)},
-                            mutable=['state', 'intermediates'])
+        return Busy().apply(
+            {**variables, 'params': p},
+            masked,
+            rngs={'noise': jax.random.key(0)},
+            mutable=['state', 'intermediates'],
+        )
 
     (plain, plain_state), (masked, masked_state) = (
-        run(variables['params'], m) for m in (False, True))
+        run(variables['params'], m) for m in (False, True)
+    )
     assert plain == masked and plain_state['state']['n'] == 16
     jax.tree.map(np.testing.assert_array_equal, plain_state, masked_state)
     grads = [jax.grad(lambda p, m=m: run(p, m)[0])(variables['params'])['w'] for m in (True, False)]
@@ -554,6 +602,7 @@ class Named(nn.Module):
 
 def test_a_replay_tells_variables_of_one_name_apart():
     """Setup reads a w of two roots, of two modules and of two collections, all writable."""
+
     class Many(nn.Module):
         def setup(self):
             self.sub = Named()
@@ -566,11 +615,9 @@ def test_a_replay_tells_variables_of_one_name_apart():
             with sg.stop_gradient(masked):
                 return before, self.sum
 
-    variables = jax.tree.map(
-        jnp.float32, {'params': {'w': 2, 'sub': {'w': 5}}, 'state': {'w': 3}})
+    variables = jax.tree.map(jnp.float32, {'params': {'w': 2, 'sub': {'w': 5}}, 'state': {'w': 3}})
     other = Named().bind({'params': {'w': jnp.float32(7)}}, mutable=['params'])
-    run = lambda variables, masked: Many().apply(
-        variables, masked, mutable=['params', 'state'])[0]
+    run = lambda variables, masked: Many().apply(variables, masked, mutable=['params', 'state'])[0]
     for masked in (False, True, 'sub'):
         assert run(variables, masked) == (7532, 7532)
     grads = jax.grad(lambda v: run(v, 'sub')[1])(variables)
@@ -627,6 +674,7 @@ def test_a_replay_inside_another_sees_its_own_writes(cls):
 @pytest.mark.parametrize('order', ['inside outside', 'outside inside', 'inside inside outside'])
 def test_what_setup_read_in_a_trace_is_not_kept_for_another(order):
     """A block around a jitted function and around reads beside it."""
+
     def loss(p):
         bound, total = Two().bind(p), 0.0
         bound.a  # noqa: B018
@@ -687,11 +735,18 @@ class Kept(nn.Module):
         return 7
 
 
-@pytest.mark.parametrize('read', [
-    lambda m: m.variables['params']['w'], lambda m: m.get_variable('params', 'w'),
-    lambda m: m.variable('params', 'w', None).value, lambda m: m.param('w', ones, ()),
-    lambda m: m.scope.get_variable('params', 'w'), lambda m: m.scope.variables()['params']['w']],
-    ids=['variables', 'get_variable', 'variable', 'param', 'scope', 'scope.variables'])
+@pytest.mark.parametrize(
+    'read',
+    [
+        lambda m: m.variables['params']['w'],
+        lambda m: m.get_variable('params', 'w'),
+        lambda m: m.variable('params', 'w', None).value,
+        lambda m: m.param('w', ones, ()),
+        lambda m: m.scope.get_variable('params', 'w'),
+        lambda m: m.scope.variables()['params']['w'],
+    ],
+    ids=['variables', 'get_variable', 'variable', 'param', 'scope', 'scope.variables'],
+)
 def test_setup_may_read_a_variable_in_any_way(read):
     class Net(nn.Module):
         def setup(self):
@@ -709,6 +764,7 @@ def test_setup_may_read_a_variable_in_any_way(read):
 @pytest.mark.parametrize('name, value', [('w', 1), ('twice', 2)])
 def test_setup_takes_values_of_a_module_that_is_set_up_already(name, value):
     """It reads no variable then; what it computes is masked all the same."""
+
     class Takes(nn.Module):
         kept: nn.Module
 
@@ -765,15 +821,22 @@ def test_blocks_left_in_the_wrong_order():
 
     paused = generator()
     next(paused)
-    with pytest.raises(sg.UsageError, match=(
+    with pytest.raises(
+        sg.UsageError,
+        match=(
             r"stop_gradient\('a'\) was left while stop_gradient\('b', allow_unmatched=True\) "
             r'was still open inside of it; both are closed now\. Leave blocks in the reverse '
-            'order of entry: a generator that yields inside a block must be finished before')):
+            'order of entry: a generator that yields inside a block must be finished before'
+        ),
+    ):
         with b:
             next(paused, None)
     assert nothing_is_open()
-    with pytest.raises(sg.UsageError, match=r"stop_gradient\('a'\) was left without being open in "
-                       r'this thread\. Leave a block once, where it was entered\.'):
+    with pytest.raises(
+        sg.UsageError,
+        match=r"stop_gradient\('a'\) was left without being open in "
+        r'this thread\. Leave a block once, where it was entered\.',
+    ):
         a.__exit__(None, None, None)
 
 
@@ -862,15 +925,17 @@ def test_a_pattern_that_selects_nothing_is_an_error_at_the_end_of_the_block():
     assert len(reached) == 1
     assert str(caught.value) == (
         "stop_gradient('on/a'): no variable of '/' matches 'on/a'. Close: 'one/a', 'two/a', "
-        "'one/...'. Fix the pattern, or pass allow_unmatched=True.")
+        "'one/...'. Fix the pattern, or pass allow_unmatched=True."
+    )
     assert nothing_is_open()
 
 
 def test_the_error_names_the_module_that_opened_the_block():
     model = Outside(sg.stop_gradient('v'))
     params = Outside(sg.stop_gradient('w')).init(jax.random.key(0))
-    with pytest.raises(sg.UnmatchedPathError, match=(
-            r"no variable of '/d/o' matches 'v'. There are")):
+    with pytest.raises(
+        sg.UnmatchedPathError, match=(r"no variable of '/d/o' matches 'v'. There are")
+    ):
         model.apply(params)
 
 
@@ -888,12 +953,14 @@ def test_a_variable_need_not_be_read_to_be_matched():
 
 def test_unmatched_around_apply():
     with pytest.raises(
-            sg.UnmatchedPathError, match="no variable of '/' matches 'subs'. Close: 'sub"):
+        sg.UnmatchedPathError, match="no variable of '/' matches 'subs'. Close: 'sub"
+    ):
         with sg.stop_gradient('subs'):
             Two().apply(PARAMS, 1.0)
     for read in (lambda m: m.variables, lambda m: m.get_variable('params', 'a'), lambda m: m.a):
         with pytest.raises(
-                sg.UnmatchedPathError, match="no variable of '/' matches 'subs'. Close: '"):
+            sg.UnmatchedPathError, match="no variable of '/' matches 'subs'. Close: '"
+        ):
             with sg.stop_gradient('subs'):
                 read(Two().bind(PARAMS))
         with sg.stop_gradient('sub'):
@@ -923,8 +990,11 @@ def test_unmatched_around_init_but_not_inside_it():
 
 
 def test_unmatched_counts_in_the_selected_collections():
-    with pytest.raises(sg.UnmatchedPathError, match="'/' has no collection 'batch_stats'. There are"
-                       ": 'params'. Fix collections=, or pass allow_unmatched=True"):
+    with pytest.raises(
+        sg.UnmatchedPathError,
+        match="'/' has no collection 'batch_stats'. There are"
+        ": 'params'. Fix collections=, or pass allow_unmatched=True",
+    ):
         with sg.stop_gradient('a', collections='batch_stats'):
             Two().apply(PARAMS, 1.0)
     with pytest.raises(sg.UnmatchedPathError, match="matches 'a'. There are: 's'."):
@@ -967,8 +1037,12 @@ def test_frozen_dict_variables_stay_frozen_dicts():
 
         class Plain(Net):
             def __call__(self, x):
-                return (None, type(self.variables), type(self.variables['params']),
-                        type(self.get_variable('params', 'child')))
+                return (
+                    None,
+                    type(self.variables),
+                    type(self.variables['params']),
+                    type(self.get_variable('params', 'child')),
+                )
 
         assert Plain().apply(tree, 1.0)[1:] == tuple(kinds)
         assert live(lambda p: Net().apply(p, 1.0)[0], unfreeze(tree)) == ''
@@ -1000,8 +1074,16 @@ def test_unusual_leaves():
                 return {n: get(n) for n in ('i', 'k', 'n', 't', 'np', 'box', 'x/y', 'z')}
 
     box = nn.Partitioned(jnp.ones(2), names=('x',))
-    tree = {'i': jnp.arange(2), 'k': jax.random.key(0), 'n': None, 't': (jnp.ones(2), 'text'),
-            'np': np.ones(2), 'box': box, 'x/y': jnp.ones(()), 'z': jnp.complex64(1j)}
+    tree = {
+        'i': jnp.arange(2),
+        'k': jax.random.key(0),
+        'n': None,
+        't': (jnp.ones(2), 'text'),
+        'np': np.ones(2),
+        'box': box,
+        'x/y': jnp.ones(()),
+        'z': jnp.complex64(1j),
+    }
     out = Net().apply({'params': tree})
     assert out['n'] is None and out['t'][1] == 'text' and out['np'] is tree['np']
     assert out['box'].names == ('x',) and out['k'] is tree['k']
@@ -1064,6 +1146,7 @@ class Opens(Mixin, nn.Module):
         def nested():
             with nn.stop_gradient('w'):
                 return self.w
+
         return nested()
 
     @property
@@ -1132,13 +1215,21 @@ def read_around(m):
 
 PLAIN = lambda cls: cls
 OPENS = {
-    'property': lambda m: m.by_property, 'cached property': lambda m: m.by_cached_property,
-    'nowrap': lambda m: m.unwrapped(), 'partialmethod': lambda m: m.partial(),
-    'singledispatchmethod': lambda m: m.dispatched('w'), 'generator': lambda m: sum(m.steps()),
-    'contextmanager': read_around, 'stack': lambda m: m.in_a_stack(),
-    'mixin': lambda m: m.by_mixin, 'method of a mixin': lambda m: m.method_of_a_mixin(),
-    'helper': lambda m: m.by_helper, 'nested': lambda m: m.by_nested,
-    'decorated': lambda m: m.by_decorated, 'descriptor': lambda m: m.by_descriptor}
+    'property': lambda m: m.by_property,
+    'cached property': lambda m: m.by_cached_property,
+    'nowrap': lambda m: m.unwrapped(),
+    'partialmethod': lambda m: m.partial(),
+    'singledispatchmethod': lambda m: m.dispatched('w'),
+    'generator': lambda m: sum(m.steps()),
+    'contextmanager': read_around,
+    'stack': lambda m: m.in_a_stack(),
+    'mixin': lambda m: m.by_mixin,
+    'method of a mixin': lambda m: m.method_of_a_mixin(),
+    'helper': lambda m: m.by_helper,
+    'nested': lambda m: m.by_nested,
+    'decorated': lambda m: m.by_decorated,
+    'descriptor': lambda m: m.by_descriptor,
+}
 
 
 @pytest.mark.parametrize('of', [PLAIN, sg.stop_gradient(sg.nothing)], ids=['plain', 'lifted'])
@@ -1156,8 +1247,10 @@ def test_names_in_a_block_are_those_of_the_module_whose_code_opens_it(read, name
 
     params = {'sub': {'w': jnp.ones(())}} | ({'w': jnp.ones(())} if namesake else {})
     run = jax.grad(lambda p: Root().apply({'params': p}))
-    later = {OPENS['generator']: 'in the reverse order of entry',
-             OPENS['contextmanager']: 'which runs after the block'}.get(read)
+    later = {
+        OPENS['generator']: 'in the reverse order of entry',
+        OPENS['contextmanager']: 'which runs after the block',
+    }.get(read)
     if of is not PLAIN and later:
         with pytest.raises(sg.UsageError, match=later):
             run(params)

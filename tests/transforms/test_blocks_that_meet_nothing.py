@@ -24,17 +24,25 @@ class Named(nn.Module):
 
 SCALE = {'params': {'w': one}}
 ENCODER = {'params': {'encoder': {'w': one}}}
-TYPOS = {'glob': 'ww', 'regex': sg.regex('^ww'), 'callable': lambda v: v.name == 'ww',
-         'part': ['w', 'ww'], 'part of a complement': ~(sg.path('w') | 'ww'),
-         'callable part': sg.path('w') | (lambda v: v.name == 'ww')}
+TYPOS = {
+    'glob': 'ww',
+    'regex': sg.regex('^ww'),
+    'callable': lambda v: v.name == 'ww',
+    'part': ['w', 'ww'],
+    'part of a complement': ~(sg.path('w') | 'ww'),
+    'callable part': sg.path('w') | (lambda v: v.name == 'ww'),
+}
 
 
 @pytest.mark.parametrize('warm', [False, True], ids=['cold', 'warm'])
 @pytest.mark.parametrize('typo', TYPOS)
 def test_a_typo_is_an_error_each_time(typo, warm):
     f = jax.jit(Scale().apply)
-    text = (r"where\(<lambda> at .*\) selects no variable of '/'" if 'callable' in typo
-            else r"no variable of '/' matches '\^?ww'\. Close: 'w'\.")
+    text = (
+        r"where\(<lambda> at .*\) selects no variable of '/'"
+        if 'callable' in typo
+        else r"no variable of '/' matches '\^?ww'\. Close: 'w'\."
+    )
     if warm:
         f(SCALE, 1.0)
     for _ in range(3):
@@ -56,6 +64,7 @@ def test_a_typo_in_another_thread_and_after_the_fix():
                 f(SCALE, 1.0)
         except sg.UnmatchedPathError as error:
             errors.append(str(error))
+
     for pattern in ('wrong', 'w', 'wrong', 'w'):
         thread = threading.Thread(target=run, args=(pattern,))
         thread.start()
@@ -96,10 +105,14 @@ def test_a_collection_that_does_not_exist(use, predicate, collections):
         def __call__(self, x):
             with t:
                 return Scale.__call__.__wrapped__(self, x)
+
     wrong = 'batchstats' if 'batchstats' in collections else 'param'
-    with pytest.raises(sg.UnmatchedPathError, match=(
-            f"'/' has no collection '{wrong}'. There are: 'params'. Fix collections=, or pass "
-            'allow')):
+    with pytest.raises(
+        sg.UnmatchedPathError,
+        match=(
+            f"'/' has no collection '{wrong}'. There are: 'params'. Fix collections=, or pass allow"
+        ),
+    ):
         if use == 'around':
             with t:
                 Scale().apply(SCALE, 1.0)
@@ -107,8 +120,13 @@ def test_a_collection_that_does_not_exist(use, predicate, collections):
             with t:
                 Scale().init(jax.random.key(0), 1.0)
         else:
-            model = {'inside': Inside, 'class': t(Scale), 'method': type('M', (Scale,), {
-                '__call__': t(Scale.__call__), '__module__': __name__})}[use]
+            model = {
+                'inside': Inside,
+                'class': t(Scale),
+                'method': type(
+                    'M', (Scale,), {'__call__': t(Scale.__call__), '__module__': __name__}
+                ),
+            }[use]
             model().apply(SCALE, 1.0)
 
 
@@ -129,11 +147,15 @@ def test_collections_that_are_made_in_the_block_or_need_not_exist():
 
 # Blocks that read nothing -------------------------------------------------------------------------
 
+
 def nothing_read():
     compiled = jax.jit(Scale().apply).lower(SCALE, 1.0).compile()
     return {
-        'nothing': lambda: None, 'a function': lambda: jnp.sin(SCALE['params']['w']),
-        'compiled': lambda: compiled(SCALE, 1.0), 'a tree': lambda: sg.stop_gradient(True)(SCALE)}
+        'nothing': lambda: None,
+        'a function': lambda: jnp.sin(SCALE['params']['w']),
+        'compiled': lambda: compiled(SCALE, 1.0),
+        'a tree': lambda: sg.stop_gradient(True)(SCALE),
+    }
 
 
 @pytest.mark.parametrize('what', ['nothing', 'a function', 'compiled', 'a tree'])
@@ -141,8 +163,11 @@ def nothing_read():
 def test_a_block_that_reads_nothing_warns_at_its_line(predicate, what):
     run = nothing_read()[what]
     t = sg.scale_gradient(predicate, 1.0 + len(what), allow_unmatched=False)  # not met before
-    with pytest.warns(sg.UnreadBlockWarning, match=r'scale_gradient\(.*\): no variable of a Flax '
-                      'Linen model was read in this block, so that it did nothing.') as caught:
+    with pytest.warns(
+        sg.UnreadBlockWarning,
+        match=r'scale_gradient\(.*\): no variable of a Flax '
+        'Linen model was read in this block, so that it did nothing.',
+    ) as caught:
         with t:
             run()
     assert [w.filename for w in caught] == [__file__]
@@ -168,6 +193,7 @@ def test_a_block_inside_a_module_that_reads_nothing_is_no_matter():
             with nn.stop_gradient(True):
                 y = jnp.sin(x)
             return Scale(name='s')(y)
+
     Idle().apply({'params': {'s': {'w': one}}}, 1.0)
 
 
@@ -182,15 +208,24 @@ class Outer(nn.Module):
 
 OUTER = {'params': {'part': {'w': one}, 'v': one}}
 FROM_OUTSIDE = {
-    'attribute': lambda m: m.v, 'part': lambda m: m.part(1.0), 'remat': lambda m: nn.remat(
-        lambda part: part(1.0))(m.part), 'variables': lambda m: m.variables['params']['v']}
+    'attribute': lambda m: m.v,
+    'part': lambda m: m.part(1.0),
+    'remat': lambda m: nn.remat(lambda part: part(1.0))(m.part),
+    'variables': lambda m: m.variables['params']['v'],
+}
 
 
 @pytest.mark.parametrize('collections', ['params', 'none'])
 @pytest.mark.parametrize('read', FROM_OUTSIDE.values(), ids=FROM_OUTSIDE)
-@pytest.mark.parametrize('lift', [
-    lambda t: t(Outer().bind(OUTER)), lambda t: t(Outer)().bind(OUTER),
-    lambda t: t(Outer()).bind(OUTER)], ids=['mirror', 'class', 'instance'])
+@pytest.mark.parametrize(
+    'lift',
+    [
+        lambda t: t(Outer().bind(OUTER)),
+        lambda t: t(Outer)().bind(OUTER),
+        lambda t: t(Outer()).bind(OUTER),
+    ],
+    ids=['mirror', 'class', 'instance'],
+)
 def test_a_typo_around_a_lifted_module_that_is_read_from_outside(lift, read, collections):
     read(lift(sg.stop_gradient('part')))
     bad, text = (sg.stop_gradient('prat'), "no variable of '/' matches 'prat'")

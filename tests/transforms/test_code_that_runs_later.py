@@ -49,9 +49,10 @@ def test_each_step_of_a_generator_method_runs_in_the_block():
 
         def __call__(self, x):
             steps = self.steps(x)
-            first = next(steps) + 2 * self.a(x)      # live between the steps
+            first = next(steps) + 2 * self.a(x)  # live between the steps
             second = next(steps)
             return first + second + steps.send(self.b(x))
+
     assert grads(Net()) == [2, 2]
 
 
@@ -63,6 +64,7 @@ def test_a_generator_method_of_a_lifted_class():
 
         def __call__(self, x):
             return sum(self.steps(x))
+
     assert grads(sg.stop_gradient('a')(Net)()) == [0, 1]
     assert grads(Net()) == [1, 1]
 
@@ -91,6 +93,7 @@ def test_a_generator_is_closed_and_thrown_into_and_returns():
             out += next(steps)
             steps.close()
             return out
+
     assert grads(Net(), 'a') == [0]
     assert log == ['caught', 1, 1]
 
@@ -103,19 +106,20 @@ def test_a_generator_that_a_method_returns():
 
         def __call__(self, x):
             return sum(self.steps(x)) + self.a(x)
+
     assert grads(Net(), 'a') == [1]
 
 
 LATER = {
-    'zip': lambda module, x: zip(
-        [module.a(x)], (module.a(v) for v in [x]), strict=True),
+    'zip': lambda module, x: zip([module.a(x)], (module.a(v) for v in [x]), strict=True),
     'chain': lambda module, x: itertools.chain([module.a(x)], (module.a(v) for v in [x])),
     'enumerate': lambda module, x: enumerate(module.a(v) for v in [x]),
     'in a tuple': lambda module, x: ((module.a(v) for v in [x]), {'aux': x}),
     'map': lambda module, x: map(module.a, [x]),
     'filter': lambda module, x: filter(module.a, [x]),
     'starmap': lambda module, x: itertools.starmap(module.a, [(x,)]),
-    'context manager': contextlib.contextmanager(lambda module, x: iter([module.a(x)]))}
+    'context manager': contextlib.contextmanager(lambda module, x: iter([module.a(x)])),
+}
 
 
 @pytest.mark.thinned(5)
@@ -132,9 +136,13 @@ def test_what_is_returned_and_runs_later_is_refused(kind, use):
 
         def __call__(self, x):
             return (t(self) if use == 'mirror' else self).later(x)
+
     net = t(Net)() if use == 'class' else Net()
-    with pytest.raises(sg.UsageError, match='returned an object of type .*, which runs after the bl'
-                       'ock around the function was left. Return a list or a generator.'):
+    with pytest.raises(
+        sg.UsageError,
+        match='returned an object of type .*, which runs after the bl'
+        'ock around the function was left. Return a list or a generator.',
+    ):
         net.apply({'params': {'a': {'w': 1.0}, 'b': {'w': 1.0}}}, 1.0)
 
 
@@ -151,9 +159,11 @@ def test_a_coroutine_function_is_refused_when_it_is_decorated(kind):
 
     async def generator(module, x):
         yield module.a(x)
+
     fn = coroutine if kind == 'coroutine' else generator
     with pytest.raises(
-            sg.UsageError, match='is a coroutine function: its body would run after the'):
+        sg.UsageError, match='is a coroutine function: its body would run after the'
+    ):
         sg.stop_gradient('a')(fn)
     with pytest.raises(sg.UsageError, match='is a coroutine function'):
         sg.stop_gradient('a')(type('Net', (Base,), {'later': fn, '__module__': __name__}))
@@ -181,8 +191,11 @@ def test_a_generator_that_waits_in_a_block_when_the_one_around_it_ends(outer, en
     def method(module):
         next(generator)
 
-    with pytest.raises(sg.UsageError, match='was left while .* was still open inside of it; both ar'
-                       'e closed now. Leave blocks in the reverse order of entry'):
+    with pytest.raises(
+        sg.UsageError,
+        match='was left while .* was still open inside of it; both ar'
+        'e closed now. Leave blocks in the reverse order of entry',
+    ):
         if outer == 'with':
             with OUTER:
                 next(generator)
@@ -202,7 +215,8 @@ def test_a_generator_that_waits_in_a_block_when_the_one_around_it_ends(outer, en
         generator.close()
     else:
         with pytest.raises(
-                sg.UsageError, match='was closed before its end, with a block around it '):
+            sg.UsageError, match='was closed before its end, with a block around it '
+        ):
             next(generator)
     assert slope() == 1
 
@@ -223,7 +237,7 @@ def test_each_generator_leaves_its_own_opening_of_one_transform():
     next(first), next(second)
     assert slope() == 0
     with pytest.raises(sg.UsageError, match='was left while'):
-        next(first)       # out of order: both are closed, and it says so
+        next(first)  # out of order: both are closed, and it says so
     assert slope() == 1
     with pytest.raises(sg.UsageError, match='was closed before its end'):
         next(second)
@@ -260,6 +274,7 @@ def test_context_managers_that_open_a_block_keep_working():
     def twice():
         with held(), INNER:
             yield
+
     for _ in range(2):
         with held():
             assert slope() == 0
@@ -283,6 +298,7 @@ def test_a_block_is_left_once_and_where_it_was_entered():
             OUTER.__exit__(None, None, None)
         except sg.UsageError as error:
             errors.append(str(error))
+
     with OUTER:
         thread = threading.Thread(target=leave)
         thread.start()
@@ -292,6 +308,7 @@ def test_a_block_is_left_once_and_where_it_was_entered():
 
 
 # asyncio -----------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def opens():
@@ -317,8 +334,10 @@ def ways_to_open():
         async def steps():
             with OUTER:
                 yield
+
         async for _ in steps():
             pass
+
     return [directly, by_a_context_manager, by_a_stack, in_an_async_generator]
 
 
@@ -331,9 +350,13 @@ def test_a_block_that_could_stay_open_while_another_task_runs_is_an_error(way):
 
     async def main():
         await asyncio.gather(way(), other())
-    with pytest.raises(sg.UsageError, match=r"stop_gradient\('w'\) was to be opened in the "
-                       'coroutine .*: while it waits, other tasks of the thread would run inside '
-                       'of the block'):
+
+    with pytest.raises(
+        sg.UsageError,
+        match=r"stop_gradient\('w'\) was to be opened in the "
+        'coroutine .*: while it waits, other tasks of the thread would run inside '
+        'of the block',
+    ):
         asyncio.run(main())
     assert set(seen) <= {1.0}
 
@@ -350,6 +373,7 @@ def test_blocks_around_a_loop_and_in_functions_that_a_coroutine_calls():
 
     async def main():
         return await asyncio.gather(task(), task())
+
     assert asyncio.run(main()) == [(1, 0), (1, 0)]
     with OUTER:
         assert asyncio.run(main()) == [(0, 0), (0, 0)]

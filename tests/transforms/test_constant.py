@@ -42,8 +42,14 @@ VARIABLES = Counter().init(jax.random.key(0))
 
 
 def scanned(cls, **kwargs):
-    return nn.scan(cls, variable_broadcast='params', variable_carry='stats',
-                   split_rngs={'params': False}, length=3, **kwargs)
+    return nn.scan(
+        cls,
+        variable_broadcast='params',
+        variable_carry='stats',
+        split_rngs={'params': False},
+        length=3,
+        **kwargs,
+    )
 
 
 class Model(nn.Module):
@@ -75,16 +81,28 @@ LIFTS = {
     'scan': lambda body: lambda m, x: scanned(body)(m, x, None)[0],
     'remat': lambda body: lambda m, x: nn.remat(body)(m, x)[0],
     'jit': lambda body: lambda m, x: nn.jit(body)(m, x)[0],
-    'remat of scan': lambda body: lambda m, x: nn.remat(
-        lambda m, x: scanned(body)(m, x, None)[0])(m, x),
-    'while': lambda body: lambda m, x: nn.while_loop(
-        lambda m, c: c[0] < 2, lambda m, c: (c[0] + 1, body(m, c[1])[0]), m, (0, x),
-        carry_variables='stats')[1],
-    'cond': lambda body: lambda m, x: nn.cond(
-        True, lambda m, x: body(m, x)[0], lambda m, x: body(m, 2 * x)[0], m, x),
-    'vmap': lambda body: lambda m, x: nn.vmap(
-        lambda m, x: body(m, x)[0], variable_axes={'params': None, 'stats': None},
-        split_rngs={'params': False})(m, jnp.ones(2) * x).sum(),
+    'remat of scan': lambda body: (
+        lambda m, x: nn.remat(lambda m, x: scanned(body)(m, x, None)[0])(m, x)
+    ),
+    'while': lambda body: (
+        lambda m, x: nn.while_loop(
+            lambda m, c: c[0] < 2,
+            lambda m, c: (c[0] + 1, body(m, c[1])[0]),
+            m,
+            (0, x),
+            carry_variables='stats',
+        )[1]
+    ),
+    'cond': lambda body: (
+        lambda m, x: nn.cond(True, lambda m, x: body(m, x)[0], lambda m, x: body(m, 2 * x)[0], m, x)
+    ),
+    'vmap': lambda body: (
+        lambda m, x: nn.vmap(
+            lambda m, x: body(m, x)[0],
+            variable_axes={'params': None, 'stats': None},
+            split_rngs={'params': False},
+        )(m, jnp.ones(2) * x).sum()
+    ),
 }
 
 
@@ -96,8 +114,10 @@ def counted(model, variables, **kwargs):
 @pytest.mark.parametrize('how', ['value', 'put', 'scope', 'sow'])
 @pytest.mark.parametrize('lift', LIFTS)
 def test_a_write_is_refused(lift, how, around):
-    mask, variables = sg.constant('c', collections='stats'), {
-        'params': {'c': VARIABLES['params']}, 'stats': {'c': {'n': jnp.float32(7)}}}
+    mask, variables = (
+        sg.constant('c', collections='stats'),
+        {'params': {'c': VARIABLES['params']}, 'stats': {'c': {'n': jnp.float32(7)}}},
+    )
     model = Model(LIFTS[lift], None if around else mask, how)
     path = "constant('c', collections='stats'): 'n' of module '/c' (collection 'stats')"
 
@@ -118,9 +138,16 @@ def test_a_write_is_refused(lift, how, around):
         assert variables['stats'] == {'c': {'n': 7}}
 
 
-@pytest.mark.parametrize('predicate, collections', [
-    ('c', 'params'), (sg.nothing, True), ('c/w', True), (~sg.path('c/n'), True),
-    (lambda v: v.collection == 'params', True)])
+@pytest.mark.parametrize(
+    'predicate, collections',
+    [
+        ('c', 'params'),
+        (sg.nothing, True),
+        ('c/w', True),
+        (~sg.path('c/n'), True),
+        (lambda v: v.collection == 'params', True),
+    ],
+)
 @pytest.mark.parametrize('lift', [name for name in LIFTS if name != 'vmap'])
 def test_other_writes_are_kept(lift, predicate, collections):
     """What a lifted transform hands back is no write of what its body did not change."""
@@ -168,7 +195,8 @@ def test_statistics_of_a_submodule():
     frozen = Net(sg.constant('norm', collections=BOTH, allow_unmatched=True))
     assert_same(frozen.init(jax.random.key(0), X), variables, 'init')
     with pytest.raises(
-            sg.FrozenVariableError, match="'mean' of module '/norm' .collection 'batch_s"):
+        sg.FrozenVariableError, match="'mean' of module '/norm' .collection 'batch_s"
+    ):
         frozen.apply(variables, X, mutable=['batch_stats'])
     _, out = Net(sg.constant('norm')).apply(variables, X, mutable=['batch_stats'])
     assert float(out['batch_stats']['norm']['mean'][0]) != 0  # params alone are constant
@@ -176,13 +204,16 @@ def test_statistics_of_a_submodule():
 
 @pytest.mark.parametrize('use', ['class', 'instance', 'unbound', 'method'])
 def test_every_use_refuses(use):
-    mask, variables = sg.constant('n', collections='stats'), {
-        'params': {'c': VARIABLES['params']}, 'stats': {'c': {'n': jnp.float32(7)}}}
+    mask, variables = (
+        sg.constant('n', collections='stats'),
+        {'params': {'c': VARIABLES['params']}, 'stats': {'c': {'n': jnp.float32(7)}}},
+    )
 
     class Outer(nn.Module):
         def setup(self):
-            self.c = {'class': mask(Counter),
-                      'unbound': lambda: mask(Counter())}.get(use, Counter)()
+            self.c = {'class': mask(Counter), 'unbound': lambda: mask(Counter())}.get(
+                use, Counter
+            )()
 
         def live(self):
             return self.c()
@@ -207,6 +238,7 @@ def test_reads_are_constant_and_creation_is_no_write():
             with sg.constant(True, collections=True):
                 bound = Counter().bind(variables)
                 return Counter().apply(variables) + bound.variables['stats']['n']
+
         assert all(g == 0 for g in jax.tree.leaves(jax.grad(loss)(variables)))
     with sg.constant(True, collections=True):
         assert_same(Counter().init(jax.random.key(0)), VARIABLES, 'init')

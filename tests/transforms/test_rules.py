@@ -37,6 +37,7 @@ def nondiff_function():
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def call(f, p, x):
         return f(p, x)
+
     call.defvjp(lambda f, p, x: (f(p, x), (p, x)), lambda f, res, ct: jax.vjp(f, *res)[1](ct))
     return functools.partial(call, run)
 
@@ -45,39 +46,58 @@ def gradient_function():
     @jax.custom_gradient
     def f(p, x):
         return run(p, x), lambda ct: jax.vjp(run, p, x)[1](ct)
+
     return f
 
 
 def linear_function():
     """Linear in x; its transpose applies the model."""
+
     def f(p, x):
         return jax.custom_derivatives.linear_call(run, lambda p, ct: run(p, ct), p, x)
+
     return f
 
 
 FUNCTIONS = {
-    'residuals': vjp_function, 'recomputed': functools.partial(vjp_function, True),
-    'jvp': jvp_function, 'nondiff': nondiff_function, 'custom_gradient': gradient_function}
+    'residuals': vjp_function,
+    'recomputed': functools.partial(vjp_function, True),
+    'jvp': jvp_function,
+    'nondiff': nondiff_function,
+    'custom_gradient': gradient_function,
+}
 SCAN = lambda f: lambda p, x: jax.lax.scan(lambda c, _: (c + f(p, x), None), 0.0, None, length=1)[0]
 WRAPS = {
-    'eager': lambda f: f, 'jit': jax.jit, 'checkpoint': jax.checkpoint, 'scan': SCAN,
-    'jit scan': lambda f: jax.jit(SCAN(f)), 'remat scan': lambda f: SCAN(jax.checkpoint(f)),
+    'eager': lambda f: f,
+    'jit': jax.jit,
+    'checkpoint': jax.checkpoint,
+    'scan': SCAN,
+    'jit scan': lambda f: jax.jit(SCAN(f)),
+    'remat scan': lambda f: SCAN(jax.checkpoint(f)),
     'cond': lambda f: lambda p, x: jax.lax.cond(x > 0, f, lambda p, x: 0.0, p, x),
-    'vmap': lambda f: lambda p, x: jax.vmap(f, (None, 0))(p, x[None])[0]}
+    'vmap': lambda f: lambda p, x: jax.vmap(f, (None, 0))(p, x[None])[0],
+}
 
 
 def masked(f, t):
     def loss(p, x):
         with t:
             return f(p, x)
+
     return loss
 
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize('order', ['block in', 'block out'])
-@pytest.mark.parametrize('wrap', [
-    wrap if wrap in ('eager', 'jit', 'checkpoint', 'scan') else pytest.param(
-        wrap, marks=pytest.mark.long) for wrap in WRAPS])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        wrap
+        if wrap in ('eager', 'jit', 'checkpoint', 'scan')
+        else pytest.param(wrap, marks=pytest.mark.long)
+        for wrap in WRAPS
+    ],
+)
 @pytest.mark.parametrize('kind', FUNCTIONS)
 def test_first_order(kind, wrap, order):
     f, w = FUNCTIONS[kind](), WRAPS[wrap]
@@ -96,7 +116,8 @@ def test_a_pullback_that_runs_in_another_block_or_in_none(kind):
     with sg.stop_gradient('w', allow_unmatched=True):
         assert float(pull(one)[0]['params']['w']) == 3
     masked_, pull = jax.vjp(
-        lambda p: masked(jax.jit(f), sg.stop_gradient(True))(p, 3 * one), PARAMS)
+        lambda p: masked(jax.jit(f), sg.stop_gradient(True))(p, 3 * one), PARAMS
+    )
     with sg.scale_gradient('w', 10.0, allow_unmatched=True):
         assert float(pull(one)[0]['params']['w']) == 0
     assert live == masked_ == 6
@@ -105,9 +126,11 @@ def test_a_pullback_that_runs_in_another_block_or_in_none(kind):
 @pytest.mark.parametrize('kind', FUNCTIONS)
 def test_siblings_count_once(kind):
     f = FUNCTIONS[kind]()
-    for t, want in ((sg.scale_gradient('w', 10.0), 30),
-                    (sg.map_values('w', lambda i, w: w * 5), 15),
-                    (sg.map_gradient('w', lambda i, ct: ct * 7), 21)):
+    for t, want in (
+        (sg.scale_gradient('w', 10.0), 30),
+        (sg.map_values('w', lambda i, w: w * 5), 15),
+        (sg.map_gradient('w', lambda i, ct: ct * 7), 21),
+    ):
         got = jax.grad(masked(jax.jit(f), t))(PARAMS, 3 * one)
         assert float(got['params']['w']) == want
 
@@ -116,7 +139,7 @@ def test_siblings_count_once(kind):
 def test_second_order(kind):
     """d²/dx dw of w x³ where the model is x -> w x; zero in the block, 3x² outside."""
     f = FUNCTIONS[kind]()
-    loss = lambda p, x: f(p, x) * x ** 2
+    loss = lambda p, x: f(p, x) * x**2
     for way, want in ((masked(loss, sg.stop_gradient(True)), 0), (loss, 27)):
         second = jax.grad(lambda x, way=way: jax.grad(way)(PARAMS, x)['params']['w'])(3 * one)
         assert float(second) == want
@@ -137,6 +160,7 @@ def test_a_batching_rule():
     @f.def_vmap
     def rule(size, batched, p, x):
         return run(p, x), True
+
     loss = masked(f, sg.map_values('w', lambda i, w: w * 5))
     xs = jnp.array([1.0, 2.0])
     assert jax.vmap(jax.jit(loss), (None, 0))(PARAMS, xs).tolist() == [10, 20]
@@ -188,6 +212,7 @@ def test_an_implicit_layer():
         pull = jax.vjp(lambda z: f(p, x, z), z)[1]
         u = jax.lax.fori_loop(0, 99, lambda _, u: ct + pull(u)[0], ct)
         return jax.vjp(lambda p, x: f(p, x, z), p, x)[1](u)
+
     solve.defvjp(forward, backward)
     p, x = {'params': {'kernel': jnp.ones((1, 1))}}, jnp.ones((1, 1))
     loss = lambda p, x: solve(f, p, x).sum()
@@ -201,8 +226,10 @@ def test_an_implicit_layer():
 def test_a_call_in_nested_blocks_and_in_a_class():
     held = sg.stop_gradient('w')(Scale)
     f = jax.custom_vjp(lambda p, x: held().apply(p, x))
-    f.defvjp(lambda p, x: (f(p, x), (p, x)),
-             lambda res, ct: jax.vjp(lambda p, x: held().apply(p, x), *res)[1](ct))
+    f.defvjp(
+        lambda p, x: (f(p, x), (p, x)),
+        lambda res, ct: jax.vjp(lambda p, x: held().apply(p, x), *res)[1](ct),
+    )
     with sg.scale_gradient('w', 3.0):
         grads = jax.grad(jax.jit(f))(PARAMS, 3 * one)
     assert float(grads['params']['w']) == 0
@@ -213,6 +240,7 @@ def test_a_call_in_nested_blocks_and_in_a_class():
         with sg.scale_gradient('w', 3.0):
             inner = masked(g, sg.scale_gradient('w', 5.0))(p, x)
             return inner + g(p, x)
+
     assert float(jax.grad(jax.jit(loss))(PARAMS, one)['params']['w']) == 15 + 3
 
 
@@ -225,6 +253,7 @@ def test_the_function_itself_is_left_alone():
 
 # What a rule leaves behind ------------------------------------------------------------------------
 
+
 def scale_of(p):
     return float(jax.grad(lambda p: Scale().apply({'params': p}, 1.0))(p)['w'])
 
@@ -234,6 +263,7 @@ def test_a_rule_that_raises_leaves_nothing_open():
 
     def backward(res, ct):
         raise KeyError('mine')
+
     f.defvjp(lambda p: (f(p), p), backward)
     with sg.scale_gradient('w', 2.0):
         with pytest.raises(KeyError, match='mine'):
@@ -242,9 +272,11 @@ def test_a_rule_that_raises_leaves_nothing_open():
     assert scale_of({'w': one}) == 1
 
 
-TS = [sg.stop_gradient('w', allow_unmatched=True),
-      sg.scale_gradient('w', 5.0, allow_unmatched=True),
-      sg.scale_gradient('w', 7.0, allow_unmatched=True)]
+TS = [
+    sg.stop_gradient('w', allow_unmatched=True),
+    sg.scale_gradient('w', 5.0, allow_unmatched=True),
+    sg.scale_gradient('w', 7.0, allow_unmatched=True),
+]
 IDLE = sg.stop_gradient('zzz', allow_unmatched=True)
 
 
@@ -258,16 +290,21 @@ def test_a_rule_that_runs_in_a_trace_does_not_hide_what_the_trace_depends_on():
         with IDLE:
             pull(1.0)
         return Scale().apply({'params': p}, 1.0)
+
     for t, want in zip(TS * 2, (0, 5, 7) * 2, strict=True):
-        assert float(jax.grad(lambda p, t=t: masked(lambda p, x: f(p), t)(p, one))({'w': one})['w']
-                     ) == want
+        assert (
+            float(jax.grad(lambda p, t=t: masked(lambda p, x: f(p), t)(p, one))({'w': one})['w'])
+            == want
+        )
 
 
 def reads_backwards():
     """A function that reads the model in its backward rule alone."""
     f = jax.custom_vjp(lambda p, x: x)
-    f.defvjp(lambda p, x: (x, p), lambda p, ct: (
-        jax.grad(lambda p: Scale().apply({'params': p}, ct))(p), ct))
+    f.defvjp(
+        lambda p, x: (x, p),
+        lambda p, ct: (jax.grad(lambda p: Scale().apply({'params': p}, ct))(p), ct),
+    )
     return f
 
 
@@ -287,6 +324,7 @@ def test_a_pullback_inside_a_trace():
         pull = jax.vjp(lambda p: f(p, 1.0), p)[1]
         with IDLE:
             return pull(1.0)[0]['w']
+
     for t, want in zip(TS * 2, (0, 5, 7) * 2, strict=True):
         with t:
             assert float(step({'w': one})) == want
@@ -304,15 +342,18 @@ class Two(nn.Module):
 def test_predicates_of_one_line_in_rules_that_ask_more_than_the_call_did(order):
     second = jax.jit(lambda p: Two().apply({'params': p}, 1.0, method='second'))
     f = jax.custom_vjp(lambda p: Two().apply({'params': p}, 1.0, method='first'))
-    f.defvjp(lambda p: (f(p), p),
-             lambda p, ct: (jax.tree.map(lambda g: g * ct, jax.grad(second)(p)),))
+    f.defvjp(
+        lambda p: (f(p), p), lambda p, ct: (jax.tree.map(lambda g: g * ct, jax.grad(second)(p)),)
+    )
     weights = dict(zip(order, (5, 3), strict=True))
 
     def loss(p):
         def part(names):
             with sg.stop_gradient(lambda v: v.name in names):
                 return weights[names] * f(p)
+
         return sum(map(part, order))
+
     grads = jax.grad(loss)({'w': one, 'v': one})
     assert float(grads['v']) == weights[('w',)] and float(grads['w']) == 0
 
@@ -326,6 +367,7 @@ def test_a_call_in_a_block_of_a_module_keeps_no_tracer(no_leaks):
         def __call__(self, x):
             with sg.stop_gradient('s'):
                 return plain(Scale(name='s')(x))
+
     jax.jit(Net().apply)({'params': {'s': {'w': one}}}, 1.0)
 
 
@@ -338,16 +380,20 @@ def test_rules_of_ones_own_for_a_function_of_jax(primal, wrap):
     def loss(x):
         with sg.map_values(True, lambda info, w: 7 * w, allow_unmatched=True):
             return surrogate(x)
+
     assert wrap(jax.grad(loss))(2.0) == 14
 
 
 def test_rules_in_a_partial_of_jax():
     Partial = jax.tree_util.Partial
     f = jax.custom_vjp(Partial(run))
-    f.defvjp(Partial(lambda p, x: (run(p, x), (p, x))),
-             Partial(lambda res, ct: jax.vjp(run, *res)[1](ct)))
+    f.defvjp(
+        Partial(lambda p, x: (run(p, x), (p, x))),
+        Partial(lambda res, ct: jax.vjp(run, *res)[1](ct)),
+    )
 
     def loss(p):
         with sg.stop_gradient():
             return f(p, one)
+
     assert jax.grad(loss)(PARAMS)['params']['w'] == 0

@@ -40,10 +40,12 @@ class Part(nn.Module):
         self.scale = jnp.exp(0.1 * self.w)
         self.embed = nn.Embed(4, 3)
         self.dense = nn.Dense(3)
-        self.split = nn.scan(Layer, variable_axes={'params': 0}, split_rngs={'params': True},
-                             length=2)()
-        self.loop = nn.scan(Layer, variable_broadcast='params', split_rngs={'params': False},
-                            length=3)()
+        self.split = nn.scan(
+            Layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=2
+        )()
+        self.loop = nn.scan(
+            Layer, variable_broadcast='params', split_rngs={'params': False}, length=3
+        )()
         self.again = nn.remat(nn.jit(Layer))()
 
     def __call__(self, x):
@@ -90,7 +92,8 @@ def masked_method(mask):
 
 
 PARAMS = jax.tree.map(
-    lambda p: p + 0.1, Whole().init(jax.random.key(0), X, method='__call__')['params'])
+    lambda p: p + 0.1, Whole().init(jax.random.key(0), X, method='__call__')['params']
+)
 OTHER = jax.tree.map(lambda p: 0.5 * p - 0.2, PARAMS['part'])
 
 
@@ -121,16 +124,20 @@ KINDS = {
     'scale': (lambda p: sg.scale_gradient(p, 0.5), lambda v, _: rescaled(v, 0.5)),
     'reverse': (lambda p: sg.scale_gradient(p, jnp.float32(-2)), lambda v, _: rescaled(v, -2.0)),
     'zero': (lambda p: sg.scale_gradient(p, 0), lambda v, _: jax.lax.stop_gradient(v)),
-    'clip': (lambda p: sg.map_gradient(p, lambda info, ct: jnp.clip(ct, -0.05, 0.05)),
-             lambda v, _: clipped(v)),
+    'clip': (
+        lambda p: sg.map_gradient(p, lambda info, ct: jnp.clip(ct, -0.05, 0.05)),
+        lambda v, _: clipped(v),
+    ),
     'bend': (lambda p: sg.map_values(p, lambda info, v: bent(v)), lambda v, _: bent(v)),
     'replace': (None, lambda v, names: at(OTHER, names)),
     'constant': (sg.constant, lambda v, _: jax.lax.stop_gradient(v)),
 }
 PREDICATES = {
     'all': (True, lambda names: True),
-    'some': (['part/w', 'part/*/dense', 'part/embed'],
-             lambda names: names[0] in ('w', 'embed') or 'dense' in names[1:]),
+    'some': (
+        ['part/w', 'part/*/dense', 'part/embed'],
+        lambda names: names[0] in ('w', 'embed') or 'dense' in names[1:],
+    ),
     'callable': (lambda v: v.path[-1] in ('w', 'gain'), lambda names: names[-1] in ('w', 'gain')),
 }
 USES = ['block', 'around', 'method', 'instance', 'class', 'tree']
@@ -157,17 +164,21 @@ def masked(kind, predicate, use):
     else:
         mask = KINDS[kind][0](predicate)
     if use == 'around':
+
         def f(params, x):
             with mask:
                 h = Whole().apply({'params': params}, x, method='inside')
             return Whole().apply({'params': params}, h, x, method='outside')
     elif use == 'tree':
+
         def f(params, x):
             h = Whole().apply({'params': mask(params)}, x, method='inside')
             return Whole().apply({'params': params}, h, x, method='outside')
     else:
+
         def f(params, x):
             return Whole(mask, use).apply({'params': params}, x)
+
     return f
 
 
@@ -184,8 +195,7 @@ def derivatives(f, forward):
     first = lambda *xs: jax.value_and_grad(loss, (0, 1), has_aux=True)(*xs)
     if not forward:
         return first
-    return lambda *xs: (
-        jax.jvp(f, xs, tangents_of(xs)), jax.jvp(first, xs, tangents_of(xs)))
+    return lambda *xs: (jax.jvp(f, xs, tangents_of(xs)), jax.jvp(first, xs, tangents_of(xs)))
 
 
 def check(kind, use, which, run=traced):
@@ -204,9 +214,13 @@ def check(kind, use, which, run=traced):
 
 
 @pytest.mark.thinned(11)
-@pytest.mark.parametrize('kind, use', [
-    *((kind, use) for kind in ('scale', 'clip', 'bend', 'replace') for use in USES),
-    *((kind, use) for kind in ('reverse', 'zero', 'constant') for use in ('block', 'tree'))])
+@pytest.mark.parametrize(
+    'kind, use',
+    [
+        *((kind, use) for kind in ('scale', 'clip', 'bend', 'replace') for use in USES),
+        *((kind, use) for kind in ('reverse', 'zero', 'constant') for use in ('block', 'tree')),
+    ],
+)
 def test_each_use(kind, use):
     check(kind, use, 'some')
 
@@ -220,8 +234,9 @@ def test_each_kind_of_predicate(kind, which):
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize('kind, run', [
-    ('scale', jax.jit), ('replace', jax.jit), ('clip', lambda f: f)])
+@pytest.mark.parametrize(
+    'kind, run', [('scale', jax.jit), ('replace', jax.jit), ('clip', lambda f: f)]
+)
 def test_as_jax_runs_it(kind, run):
     check(kind, 'block', 'some', run)
 
@@ -242,8 +257,11 @@ def test_init_is_that_of_the_plain_model(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_nothing_is_stored_back(kind):
     # A lifted body that may write the parameters of layers sees each layer's, as a tree does not.
-    mask = (sg.replace_values(['part/w', 'part/loop'], {'part': OTHER}) if kind == 'replace'
-            else KINDS[kind][0]('part'))
+    mask = (
+        sg.replace_values(['part/w', 'part/loop'], {'part': OTHER})
+        if kind == 'replace'
+        else KINDS[kind][0]('part')
+    )
     for model in (Whole(mask, 'block'), Whole()):
         with mask:
             _, out = model.apply({'params': PARAMS}, X, mutable=['params'])
@@ -271,11 +289,13 @@ def grads_of(mask, apply=None, params=AB):
     def loss(params):
         with mask:
             return (apply or (lambda p: Reads().apply({'params': p})))(params)
+
     return {k: float(g) for k, g in jax.grad(loss)(params).items()}
 
 
-@pytest.mark.parametrize('factor', [
-    -1, 0.5, np.float64(2), np.int32(3), np.array(3), jnp.float32(0.25), jnp.bfloat16(2)])
+@pytest.mark.parametrize(
+    'factor', [-1, 0.5, np.float64(2), np.int32(3), np.array(3), jnp.float32(0.25), jnp.bfloat16(2)]
+)
 def test_scaled(factor):
     assert grads_of(sg.scale_gradient('a', factor)) == {'a': 3 * float(factor), 'b': 3}
 
@@ -289,13 +309,17 @@ def test_a_traced_factor_under_jit_vmap_and_scan():
     assert jax.vmap(grad)(jnp.arange(3.0)).tolist() == [0, 3, 6]
     assert jax.lax.scan(lambda c, f: (c, grad(f)), 0, jnp.arange(3.0))[1].tolist() == [0, 3, 6]
     vector = lambda w, f: jax.grad(
-        lambda w: (sg.scale_gradient(True, f)({'w': w})['w'] ** 2).sum())(w)
+        lambda w: (sg.scale_gradient(True, f)({'w': w})['w'] ** 2).sum()
+    )(w)
     for axes in ((None, 0), (1, 0), (1, None)):  # of weights (3, 2), and of factors
         w, f = jnp.ones((3, 2) if axes[0] else 3), jnp.arange(2.0) if axes[1] == 0 else 2.0
         want = 2 * jnp.ones((2, 3)) * jnp.reshape(jnp.asarray(f), (-1, 1))
         assert jnp.array_equal(jax.vmap(vector, axes)(w, f), want)
-    outside = jax.grad(lambda w: jax.vmap(lambda f: (
-        sg.scale_gradient(True, f)({'w': w})['w'] ** 2).sum())(jnp.arange(3.0)).sum())
+    outside = jax.grad(
+        lambda w: jax.vmap(lambda f: (sg.scale_gradient(True, f)({'w': w})['w'] ** 2).sum())(
+            jnp.arange(3.0)
+        ).sum()
+    )
     assert outside(jnp.ones(4)).tolist() == [6] * 4
 
 
@@ -319,6 +343,7 @@ TRIPLE = sg.scale_gradient(True, 3.0)
 @pytest.mark.parametrize('predicate, d, scale', [(True, 3, 3), ('d', 3, 1), ('wn', 1, 3)])
 def test_a_derived_view_of_parameters_is_not_scaled_again(predicate, d, scale):
     """nn.WeightNorm shows a derived kernel under the stored one's path."""
+
     class Model(nn.Module):
         mask: object
 
@@ -360,9 +385,16 @@ class Mirrors(nn.Module):
         return TRIPLE(TRIPLE(nn.Dense))(2, parent=None).bind(self.d.variables)(x).sum()
 
 
-@pytest.mark.parametrize('method, times', [
-    ('mirror', 3), ('mirror_of_mirror', 9), ('mirror_in_block', 9), ('method_of_mirror', 9),
-    ('class_of_class', 9)])
+@pytest.mark.parametrize(
+    'method, times',
+    [
+        ('mirror', 3),
+        ('mirror_of_mirror', 9),
+        ('mirror_in_block', 9),
+        ('method_of_mirror', 9),
+        ('class_of_class', 9),
+    ],
+)
 def test_each_transform_applies_once(method, times):
     params = Mirrors().init(jax.random.key(0), X, method='plain')
     apply = lambda name: functools.partial(Mirrors().apply, method=name)
@@ -407,20 +439,25 @@ def test_shared_scopes_and_custom_rules_are_scaled_once(cls, times, mutable):
         def loss(params, x):
             out = Model().apply(params, x, mask, mutable=mutable)
             return out[0] if mutable else out
+
         return loss
 
     params = Model().init(jax.random.key(0), X, TRIPLE)
-    plain = lambda params, x: Shared().apply({'params': jax.tree.leaves(
-        params, is_leaf=lambda t: 'kernel' in t)[0]}, x)
+    plain = lambda params, x: Shared().apply(
+        {'params': jax.tree.leaves(params, is_leaf=lambda t: 'kernel' in t)[0]}, x
+    )
     assert {float(r) for r in jax.tree.leaves(ratios(loss(TRIPLE), plain, params, X))} == {times}
 
 
 BODY_LIFTS = {
-    'jit': nn.jit, 'remat': nn.remat,
+    'jit': nn.jit,
+    'remat': nn.remat,
     'scan': lambda cls: nn.scan(
-        cls, variable_broadcast='params', split_rngs={'params': False}, length=2),
+        cls, variable_broadcast='params', split_rngs={'params': False}, length=2
+    ),
     'split': lambda cls: nn.scan(
-        cls, variable_axes={'params': 0}, split_rngs={'params': True}, length=2),
+        cls, variable_axes={'params': 0}, split_rngs={'params': True}, length=2
+    ),
     'vmap': lambda cls: nn.vmap(cls, variable_axes={'params': None}, split_rngs={'params': False}),
 }
 
@@ -429,6 +466,7 @@ BODY_LIFTS = {
 @pytest.mark.parametrize('lift', BODY_LIFTS)
 def test_traced_arguments_reach_into_lifted_bodies(lift, mutable):
     """Once in each body, whether it may write the parameters or not."""
+
     class Cell(nn.Module):
         @nn.compact
         def __call__(self, c, _=None):
@@ -449,6 +487,7 @@ def test_traced_arguments_reach_into_lifted_bodies(lift, mutable):
         def loss(params):
             out = Model().apply(params, jnp.ones(3), factor, mutable=mutable)
             return out[0] if mutable else out
+
         return jax.grad(loss)(params)['params']['cell']['w']
 
     one = grad(params, 1.0)
@@ -470,6 +509,7 @@ def test_the_cotangent_of_the_sum_of_a_blocks_reads():
 
     def twice(params):  # two blocks, or two applications in one, are clipped by themselves
         return Reads().apply({'params': params}) + Reads().apply({'params': params})
+
     assert grads_of(clip, twice) == {'a': 2, 'b': 2}
     add = sg.map_gradient(True, lambda info, ct: ct + 1)
     with add, add:
@@ -480,8 +520,12 @@ def test_a_lifted_transform_hands_on_one_read():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            body = nn.scan(lambda reads, c, _: (c + reads(x), None), variable_broadcast='params',
-                           split_rngs={'params': False}, length=5)
+            body = nn.scan(
+                lambda reads, c, _: (c + reads(x), None),
+                variable_broadcast='params',
+                split_rngs={'params': False},
+                length=5,
+            )
             return body(Reads(name='reads'), x, None)[0]
 
     clip = sg.map_gradient(True, lambda info, ct: jnp.clip(ct, -4, 4))
@@ -491,11 +535,20 @@ def test_a_lifted_transform_hands_on_one_read():
 
 
 # Under vmap the parameters are read once for the whole batch, whose cotangents add up.
-@pytest.mark.parametrize('wrap, times', [
-    (lambda f: f, 1), (jax.jit, 1), (jax.checkpoint, 1),
-    (lambda f: lambda p: jax.vmap(lambda x: f(p) * x)(jnp.ones(3)).sum(), 1),
-    (lambda f: lambda p: jax.lax.scan(lambda c, _: (c + f(p), None), 0.0, None, length=3)[0], 3),
-], ids=['plain', 'jit', 'checkpoint', 'vmap', 'scan'])
+@pytest.mark.parametrize(
+    'wrap, times',
+    [
+        (lambda f: f, 1),
+        (jax.jit, 1),
+        (jax.checkpoint, 1),
+        (lambda f: lambda p: jax.vmap(lambda x: f(p) * x)(jnp.ones(3)).sum(), 1),
+        (
+            lambda f: lambda p: jax.lax.scan(lambda c, _: (c + f(p), None), 0.0, None, length=3)[0],
+            3,
+        ),
+    ],
+    ids=['plain', 'jit', 'checkpoint', 'vmap', 'scan'],
+)
 def test_a_stored_cotangent_in_place_of_a_variables_own(wrap, times):
     """The request's third wish. Each application of the model passes it on once."""
     stored = {'a': jnp.float32(10), 'b': jnp.float32(20)}
@@ -504,31 +557,44 @@ def test_a_stored_cotangent_in_place_of_a_variables_own(wrap, times):
         def loss(params):
             with sg.map_gradient(True, lambda info, ct: stored[info.name]):
                 return Reads().apply({'params': params})
+
         return jax.grad(wrap(loss))(params)
 
     for run in (step, jax.jit(step)):
         assert run(AB, stored) == {'a': 10 * times, 'b': 20 * times}
 
 
-@pytest.mark.parametrize('mask', [sg.scale_gradient(True, 3.0), sg.scale_gradient(
-    True, jnp.float32(3)), sg.map_gradient(True, lambda info, ct: 3 * ct)])
+@pytest.mark.parametrize(
+    'mask',
+    [
+        sg.scale_gradient(True, 3.0),
+        sg.scale_gradient(True, jnp.float32(3)),
+        sg.map_gradient(True, lambda info, ct: 3 * ct),
+    ],
+)
 def test_a_second_derivative_through_the_body_of_a_scan(mask):
     """jax 0.10 loses the rule of a custom_jvp there."""
+
     def loss(read):
         def run(p):
             def body(c, w):
                 return jnp.tanh(c * read(w) + read(w) ** 2), None
+
             return jax.lax.scan(body, 1.0, p)[0]
+
         return run
 
-    got, want = (jax.jacrev(jax.grad(loss(read)))(jnp.array([0.5, 0.7, 0.9])) for read in (
-        lambda w: mask({'w': w})['w'], lambda w: rescaled(w, 3.0)))
+    got, want = (
+        jax.jacrev(jax.grad(loss(read)))(jnp.array([0.5, 0.7, 0.9]))
+        for read in (lambda w: mask({'w': w})['w'], lambda w: rescaled(w, 3.0))
+    )
     assert_same(got, want, 'second', rtol=1e-5)
 
 
 @pytest.mark.parametrize('typed', [True, False])
 def test_noise_added_to_a_cotangent(typed):
     """The function closes over a traced key, of either kind."""
+
     def step(params, key):
         with sg.map_gradient('a', lambda info, ct: ct + jax.random.normal(key, ct.shape)):
             return jax.grad(lambda p: jax.checkpoint(Reads().apply)({'params': p}))(params)
@@ -598,10 +664,12 @@ def quantised(v):
 
 def test_parity_with_haikus_custom_getter():
     """Fake quantisation with a straight-through gradient, of the weights and not of the biases."""
+
     def forward(x):
         def getter(next_getter, value, context):
             value = next_getter(value)
             return quantised(value) if context.name == 'w' else value
+
         with hk.custom_getter(getter):
             return hk.nets.MLP([5, 2], activation=jnp.tanh)(x)
 
@@ -615,15 +683,18 @@ def test_parity_with_haikus_custom_getter():
     params = theirs.init(jax.random.key(0), X)
     names = {'mlp/~/linear_0': 'first', 'mlp/~/linear_1': 'last'}
     params = jax.tree.map(lambda v: v + 0.1, params)
-    ours = {ours: {'kernel': params[name]['w'], 'bias': params[name]['b']}
-            for name, ours in names.items()}
+    ours = {
+        ours: {'kernel': params[name]['w'], 'bias': params[name]['b']}
+        for name, ours in names.items()
+    }
     value, grads = jax.value_and_grad(lambda p: MLP().apply({'params': p}, X).sum())(ours)
     want, theirs = jax.value_and_grad(lambda p: theirs.apply(p, X).sum())(params)
     assert_same(value, want, 'value')
     for name, mine in names.items():
         assert_same(grads[mine], {'kernel': theirs[name]['w'], 'bias': theirs[name]['b']}, name)
     plain = nn.Sequential([nn.Dense(5), jnp.tanh, nn.Dense(2)]).apply(
-        {'params': {'layers_0': ours['first'], 'layers_2': ours['last']}}, X)
+        {'params': {'layers_0': ours['first'], 'layers_2': ours['last']}}, X
+    )
     assert float(value) != float(plain.sum())
 
 
@@ -631,6 +702,7 @@ def test_weight_noise_is_drawn_once_for_a_block():
     def loss(params, key):
         def noise(info, v):
             return v + jax.random.normal(jax.random.fold_in(key, hash(info.path) % 97), v.shape)
+
         with sg.map_values(True, noise):
             reads = Reads().bind({'params': params})
             return reads.a, reads.get_variable('params', 'a')
@@ -649,9 +721,15 @@ def test_replaced_values_and_where_gradients_go():
     assert value == 18 and grads == {'a': 0, 'b': 3} and source == {'a': 3}
 
 
-@pytest.mark.parametrize('apply', [
-    lambda variables: Reads().apply(variables), jax.jit(lambda v: Reads().apply(v)),
-    lambda v: Reads().bind(v)(1.0)], ids=['apply', 'jit', 'bind'])
+@pytest.mark.parametrize(
+    'apply',
+    [
+        lambda variables: Reads().apply(variables),
+        jax.jit(lambda v: Reads().apply(v)),
+        lambda v: Reads().bind(v)(1.0),
+    ],
+    ids=['apply', 'jit', 'bind'],
+)
 def test_values_of_another_collection(apply):
     """Evaluation with averaged parameters, in two lines."""
     average = sg.replace_values(True, 'average')
@@ -661,7 +739,8 @@ def test_values_of_another_collection(apply):
             return apply(variables)
 
     value, grads = jax.value_and_grad(loss)(
-        {'params': AB, 'average': {'a': jnp.float32(5), 'b': jnp.float32(7)}})
+        {'params': AB, 'average': {'a': jnp.float32(5), 'b': jnp.float32(7)}}
+    )
     assert value == 36
     assert grads == {'params': {'a': 0, 'b': 0}, 'average': {'a': 3, 'b': 3}}
 
@@ -685,8 +764,10 @@ class InLoop(nn.Module):
         def step(reads, c, _):
             with sg.replace_values('a', 'average'):
                 return c + reads(x), None
-        loop = nn.scan(step, variable_broadcast=self.broadcast, split_rngs={'params': False},
-                       length=2)
+
+        loop = nn.scan(
+            step, variable_broadcast=self.broadcast, split_rngs={'params': False}, length=2
+        )
         reads = Reads(name='reads')
         return loop(reads, reads(x), None)[0]
 
@@ -694,21 +775,27 @@ class InLoop(nn.Module):
 def test_a_collection_in_the_body_of_a_scan():
     average = {'reads': {'a': jnp.float32(5), 'b': jnp.float32(7)}}
     value, grads = jax.value_and_grad(InLoop().apply)(
-        {'params': {'reads': AB}, 'average': average}, 1.0)
+        {'params': {'reads': AB}, 'average': average}, 1.0
+    )
     assert value == 6 + 2 * 18
     assert grads['params']['reads'] == {'a': 3, 'b': 9}
     assert grads['average']['reads'] == {'a': 6, 'b': 0}
 
 
 def test_a_collection_that_a_scan_does_not_hand_on():
-    with pytest.raises(sg.UsageError, match=(
+    with pytest.raises(
+        sg.UsageError,
+        match=(
             r"replace_values\('a', 'average'\): the source has no variable '/reads/a' to read "
-            r"instead of '/reads/a'\. Pass a collection 'average'")):
+            r"instead of '/reads/a'\. Pass a collection 'average'"
+        ),
+    ):
         InLoop(('params',)).apply({'params': {'reads': AB}, 'average': {'reads': AB}}, 1.0)
 
 
 def test_a_target_network():
     """The critic's own target holds the parameters of a while ago; it gets no gradient."""
+
     def loss(params, target):
         reads = Reads().bind({'params': params})
         with sg.replace_values(True, target), sg.stop_gradient(True):
@@ -722,8 +809,10 @@ def test_a_target_network():
 def test_replaced_boxes_keep_their_names():
     model = nn.Dense(2, kernel_init=nn.with_partitioning(nn.initializers.ones, ('in', 'out')))
     params = model.init(jax.random.key(0), X)
-    for other in (jax.tree.map(jnp.zeros_like, params['params']),
-                  {'kernel': jnp.zeros((3, 2)), 'bias': np.zeros(2)}):
+    for other in (
+        jax.tree.map(jnp.zeros_like, params['params']),
+        {'kernel': jnp.zeros((3, 2)), 'bias': np.zeros(2)},
+    ):
         mask = sg.replace_values(True, other)
         with mask:
             assert float(abs(model.apply(params, X)).sum()) == 0
@@ -738,11 +827,18 @@ def test_what_is_no_float_passes_through():
         def __call__(self):
             return [self.variable('state', name, lambda v=v: v).value for name, v in values.items()]
 
-    values = {'count': jnp.arange(3), 'key': jax.random.key(0), 'none': None, 'text': 'x',
-              'both': (jnp.ones(2), jnp.arange(2))}
-    for mask in (sg.scale_gradient(True, 2.0, collections='state'),
-                 sg.map_gradient(True, lambda i, ct: 2 * ct, collections='state'),
-                 sg.map_values(True, lambda i, v: v + 1, collections='state')):
+    values = {
+        'count': jnp.arange(3),
+        'key': jax.random.key(0),
+        'none': None,
+        'text': 'x',
+        'both': (jnp.ones(2), jnp.arange(2)),
+    }
+    for mask in (
+        sg.scale_gradient(True, 2.0, collections='state'),
+        sg.map_gradient(True, lambda i, ct: 2 * ct, collections='state'),
+        sg.map_values(True, lambda i, v: v + 1, collections='state'),
+    ):
         with mask:
             count, key, none, text, both = Odd().apply({'state': values})
         assert none is None and text == 'x' and (count == jnp.arange(3)).all()
@@ -773,8 +869,10 @@ def test_random_nests_against_functions_by_hand(seed, jit):
     names = list(rng.choice(list(STEPS), size=rng.integers(2, 5)))
     if seed % 2:
         names.insert(int(rng.integers(len(names))), str(rng.choice(['tree', 'average'])))
-    variables = {'params': {'a': jnp.float32(0.3), 'b': jnp.float32(-0.4)},
-                 'average': {'a': jnp.float32(1.1), 'b': jnp.float32(0.9)}}
+    variables = {
+        'params': {'a': jnp.float32(0.3), 'b': jnp.float32(-0.4)},
+        'average': {'a': jnp.float32(1.1), 'b': jnp.float32(0.9)},
+    }
 
     def through(names, variables, collection, name):
         """Return what a read gives: each block takes what the one around it gives."""
@@ -798,11 +896,16 @@ def test_random_nests_against_functions_by_hand(seed, jit):
                 return reads(1.0)
             with STEPS[left[0]][0]:
                 return inside(reads, left[1:])
+
         return inside(Reads().bind(variables), names) + variables['params']['a']
 
     run = jax.jit if jit else lambda f: f
-    assert_same(run(jax.value_and_grad(ours))(variables), run(jax.value_and_grad(hand))(variables),
-                str(names), rtol=1e-6)
+    assert_same(
+        run(jax.value_and_grad(ours))(variables),
+        run(jax.value_and_grad(hand))(variables),
+        str(names),
+        rtol=1e-6,
+    )
 
 
 # Caches, threads, exceptions ----------------------------------------------------------------------
@@ -817,14 +920,19 @@ def test_each_argument_has_its_own_trace_and_an_equal_one_that_of_the_first():
         return jax.grad(lambda p: Reads().apply({'params': p}))(params)
 
     def masks():
-        return [sg.scale_gradient('a', 2.0), sg.scale_gradient('a', 3.0),
-                sg.map_gradient('a', lambda info, ct: ct * 4),
-                sg.map_gradient('a', lambda info, ct: ct * 5),
-                sg.map_values('a', lambda info, v: v * 6),
-                sg.map_values('a', lambda info, v: v * 7),
-                sg.replace_values('a', TREE), sg.constant('a'), sg.stop_gradient('a'),
-                *(sg.map_values('a', lambda info, v, k=k: v * k) for k in (8, 9)),
-                sg.scale_gradient('a', np.float32(0.5))]
+        return [
+            sg.scale_gradient('a', 2.0),
+            sg.scale_gradient('a', 3.0),
+            sg.map_gradient('a', lambda info, ct: ct * 4),
+            sg.map_gradient('a', lambda info, ct: ct * 5),
+            sg.map_values('a', lambda info, v: v * 6),
+            sg.map_values('a', lambda info, v: v * 7),
+            sg.replace_values('a', TREE),
+            sg.constant('a'),
+            sg.stop_gradient('a'),
+            *(sg.map_values('a', lambda info, v, k=k: v * k) for k in (8, 9)),
+            sg.scale_gradient('a', np.float32(0.5)),
+        ]
 
     want = [6, 9, 12, 15, 18, 21, 0, 0, 0, 24, 27, 1.5]
     for _ in range(3):
@@ -925,9 +1033,13 @@ def test_reads_are_not_kept_beyond_a_block_or_an_application():
 
 
 def test_no_tracer_is_left_behind(no_leaks):
-    for mask in (sg.scale_gradient('a', 2.0), sg.map_gradient('a', lambda i, ct: 2 * ct),
-                 sg.map_values('a', lambda i, v: v), sg.constant('a'),
-                 sg.replace_values('a', TREE)):
+    for mask in (
+        sg.scale_gradient('a', 2.0),
+        sg.map_gradient('a', lambda i, ct: 2 * ct),
+        sg.map_values('a', lambda i, v: v),
+        sg.constant('a'),
+        sg.replace_values('a', TREE),
+    ):
         with mask:  # longer than the trace
             jax.make_jaxpr(jax.grad(lambda p: Reads().apply({'params': p})))(AB)
 
@@ -963,50 +1075,85 @@ def test_a_scaled_step_costs_what_it_costs_by_hand():
 # Errors -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('make, text', [
-    (lambda: sg.scale_gradient('a', 'x'), "scale_gradient: factor='x'; expected a real number"),
-    (lambda: sg.scale_gradient('a', None), 'scale_gradient: factor=None; expected a real number'),
-    (lambda: sg.scale_gradient('a', float('nan')), 'factor=nan'),
-    (lambda: sg.scale_gradient('a', 10 ** 400), 'factor=1000.*; expected a real number'),
-    (lambda: sg.scale_gradient('a', np.ones(2)), r'factor=array\(\[1., 1.\]\); expected a real'),
-    (lambda: sg.scale_gradient('a', 1j), 'expected a real number'),
-    (lambda: sg.scale_gradient('a', jnp.complex64(1)), 'expected a real number'),
-    (lambda: sg.map_gradient('a', 3), r'map_gradient: got an object of type int for fn; expected a '
-     r'callable fn\(info, cotangent\)'),
-    (lambda: sg.map_values('a', None), r'map_values: got an object of type NoneType for fn; '
-     r'expected a callable fn\(info, value\)'),
-    (lambda: sg.replace_values('a', 3), 'replace_values: got an object of type int as source'),
-    (lambda: sg.map_values('a', lambda i, v: None)(AB),
-     r"map_values\('a', <lambda> at test_siblings.py:\d+\): the function returned .* for '/a'; "
-     'expected one array'),
-    (lambda: sg.map_values('a', lambda i, v: (v, v))(AB), "for '/a'; expected one array"),
-    (lambda: grads_of(sg.map_gradient('a', lambda i, ct: None)),
-     r"returned an object of type NoneType for the cotangent of '/a'; expected float32\[\]"),
-    (lambda: grads_of(sg.map_gradient('a', lambda i, ct: jnp.ones(2))),
-     r"returned float32\[2\] for the cotangent of '/a'; expected float32\[\]"),
-    (lambda: grads_of(sg.map_gradient('a', lambda i, ct: ct.astype(jnp.float16))),
-     r"returned float16\[\] for the cotangent of '/a'"),
-    (lambda: sg.replace_values('a', {'b': 1.0})(AB),
-     r"replace_values\('a', <tree>\): the source has no variable 'a' to read instead of '/a'. It "
-     "has: 'b'. Its paths are those of the module"),
-    (lambda: sg.replace_values('a', {'params': AB})(AB), "It has: 'params'"),
-    (lambda: sg.replace_values('a', {'a': {'x': 1.0}})(AB), "the source has no variable 'a'"),
-    (lambda: sg.replace_values('a', {'a': jnp.ones(2)})(AB),
-     r"the source has shape \(2,\) for 'a'; expected shape \(\), as '/a' is"),
-    (lambda: sg.replace_values('a', 'average')(AB), "Pass a collection 'average' with it"),
-    (lambda: grads_of(sg.replace_values('a', 'average')),
-     "no variable '/a' to read instead of '/a'"),
-])
+@pytest.mark.parametrize(
+    'make, text',
+    [
+        (lambda: sg.scale_gradient('a', 'x'), "scale_gradient: factor='x'; expected a real number"),
+        (
+            lambda: sg.scale_gradient('a', None),
+            'scale_gradient: factor=None; expected a real number',
+        ),
+        (lambda: sg.scale_gradient('a', float('nan')), 'factor=nan'),
+        (lambda: sg.scale_gradient('a', 10**400), 'factor=1000.*; expected a real number'),
+        (
+            lambda: sg.scale_gradient('a', np.ones(2)),
+            r'factor=array\(\[1., 1.\]\); expected a real',
+        ),
+        (lambda: sg.scale_gradient('a', 1j), 'expected a real number'),
+        (lambda: sg.scale_gradient('a', jnp.complex64(1)), 'expected a real number'),
+        (
+            lambda: sg.map_gradient('a', 3),
+            r'map_gradient: got an object of type int for fn; expected a '
+            r'callable fn\(info, cotangent\)',
+        ),
+        (
+            lambda: sg.map_values('a', None),
+            r'map_values: got an object of type NoneType for fn; '
+            r'expected a callable fn\(info, value\)',
+        ),
+        (lambda: sg.replace_values('a', 3), 'replace_values: got an object of type int as source'),
+        (
+            lambda: sg.map_values('a', lambda i, v: None)(AB),
+            r"map_values\('a', <lambda> at test_siblings.py:\d+\): the function returned .* for '/a'; "
+            'expected one array',
+        ),
+        (lambda: sg.map_values('a', lambda i, v: (v, v))(AB), "for '/a'; expected one array"),
+        (
+            lambda: grads_of(sg.map_gradient('a', lambda i, ct: None)),
+            r"returned an object of type NoneType for the cotangent of '/a'; expected float32\[\]",
+        ),
+        (
+            lambda: grads_of(sg.map_gradient('a', lambda i, ct: jnp.ones(2))),
+            r"returned float32\[2\] for the cotangent of '/a'; expected float32\[\]",
+        ),
+        (
+            lambda: grads_of(sg.map_gradient('a', lambda i, ct: ct.astype(jnp.float16))),
+            r"returned float16\[\] for the cotangent of '/a'",
+        ),
+        (
+            lambda: sg.replace_values('a', {'b': 1.0})(AB),
+            r"replace_values\('a', <tree>\): the source has no variable 'a' to read instead of '/a'. It "
+            "has: 'b'. Its paths are those of the module",
+        ),
+        (lambda: sg.replace_values('a', {'params': AB})(AB), "It has: 'params'"),
+        (lambda: sg.replace_values('a', {'a': {'x': 1.0}})(AB), "the source has no variable 'a'"),
+        (
+            lambda: sg.replace_values('a', {'a': jnp.ones(2)})(AB),
+            r"the source has shape \(2,\) for 'a'; expected shape \(\), as '/a' is",
+        ),
+        (lambda: sg.replace_values('a', 'average')(AB), "Pass a collection 'average' with it"),
+        (
+            lambda: grads_of(sg.replace_values('a', 'average')),
+            "no variable '/a' to read instead of '/a'",
+        ),
+    ],
+)
 def test_errors(make, text):
     with pytest.raises(sg.UsageError, match=text):
         make()
     assert nothing_is_open()
 
 
-@pytest.mark.parametrize('make', [
-    lambda p, **k: sg.scale_gradient(p, 2.0, **k), lambda p, **k: sg.map_gradient(p, min, **k),
-    lambda p, **k: sg.map_values(p, min, **k), lambda p, **k: sg.replace_values(p, 'x', **k),
-    sg.constant])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda p, **k: sg.scale_gradient(p, 2.0, **k),
+        lambda p, **k: sg.map_gradient(p, min, **k),
+        lambda p, **k: sg.map_values(p, min, **k),
+        lambda p, **k: sg.replace_values(p, 'x', **k),
+        sg.constant,
+    ],
+)
 def test_errors_that_all_transforms_share(make):
     with pytest.raises(sg.PredicateError, match='expected a string'):
         make(3)
@@ -1032,6 +1179,7 @@ def test_repr_shows_what_was_written():
 
 def test_an_optimiser_step_with_a_reversed_part():
     """Two players of one game: gradient descent for one, ascent for the other, by one optimiser."""
+
     def game(params):
         return params['x'] ** 2 - params['y'] ** 2 + params['x'] * params['y']
 

@@ -61,7 +61,8 @@ def _rebuild_sorted(names, children):
 
 
 jax.tree_util.register_pytree_node(
-    Sorted, lambda s: ([s[name] for name in sorted(s)], (tuple(s), s.scale)), _rebuild_sorted)
+    Sorted, lambda s: ([s[name] for name in sorted(s)], (tuple(s), s.scale)), _rebuild_sorted
+)
 
 
 class More(dict):
@@ -71,8 +72,10 @@ class More(dict):
 
 
 jax.tree_util.register_pytree_node(
-    More, lambda m: ([*m.values(), m.more], tuple(m)),
-    lambda names, children: More(zip(names, children[:-1], strict=True)))
+    More,
+    lambda m: ([*m.values(), m.more], tuple(m)),
+    lambda names, children: More(zip(names, children[:-1], strict=True)),
+)
 
 
 class Flat(collections.abc.Mapping):
@@ -112,8 +115,10 @@ class Titled(Items):
 
 
 jax.tree_util.register_pytree_node(
-    Titled, lambda t: (tuple(t.values()), (tuple(t), t.title)),
-    lambda aux, values: Titled(dict(zip(aux[0], values, strict=True)), aux[1]))
+    Titled,
+    lambda t: (tuple(t.values()), (tuple(t), t.title)),
+    lambda aux, values: Titled(dict(zip(aux[0], values, strict=True)), aux[1]),
+)
 
 
 class Attributes(dict):
@@ -168,14 +173,24 @@ def named(items):
 
 
 KNOWN = {  # to JAX
-    'dict': dict, 'FrozenDict': FrozenDict, 'OrderedDict': collections.OrderedDict,
-    'defaultdict': lambda items: collections.defaultdict(list, items), 'Named': named,
-    'Sorted': Sorted, 'Flat': Flat, 'haiku': lambda items: hk.data_structures.to_immutable_dict(
-        {'m': items})['m'], 'old haiku': old_haiku_dict, 'State': nnx.State,
+    'dict': dict,
+    'FrozenDict': FrozenDict,
+    'OrderedDict': collections.OrderedDict,
+    'defaultdict': lambda items: collections.defaultdict(list, items),
+    'Named': named,
+    'Sorted': Sorted,
+    'Flat': Flat,
+    'haiku': lambda items: hk.data_structures.to_immutable_dict({'m': items})['m'],
+    'old haiku': old_haiku_dict,
+    'State': nnx.State,
 }
 UNKNOWN = {
-    'proxy': types.MappingProxyType, 'UserDict': collections.UserDict, 'Attributes': Attributes,
-    'ChainMap': collections.ChainMap, 'Counter': collections.Counter, 'Keywords': keywords,
+    'proxy': types.MappingProxyType,
+    'UserDict': collections.UserDict,
+    'Attributes': Attributes,
+    'ChainMap': collections.ChainMap,
+    'Counter': collections.Counter,
+    'Keywords': keywords,
 }
 KINDS = {**KNOWN, **UNKNOWN}
 
@@ -184,14 +199,24 @@ def same_kinds(one, other):
     """Say whether two trees have equal kinds and orders of mappings all the way down."""
     if not isinstance(one, collections.abc.Mapping):
         return not isinstance(other, collections.abc.Mapping)
-    return type(one) is type(other) and list(one) == list(other) and all(
-        same_kinds(one[name], other[name]) for name in one)
+    return (
+        type(one) is type(other)
+        and list(one) == list(other)
+        and all(same_kinds(one[name], other[name]) for name in one)
+    )
 
 
 def tree_of(outer, inner, b, a):
     """Return a tree whose names are not sorted, and which has a list, a box and an empty dict."""
-    return KINDS[outer](dict(b=KINDS[inner](dict(y=b, x=a)), a=a, empty={}, layers=[a, b],
-                             box=nn.Partitioned(a, names=())))
+    return KINDS[outer](
+        dict(
+            b=KINDS[inner](dict(y=b, x=a)),
+            a=a,
+            empty={},
+            layers=[a, b],
+            box=nn.Partitioned(a, names=()),
+        )
+    )
 
 
 @pytest.mark.parametrize('inner', KINDS)
@@ -234,8 +259,10 @@ def test_optax_takes_masks_and_labels_of_every_kind(kind):
     masked = optax.masked(optax.scale(7.0), sg.path('b/x').mask)
     updates, _ = masked.update(ones, masked.init(tree))
     assert (updates['b']['x'], updates['b']['y'], updates['a']) == (7, 1, 1)
-    parts = optax.partition({'held': optax.set_to_zero(), 'rest': optax.sgd(1.0)},
-                            sg.labels({'held': 'b/x'}, tree, default='rest'))
+    parts = optax.partition(
+        {'held': optax.set_to_zero(), 'rest': optax.sgd(1.0)},
+        sg.labels({'held': 'b/x'}, tree, default='rest'),
+    )
     updates, _ = parts.update(ones, parts.init(tree))
     assert (updates['b']['x'], updates['b']['y'], updates['a']) == (0, -1, -1)
 
@@ -262,27 +289,47 @@ def test_attributes_that_are_items_are_transformed_too():
 def test_names_that_cannot_be_sorted_are_no_hindrance_to_a_dict():
     tree = {1: W, 'a': W}
     assert list(sg.map_values('1', lambda info, value: value * 2)(tree).items()) == [
-        (1, 6), ('a', 3)]
+        (1, 6),
+        ('a', 3),
+    ]
 
 
 def test_a_number_and_its_text_are_two_names():
     tree = {1: {'w': W}, '1': {'w': jnp.ones(2)}}
     assert sg.where(lambda v: v.shape == ()).mask(tree) == {1: {'w': True}, '1': {'w': False}}
     assert sg.labels({'x': lambda v: v.shape == ()}, tree, default='y') == {
-        1: {'w': 'x'}, '1': {'w': 'y'}}
+        1: {'w': 'x'},
+        '1': {'w': 'y'},
+    }
 
 
-@pytest.mark.parametrize('use', [
-    lambda tree: sg.stop_gradient(True)(tree), lambda tree: sg.everything.mask(tree),
-    lambda tree: sg.labels({'x': True}, tree)], ids=['tree', 'mask', 'labels'])
-@pytest.mark.parametrize('make, text', [
-    (lambda w: Opaque(w, w), r"a mapping of type Opaque with 'one', 'other' cannot be made with "
-     r'other values: Opaque\(dict\) gives no mapping of these alone, nor does JAX. Register it '
-     'with jax.tree_util.register_pytree_node, its items being its children, or pass a dict.'),
-    (lambda w: Stale(w, w), "a mapping of type Stale with 'b', 'a' cannot be made with other"),
-    (lambda w: More(b=w), "a mapping of type More with 'b' cannot be made with other values"),
-    (lambda w: Titled(dict(b=w), 'mine'), "a mapping of type Titled with 'b' cannot be made with"),
-], ids=['Opaque', 'Stale', 'More', 'Titled'])
+@pytest.mark.parametrize(
+    'use',
+    [
+        lambda tree: sg.stop_gradient(True)(tree),
+        lambda tree: sg.everything.mask(tree),
+        lambda tree: sg.labels({'x': True}, tree),
+    ],
+    ids=['tree', 'mask', 'labels'],
+)
+@pytest.mark.parametrize(
+    'make, text',
+    [
+        (
+            lambda w: Opaque(w, w),
+            r"a mapping of type Opaque with 'one', 'other' cannot be made with "
+            r'other values: Opaque\(dict\) gives no mapping of these alone, nor does JAX. Register it '
+            'with jax.tree_util.register_pytree_node, its items being its children, or pass a dict.',
+        ),
+        (lambda w: Stale(w, w), "a mapping of type Stale with 'b', 'a' cannot be made with other"),
+        (lambda w: More(b=w), "a mapping of type More with 'b' cannot be made with other values"),
+        (
+            lambda w: Titled(dict(b=w), 'mine'),
+            "a mapping of type Titled with 'b' cannot be made with",
+        ),
+    ],
+    ids=['Opaque', 'Stale', 'More', 'Titled'],
+)
 def test_a_mapping_that_cannot_be_made_anew_is_an_error(use, make, text):
     with pytest.raises(sg.UsageError, match=text):
         jax.jit(lambda w: jax.tree.leaves(use({'deep': make(w)})) and w)(W)
@@ -320,8 +367,11 @@ def test_a_state_stays_a_state_and_its_variables_stay_variables():
     assert jax.tree.structure(held) == jax.tree.structure(params)
     for path, gradient in nnx.to_flat_state(held):
         stopped = path[0] == 'gln' or path == ('code', 0, 'bias')
-        assert not gradient[...].any() if stopped else (
-            gradient[...] == dict(nnx.to_flat_state(live))[path][...]).all()
+        assert (
+            not gradient[...].any()
+            if stopped
+            else (gradient[...] == dict(nnx.to_flat_state(live))[path][...]).all()
+        )
     out = sg.stop_gradient('gln')(params)
     assert type(out['gln']) is nnx.State and type(out['gln']['kernel']) is nnx.Param
 
@@ -339,12 +389,20 @@ def test_labels_of_a_state_drive_an_optimiser_of_nnx():
     state = nnx.state(model, nnx.Param)
     labels = sg.labels({'gln': 'gln', 'code': 'code'}, state, default='rest')
     assert type(labels['gln']) is nnx.State and list(labels) == list(state)
-    optimiser = nnx.Optimizer(model, optax.partition({
-        'gln': optax.set_to_zero(), 'code': optax.sgd(1.0), 'rest': optax.set_to_zero()}, labels),
-        wrt=nnx.Param)
+    optimiser = nnx.Optimizer(
+        model,
+        optax.partition(
+            {'gln': optax.set_to_zero(), 'code': optax.sgd(1.0), 'rest': optax.set_to_zero()},
+            labels,
+        ),
+        wrt=nnx.Param,
+    )
     optimiser.update(model, jax.tree.map(jnp.ones_like, state))
-    moved = jax.tree.map(lambda new, old: float((old - new).mean()),
-                         nnx.to_pure_dict(nnx.state(model, nnx.Param)), before)
+    moved = jax.tree.map(
+        lambda new, old: float((old - new).mean()),
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        before,
+    )
     assert moved['gln'] == {'bias': 0, 'kernel': 0}
     assert moved['code'][0] == pytest.approx({'bias': 1, 'kernel': 1})
 
@@ -355,9 +413,12 @@ def test_optax_takes_a_mask_of_a_state_with_variables_and_without(pure):
     mask = sg.path('gln').mask(state)
     assert type(mask) is nnx.State and mask['gln']['kernel'] is True
     ones = jax.tree.map(jnp.ones_like, nnx.as_pure(state) if pure else state)
-    for freeze in (optax.masked(optax.set_to_zero(), mask), optax.freeze(mask),
-                   optax.masked(optax.set_to_zero(), sg.path('gln').mask),
-                   optax.selective_transform(optax.identity(), freeze_mask=mask)):
+    for freeze in (
+        optax.masked(optax.set_to_zero(), mask),
+        optax.freeze(mask),
+        optax.masked(optax.set_to_zero(), sg.path('gln').mask),
+        optax.selective_transform(optax.identity(), freeze_mask=mask),
+    ):
         updates, _ = freeze.update(ones, freeze.init(ones))
         assert jax.tree.structure(updates) == jax.tree.structure(ones)
         updates = nnx.to_pure_dict(updates)
@@ -368,13 +429,25 @@ def test_the_collection_of_a_variable_is_that_of_its_type():
     class Own(nnx.Param):
         pass
 
-    state = nnx.State({'bn': nnx.state(Net())['bn'].raw_mapping, 'own': Own(W),
-                       'mine': nnx.Variable(W), 'key': nnx.RngKey(jax.random.key(0))})
+    state = nnx.State(
+        {
+            'bn': nnx.state(Net())['bn'].raw_mapping,
+            'own': Own(W),
+            'mine': nnx.Variable(W),
+            'key': nnx.RngKey(jax.random.key(0)),
+        }
+    )
     seen = {}
     sg.where(lambda v: not seen.update({v.name: (v.collection, v.shape)})).mask(state)
-    assert seen == {'bn/bias': ('params', (3,)), 'bn/scale': ('params', (3,)),
-                    'bn/mean': ('batch_stats', (3,)), 'bn/var': ('batch_stats', (3,)),
-                    'own': ('params', ()), 'mine': ('Variable', ()), 'key': ('RngKey', ())}
+    assert seen == {
+        'bn/bias': ('params', (3,)),
+        'bn/scale': ('params', (3,)),
+        'bn/mean': ('batch_stats', (3,)),
+        'bn/var': ('batch_stats', (3,)),
+        'own': ('params', ()),
+        'mine': ('Variable', ()),
+        'key': ('RngKey', ()),
+    }
     mask = sg.from_nnx(nnx.BatchStat).mask(state)
     assert (mask['bn']['mean'], mask['bn']['scale']) == (True, False)
 

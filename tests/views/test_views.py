@@ -48,6 +48,7 @@ def loop(p, x):
     def body(c, i):
         c = jnp.tanh(p['a'] * c + p['b'] * x + c * c)
         return c, c * p['b']
+
     c, ys = jax.lax.scan(body, x, jnp.arange(3))
     return {'c': c, 'ys': ys, 'n': (ys > 0).sum(), 'late': x > 0}
 
@@ -62,14 +63,17 @@ def fori(p, x):
 
 @jax.custom_jvp
 def cube(x):
-    return x ** 3
+    return x**3
 
 
 cube.defjvp(lambda primals, tangents: (cube(*primals), 5 * primals[0] ** 2 * tangents[0]))
 
 
 FUNCTIONS = {
-    'product': product, 'loop': loop, 'branch': branch, 'fori': fori,
+    'product': product,
+    'loop': loop,
+    'branch': branch,
+    'fori': fori,
     'remat': jax.checkpoint(lambda p, x: loop(p, x)['ys']),
     'jit': jax.jit(lambda p, x: (jnp.sin(p['a'] * p['b']) * x, x * 2)),
     'rule': lambda p, x: cube(p['a'] * p['b']) * x,
@@ -78,17 +82,22 @@ FUNCTIONS = {
 
 def by_hand(fn, entries=LIVE):
     """Return the entries, each a run of its own."""
+
     def run(params, *args):
         held = lambda live: {
-            k: v if k in live else jax.lax.stop_gradient(v) for k, v in params.items()}
+            k: v if k in live else jax.lax.stop_gradient(v) for k, v in params.items()
+        }
         return {name: fn(held(live), *args) for name, live in entries.items()}
+
     return run
 
 
 def squared(fn):
     """Make a loss that is not linear in the outputs, so that derivatives mix the entries."""
+
     def loss(*args):
         return scalar(lambda: fn(*args))() ** 2 + scalar(lambda: fn(*args))()
+
     return loss
 
 
@@ -112,9 +121,11 @@ ORDERS = {
     'third': lambda f: GRAD(total(GRAD(total(GRAD(f))))),
     'vmap of grad': lambda f: lambda p, x: jax.vmap(GRAD(f), (None, 0))(p, jnp.stack([x, -x])),
     'grad of vmap': lambda f: GRAD(
-        lambda p, x: jax.vmap(f, (None, 0))(p, jnp.stack([x, 2 * x])).sum()),
-    'grad of scan': lambda f: GRAD(lambda p, x: jax.lax.scan(
-        lambda c, _: (c / 2 + f(p, c / 9), None), x, None, length=2)[0]),
+        lambda p, x: jax.vmap(f, (None, 0))(p, jnp.stack([x, 2 * x])).sum()
+    ),
+    'grad of scan': lambda f: GRAD(
+        lambda p, x: jax.lax.scan(lambda c, _: (c / 2 + f(p, c / 9), None), x, None, length=2)[0]
+    ),
     'hessian of remat': lambda f: jax.hessian(jax.checkpoint(f), (0, 1)),
 }
 
@@ -149,8 +160,10 @@ def test_forward_mode_where_there_is_no_reverse():
     def body(p, x):
         return jax.lax.while_loop(lambda c: c < 5, lambda c: c * (1 + p['a'] * p['b']), x)
 
-    got, want = (jax.jit(FORWARD(squared(f)))(AB, 0.5)
-                 for f in (sg.gradient_views(ENTRIES)(body), by_hand(body)))
+    got, want = (
+        jax.jit(FORWARD(squared(f)))(AB, 0.5)
+        for f in (sg.gradient_views(ENTRIES)(body), by_hand(body))
+    )
     assert_same(got, want, 'jacfwd', rtol=1e-4)
 
 
@@ -163,12 +176,26 @@ clipped.defvjp(lambda v: (v, v), lambda v, ct: (jnp.clip(ct, -0.1, 0.1) + 0 * v,
 
 
 @pytest.mark.thinned(2)
-@pytest.mark.parametrize('wrap', [lambda f: f, jax.jit, jax.checkpoint, lambda f: lambda p, x: (
-    jax.lax.scan(lambda c, _: (c + f(p, x), None), 0.0, None, length=2)[0])],
-    ids=['plain', 'jit', 'remat', 'scan'])
-@pytest.mark.parametrize('clip', [
-    lambda p: jax.tree.map(clipped, p),
-    sg.map_gradient(True, lambda info, ct: jnp.clip(ct, -0.1, 0.1))], ids=['custom_vjp', 'mapped'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda f: f,
+        jax.jit,
+        jax.checkpoint,
+        lambda f: (
+            lambda p, x: jax.lax.scan(lambda c, _: (c + f(p, x), None), 0.0, None, length=2)[0]
+        ),
+    ],
+    ids=['plain', 'jit', 'remat', 'scan'],
+)
+@pytest.mark.parametrize(
+    'clip',
+    [
+        lambda p: jax.tree.map(clipped, p),
+        sg.map_gradient(True, lambda info, ct: jnp.clip(ct, -0.1, 0.1)),
+    ],
+    ids=['custom_vjp', 'mapped'],
+)
 def test_rules_for_reverse_mode_alone(wrap, clip):
 
     def fn(p, x):
@@ -184,16 +211,21 @@ def test_collectives_and_effects_in_the_target():
         jax.debug.callback(seen.append, x)
         mean = jax.lax.pmean(p['a'] * x, 'i')
         place = 1.0 + jax.lax.axis_index('i')
-        return p['b'] * mean ** 2 * place + p['a'] * jnp.sin(place)
+        return p['b'] * mean**2 * place + p['a'] * jnp.sin(place)
 
     def grad(fn):
         def loss(p, xs):
             out = jax.vmap(fn, (None, 0), axis_name='i')(p, xs)
-            return sum((k + 1) * (v ** 2).sum() for k, v in enumerate(out.values()))
+            return sum((k + 1) * (v**2).sum() for k, v in enumerate(out.values()))
+
         return jax.jit(jax.grad(loss, (0, 1)))
 
-    by_place = jax.vmap(sg.gradient_views({'a': 'a'})(
-        lambda p: p['a'] * jax.lax.axis_index('i')), None, axis_name='i', axis_size=3)(AB)
+    by_place = jax.vmap(
+        sg.gradient_views({'a': 'a'})(lambda p: p['a'] * jax.lax.axis_index('i')),
+        None,
+        axis_name='i',
+        axis_size=3,
+    )(AB)
     assert_same(by_place['a'], AB['a'] * jnp.arange(3.0), 'value')
 
     seen, xs = [], jnp.array([0.5, 1.0, 2.0])
@@ -210,22 +242,29 @@ def test_on_eight_devices():
 
     def loss(mapped):
         def run(p, x):
-            out = mapped(lambda p, x: {k: jax.lax.psum(v, 'i') for k, v in views(target)(
-                p, x).items()})(p, x)
+            out = mapped(
+                lambda p, x: {k: jax.lax.psum(v, 'i') for k, v in views(target)(p, x).items()}
+            )(p, x)
             return (out['a'] ** 2 + 3 * out['b'] ** 3).sum()
+
         return run
 
     def target(p, x):
         return jnp.tanh(p['a'] * x) * p['b']
 
     shard = lambda f: jax.shard_map(
-        f, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), spec),
-        out_specs=jax.sharding.PartitionSpec())
+        f,
+        mesh=mesh,
+        in_specs=(jax.sharding.PartitionSpec(), spec),
+        out_specs=jax.sharding.PartitionSpec(),
+    )
     x = jnp.linspace(-1, 1, 8)
-    got = jax.jit(jax.grad(loss(shard), (0, 1)))(AB, jax.device_put(
-        x, jax.sharding.NamedSharding(mesh, spec)))
-    batch = lambda f: lambda p, x: jax.tree.map(
-        lambda v: v[:1], jax.vmap(f, (None, 0), axis_name='i')(p, x))
+    got = jax.jit(jax.grad(loss(shard), (0, 1)))(
+        AB, jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    )
+    batch = lambda f: (
+        lambda p, x: jax.tree.map(lambda v: v[:1], jax.vmap(f, (None, 0), axis_name='i')(p, x))
+    )
     want = jax.jit(jax.grad(loss(batch), (0, 1)))(AB, x)
     assert_same(got, want, 'sharded', rtol=1e-5)
     assert got[1].sharding.spec == spec
@@ -244,26 +283,42 @@ def test_overlapping_and_uncovered_parameters():
 
 def test_what_the_target_closes_over_is_differentiated_in_every_entry():
     def loss(p, x, y):
-        out = sg.gradient_views({'a': 'a', 'b': 'b'})(lambda p: jax.lax.scan(
-            lambda c, _: (c * p['a'] * x, c * y), p['b'], None, length=2))(p)
+        out = sg.gradient_views({'a': 'a', 'b': 'b'})(
+            lambda p: jax.lax.scan(lambda c, _: (c * p['a'] * x, c * y), p['b'], None, length=2)
+        )(p)
         return sum(c + ys.sum() for c, ys in out.values())
 
     for run in (lambda f: f, jax.jit):
         grads = run(jax.grad(loss, (0, 1, 2)))({'a': 2.0, 'b': 3.0}, 5.0, 7.0)
         # b(ax)² + by + baxy, where each entry has the derivative with respect to x and y.
         assert jax.tree.map(float, grads) == (
-            {'a': 300 + 105, 'b': 100 + 7 + 70}, 2 * (120 + 42), 2 * (3 + 30))
+            {'a': 300 + 105, 'b': 100 + 7 + 70},
+            2 * (120 + 42),
+            2 * (3 + 30),
+        )
 
 
 def test_leaves_of_every_kind_pass_through():
     key = jax.random.key(3)
 
     def fn(p, x):
-        return {'key': key, 'n': p['n'] + 1, 'none': None, 'flag': x > 0, 'half': p['h'] * x,
-                'complex': p['z'] * x, 'same': x, 'text': p['box'].value * 2}
+        return {
+            'key': key,
+            'n': p['n'] + 1,
+            'none': None,
+            'flag': x > 0,
+            'half': p['h'] * x,
+            'complex': p['z'] * x,
+            'same': x,
+            'text': p['box'].value * 2,
+        }
 
-    params = {'n': jnp.int32(3), 'h': jnp.bfloat16(0.5), 'z': jnp.complex64(1j),
-              'box': nn.Partitioned(jnp.float32(3), ('x',))}
+    params = {
+        'n': jnp.int32(3),
+        'h': jnp.bfloat16(0.5),
+        'z': jnp.complex64(1j),
+        'box': nn.Partitioned(jnp.float32(3), ('x',)),
+    }
     views = sg.gradient_views({'h': 'h', 'z': ['z', 'box']})(fn)
     out = jax.jit(views)(freeze(params), jnp.float32(2))
     for entry in out.values():
@@ -271,8 +326,11 @@ def test_leaves_of_every_kind_pass_through():
 
     def loss(p, x):
         out = views({**params, **p}, x)
-        return out['h']['half'].astype(float) * 3 + jnp.imag(out['h']['complex']) + (
-            jnp.imag(out['z']['complex']) * 5 + out['h']['text'] + 11 * out['z']['text'])
+        return (
+            out['h']['half'].astype(float) * 3
+            + jnp.imag(out['h']['complex'])
+            + (jnp.imag(out['z']['complex']) * 5 + out['h']['text'] + 11 * out['z']['text'])
+        )
 
     params.pop('n')
     params = {'n': jnp.int32(3), **params}
@@ -298,14 +356,18 @@ class Core(nn.Module):
         self.gain = self.param('gain', nn.initializers.ones, (3,))
         self.derived = jnp.exp(self.gain)
         self.cell = nn.scan(
-            Cell, variable_broadcast='params', variable_axes={'intermediates': 0},
-            split_rngs={'params': False, 'dropout': True}, length=2)()
+            Cell,
+            variable_broadcast='params',
+            variable_axes={'intermediates': 0},
+            split_rngs={'params': False, 'dropout': True},
+            length=2,
+        )()
         self.norm = nn.BatchNorm(use_running_average=False)
         self.again = nn.remat(nn.jit(nn.Dense))(3)
 
     def __call__(self, x, *, power=1, flip=False):
         h, hs = self.cell(x, jnp.stack([x, -x]))
-        h = self.again(self.norm(h)) * self.derived ** power
+        h = self.again(self.norm(h)) * self.derived**power
         return {'h': -h if flip else h, 'hs': hs, 'n': (h > 0).sum()}
 
     def run(self, x, **kwargs):
@@ -318,10 +380,13 @@ class Core(nn.Module):
 
 PREDICATES = {'gln': '**/gln', 'rest': ['gain', 'again'], 'few': 'cell/code/bias'}
 VIEWS = sg.gradient_views(PREDICATES)
-OUTER = {name: f'core/{p}' if isinstance(p, str) else [f'core/{q}' for q in p]
-         for name, p in PREDICATES.items()}
-BESIDE = {name: f'../{p}' if isinstance(p, str) else [f'../{q}' for q in p]
-          for name, p in OUTER.items()}
+OUTER = {
+    name: f'core/{p}' if isinstance(p, str) else [f'core/{q}' for q in p]
+    for name, p in PREDICATES.items()
+}
+BESIDE = {
+    name: f'../{p}' if isinstance(p, str) else [f'../{q}' for q in p] for name, p in OUTER.items()
+}
 
 
 class Whole(nn.Module):
@@ -344,8 +409,9 @@ class Whole(nn.Module):
             case 'decorated':
                 out = self.decorated(x)
             case 'argument':
-                out = sg.gradient_views(BESIDE)(
-                    lambda head, core: core(x, **kwargs))(self.head, self.core)
+                out = sg.gradient_views(BESIDE)(lambda head, core: core(x, **kwargs))(
+                    self.head, self.core
+                )
             case 'method around':
                 out = around_method(self, x)
             case _:
@@ -362,25 +428,39 @@ def around_method(whole, x):
     return whole.core(x, power=2, flip=True)
 
 
-USES = ['module', 'method', 'function', 'decorated', 'argument', 'method around', 'class',
-        'unbound']
+USES = [
+    'module',
+    'method',
+    'function',
+    'decorated',
+    'argument',
+    'method around',
+    'class',
+    'unbound',
+]
 RNGS = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
 WHOLE = Whole().init(RNGS, X)
 
 
 def select(params, names):
     """Return the parameters with those of the core stopped that an entry does not select."""
+
     def leaf(path, p):
         path = '/'.join(k.key for k in path if hasattr(k, 'key'))
-        chosen = {'gln': '/gln/' in path, 'rest': path.startswith(('core/gain', 'core/again')),
-                  'few': path == 'core/cell/code/bias'}
+        chosen = {
+            'gln': '/gln/' in path,
+            'rest': path.startswith(('core/gain', 'core/again')),
+            'few': path == 'core/cell/code/bias',
+        }
         live = path.startswith('head') or any(chosen[n] for n in names)
         return p if live else jax.lax.stop_gradient(p)
+
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def by_runs(mutable):
     """Return the whole model, run once for each entry, and for the state once more."""
+
     def run(variables, x):
         out, state = {}, None
         for name in [*PREDICATES, None]:
@@ -391,6 +471,7 @@ def by_runs(mutable):
         if 'params' in state:
             state['params'] = variables['params']
         return out, state
+
     return run
 
 
@@ -409,6 +490,7 @@ def test_each_target(use, mutable):
         def loss(variables, x):
             out = f(variables, x)
             return scalar(lambda: out)(), out
+
         return traced(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
     got, want = (grads(f)(variables, X) for f in (run, by_runs(mutable)))
@@ -425,7 +507,8 @@ def test_tabulate_and_eval_shape(use):
     variables = {k: v for k, v in WHOLE.items() if k != 'intermediates'}
     of = lambda model: (
         jax.eval_shape(model.init, RNGS, X),
-        jax.eval_shape(functools.partial(model.apply, rngs=RNGS, mutable=True), variables, X))
+        jax.eval_shape(functools.partial(model.apply, rngs=RNGS, mutable=True), variables, X),
+    )
     assert of(Whole(use)) == of(Whole())
     if use != 'method':  # a call of a method other than __call__ has a row of its own
         assert Whole(use).tabulate(RNGS, X) == Whole().tabulate(RNGS, X)
@@ -496,13 +579,18 @@ def test_views_in_the_body_of_a_lifted_transform(where, mutable):
             return (c, None) if 'scan' in where or where == 'split' else c
 
     lifts = {
-        'scan': functools.partial(nn.scan, variable_broadcast='params',
-                                  split_rngs={'params': False}, length=3),
-        'split': functools.partial(nn.scan, variable_axes={'params': 0},
-                                   split_rngs={'params': True}, length=3),
-        'remat': nn.remat, 'jit': nn.jit,
-        'vmap': functools.partial(nn.vmap, variable_axes={'params': None},
-                                  split_rngs={'params': False})}
+        'scan': functools.partial(
+            nn.scan, variable_broadcast='params', split_rngs={'params': False}, length=3
+        ),
+        'split': functools.partial(
+            nn.scan, variable_axes={'params': 0}, split_rngs={'params': True}, length=3
+        ),
+        'remat': nn.remat,
+        'jit': nn.jit,
+        'vmap': functools.partial(
+            nn.vmap, variable_axes={'params': None}, split_rngs={'params': False}
+        ),
+    }
     x = jnp.array([0.1, 0.2]) if where == 'vmap' else jnp.float32(0.3)
     model = lifts[where](Body)()
     variables = jax.tree.map(lambda p: p * 0.7, model.init(jax.random.key(0), x))
@@ -515,7 +603,7 @@ def test_views_in_the_body_of_a_lifted_transform(where, mutable):
         two, stop = variables['params']['two'], jax.lax.stop_gradient
         for i in range(3 if where in ('scan', 'split') else 1):
             a, b = (two[n][i] if where == 'split' else two[n] for n in 'ab')
-            x = jnp.tanh(a ** 2 * stop(b ** 2) * x + 2 * (stop(a ** 2 * b) * b * x) ** 2 + x)
+            x = jnp.tanh(a**2 * stop(b**2) * x + 2 * (stop(a**2 * b) * b * x) ** 2 + x)
         return jnp.sum(x)
 
     for order in (GRAD, lambda f: jax.hessian(f, (0, 1))):
@@ -548,13 +636,17 @@ def derivatives(fn, run=lambda f: f):
     return jax.tree.map(float, run(jax.jacrev(of, (0, 1)))(2.0, 3.0))
 
 
-@pytest.mark.parametrize('cls, target', [
-    (Pair, lambda pair: VIEWS_PAIR(HELD(pair))),
-    (Pair, lambda pair: VIEWS_PAIR(HELD(pair).__call__)),
-    (lambda: VIEWS_PAIR(HELD(Pair))(), lambda pair: pair),
-    (lambda: HELD(VIEWS_PAIR(Pair))(), lambda pair: pair),
-    (lambda: VIEWS_PAIR(HELD(Pair())), lambda pair: pair),
-], ids=['mirror', 'method', 'class', 'class of views', 'unbound'])
+@pytest.mark.parametrize(
+    'cls, target',
+    [
+        (Pair, lambda pair: VIEWS_PAIR(HELD(pair))),
+        (Pair, lambda pair: VIEWS_PAIR(HELD(pair).__call__)),
+        (lambda: VIEWS_PAIR(HELD(Pair))(), lambda pair: pair),
+        (lambda: HELD(VIEWS_PAIR(Pair))(), lambda pair: pair),
+        (lambda: VIEWS_PAIR(HELD(Pair())), lambda pair: pair),
+    ],
+    ids=['mirror', 'method', 'class', 'class of views', 'unbound'],
+)
 def test_views_of_what_is_held_and_the_other_way_round(cls, target):
     class Net(nn.Module):
         def setup(self):
@@ -564,7 +656,9 @@ def test_views_of_what_is_held_and_the_other_way_round(cls, target):
             return target(self.pair)(x)
 
     assert derivatives(lambda pair: Net().apply({'params': {'pair': pair}}, 1.0)) == {
-        'a': (0, 0), 'b': (0, 24)}
+        'a': (0, 0),
+        'b': (0, 24),
+    }
 
 
 def run_pair(pair, x):
@@ -573,6 +667,7 @@ def run_pair(pair, x):
 
 def doubled(pair, x):
     """The rule doubles the parameters' cotangents."""
+
     def backward(pullback, ct):
         params, x_bar = pullback(ct)
         return jax.tree.map(lambda g: 2 * g, params), x_bar
@@ -593,9 +688,15 @@ def pushed_forward(pair, x):
 
 
 @pytest.mark.parametrize('mutable', [False, ['params']])
-@pytest.mark.parametrize('target, want', [
-    (run_pair, (36, 24)), (doubled, (72, 48)), (pulled_back, (18, 24)),
-    (pushed_forward, (18, 24))])
+@pytest.mark.parametrize(
+    'target, want',
+    [
+        (run_pair, (36, 24)),
+        (doubled, (72, 48)),
+        (pulled_back, (18, 24)),
+        (pushed_forward, (18, 24)),
+    ],
+)
 def test_derivatives_of_flax_in_the_target(target, want, mutable):
     def run(params):
         out = Pair().apply({'params': params}, 1.0, mutable=mutable, method=VIEWS_PAIR(target))
@@ -618,7 +719,7 @@ def test_views_inside_views():
         stop = jax.lax.stop_gradient
         p = {k: v if k in live else stop(v) for k, v in p.items()}
         one, two = p['a'] ** 2 * stop(p['b']), stop(p['a']) ** 2 * p['b']
-        return {'mixed': one * two ** 2, 'plain': p['a'] * p['b']}
+        return {'mixed': one * two**2, 'plain': p['a'] * p['b']}
 
     want = lambda p: {'x': by_hand(p, 'a'), 'y': by_hand(p, 'ab'), 'z': by_hand(p, 'b')}
     for order in (jax.grad, jax.hessian, lambda f: jax.grad(total(jax.grad(total(jax.grad(f)))))):
@@ -651,12 +752,19 @@ def test_a_module_captured_by_the_target_is_covered():
                 return self.two(x) + self.other(x[None])
             live = self.two.get_variable('params', 'a')  # read before
             views = sg.gradient_views({'a': '../two/a', 'none': sg.nothing})
-            out = views(lambda other: live * self.two.get_variable('params', 'a')
-                        * self.two.get_variable('params', 'b'))(self.other)
+            out = views(
+                lambda other: (
+                    live
+                    * self.two.get_variable('params', 'a')
+                    * self.two.get_variable('params', 'b')
+                )
+            )(self.other)
             return out['a'] + 10 * out['none']
 
-    params = {'two': {'a': 2.0, 'b': 3.0}, 'other': {'kernel': jnp.ones((1, 1)),
-                                                     'bias': jnp.ones(1)}}
+    params = {
+        'two': {'a': 2.0, 'b': 3.0},
+        'other': {'kernel': jnp.ones((1, 1)), 'bias': jnp.ones(1)},
+    }
     got = jax.grad(lambda p: Net().apply({'params': p}, jnp.float32(1)))(params)['two']
     assert jax.tree.map(float, got) == {'a': 6 + 66, 'b': 0}
 
@@ -664,6 +772,7 @@ def test_a_module_captured_by_the_target_is_covered():
 @pytest.mark.parametrize('wrap', [jax.checkpoint, jax.jit, lambda f: f])
 def test_a_captured_module_read_in_a_function_that_is_run_again(wrap):
     """What is recomputed in the linear map of one entry is a constant of that entry too."""
+
     class Net(nn.Module):
         def setup(self):
             self.two, self.other = Two(), nn.Dense(1)
@@ -674,7 +783,8 @@ def test_a_captured_module_read_in_a_function_that_is_run_again(wrap):
             read = lambda name: self.two.get_variable('params', name)
             views = sg.gradient_views({'a': '../two/a', 'b': '../two/b'})
             return views(lambda other: wrap(lambda x: jnp.sin(read('a') * x) * read('b') ** 2)(x))(
-                self.other)
+                self.other
+            )
 
     def hand(p, x):
         held = lambda name: {k: v if k == name else jax.lax.stop_gradient(v) for k, v in p.items()}
@@ -697,8 +807,9 @@ def test_collections():
     variables = {'params': {'w': 2.0}, 'consts': {'scale': 3.0}}
     for collections, want in (('params', 2), (['params', 'consts'], 0)):
         views = sg.gradient_views({'w': 'w'}, collections=collections)
-        grads = jax.grad(lambda v, f=views: Net().apply(
-            v, 1.0, method=f(Net.__call__))['w'])(variables)
+        grads = jax.grad(lambda v, f=views: Net().apply(v, 1.0, method=f(Net.__call__))['w'])(
+            variables
+        )
         assert (grads['params']['w'], grads['consts']['scale']) == (3, want)
 
 
@@ -724,23 +835,35 @@ def test_what_is_written_is_constant_in_the_parameters_and_live_in_inputs():
         def __call__(self, x):
             w, v = (self.param(n, nn.initializers.ones, ()) for n in 'wv')
             self.sow('losses', 'out', w * v * x)
-            self.put_variable('state', 'last', w * x ** 2)
+            self.put_variable('state', 'last', w * x**2)
             return w * v * x
 
     def run(params, x, what):
         views = sg.gradient_views({'w': 'w'})
-        out, new = Net().apply({'params': params, 'state': {'last': 0.0}}, x,
-                               mutable=['losses', 'state', 'params'], method=views(Net.__call__))
+        out, new = Net().apply(
+            {'params': params, 'state': {'last': 0.0}},
+            x,
+            mutable=['losses', 'state', 'params'],
+            method=views(Net.__call__),
+        )
         new['losses'] = new['losses']['out'][0]
-        return {'out': out['w'], 'last': new['state']['last'], 'sown': new['losses'],
-                'kept': new['params']['v']}[what]
+        return {
+            'out': out['w'],
+            'last': new['state']['last'],
+            'sown': new['losses'],
+            'kept': new['params']['v'],
+        }[what]
 
     params = {'w': 2.0, 'v': 3.0}
-    grads = {what: jax.grad(run, (0, 1))(params, 5.0, what)
-             for what in ('out', 'last', 'sown', 'kept')}
+    grads = {
+        what: jax.grad(run, (0, 1))(params, 5.0, what) for what in ('out', 'last', 'sown', 'kept')
+    }
     assert grads == {
-        'out': ({'w': 15, 'v': 0}, 6), 'last': ({'w': 0, 'v': 0}, 20),
-        'sown': ({'w': 0, 'v': 0}, 6), 'kept': ({'w': 0, 'v': 1}, 0)}
+        'out': ({'w': 15, 'v': 0}, 6),
+        'last': ({'w': 0, 'v': 0}, 20),
+        'sown': ({'w': 0, 'v': 0}, 6),
+        'kept': ({'w': 0, 'v': 1}, 0),
+    }
 
 
 def test_no_stale_traces_and_no_retracing():
@@ -755,8 +878,11 @@ def test_no_stale_traces_and_no_retracing():
         @nn.compact
         def __call__(self, x):
             traces.append(x)
-            return self.param('a', nn.initializers.ones, ()) ** 2 * self.param(
-                'b', nn.initializers.ones, ()) * x
+            return (
+                self.param('a', nn.initializers.ones, ()) ** 2
+                * self.param('b', nn.initializers.ones, ())
+                * x
+            )
 
     Compiled = nn.jit(Traced)
     bound = Net().bind({'params': {'t': {'a': jnp.float32(2), 'b': jnp.float32(3)}}})
@@ -765,13 +891,15 @@ def test_no_stale_traces_and_no_retracing():
         def loss(p):
             model = Net().bind({'params': p})
             return mask(lambda m, x: m(x))(model, 1.0)
+
         return grads_of(lambda v: loss(v['params']), bound.variables['params'])['t']
 
     plain = lambda fn: fn
-    of = {'a': lambda: lambda fn: lambda *x: sg.gradient_views({'a': 't/a', 'b': 't/b'})(fn)(
-              *x)['a'],
-          'b': lambda: lambda fn: lambda *x: sg.gradient_views({'b': 't/b'})(fn)(*x)['b'],
-          'plain': lambda: plain}
+    of = {
+        'a': lambda: lambda fn: lambda *x: sg.gradient_views({'a': 't/a', 'b': 't/b'})(fn)(*x)['a'],
+        'b': lambda: lambda fn: lambda *x: sg.gradient_views({'b': 't/b'})(fn)(*x)['b'],
+        'plain': lambda: plain,
+    }
     want = {'a': {'a': 12, 'b': 0}, 'b': {'a': 0, 'b': 4}, 'plain': {'a': 12, 'b': 4}}
     counts = []
     for order in (['plain', 'a', 'b'], ['b', 'a', 'plain'], ['a', 'plain', 'b']):
@@ -782,18 +910,25 @@ def test_no_stale_traces_and_no_retracing():
 
 
 # Their unions read alike, a | b | a, so that nothing but the entries tells one from another.
-WAYS = {'1': {'x': 'a', 'y': ['b', 'a']}, '2': {'x': 'a', 'y': 'b', 'z': 'a'},
-        '3': {'x': ['a', 'b'], 'y': 'a'}}
+WAYS = {
+    '1': {'x': 'a', 'y': ['b', 'a']},
+    '2': {'x': 'a', 'y': 'b', 'z': 'a'},
+    '3': {'x': ['a', 'b'], 'y': 'a'},
+}
 ONE, TWO, BOTH, NEITHER = (36, 0), (0, 24), (36, 24), (0, 0)  # the derivatives of `Pair`
-WANT = {'1': {'x': ONE, 'y': BOTH}, '2': {'x': ONE, 'y': TWO, 'z': ONE},
-        '3': {'x': BOTH, 'y': ONE}, 'p': BOTH, 'h': TWO,
-        'n': {'x': {'x': ONE, 'y': ONE}, 'y': {'x': NEITHER, 'y': TWO}, 'z': {'x': ONE, 'y': ONE}}}
+WANT = {
+    '1': {'x': ONE, 'y': BOTH},
+    '2': {'x': ONE, 'y': TWO, 'z': ONE},
+    '3': {'x': BOTH, 'y': ONE},
+    'p': BOTH,
+    'h': TWO,
+    'n': {'x': {'x': ONE, 'y': ONE}, 'y': {'x': NEITHER, 'y': TWO}, 'z': {'x': ONE, 'y': ONE}},
+}
 
 
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['eager', 'jit'])
-@pytest.mark.parametrize('order', [
-    '12', '21', '132', '31p2', 'p12', 'h12p', '1h2', 'n21', '1n2'])
+@pytest.mark.parametrize('order', ['12', '21', '132', '31p2', 'p12', 'h12p', '1h2', 'n21', '1n2'])
 def test_one_jitted_function_called_in_different_views(order, run):
     """p is the plain call, h in a block that holds a, and n is view 1 in view 2."""
     views = {way: sg.gradient_views(entries) for way, entries in WAYS.items()}
@@ -836,7 +971,8 @@ def test_threads(no_leaks):
         start.wait()
         for _ in range(5):
             found.setdefault(i, []).append(
-                jax.grad(lambda p: views(p)['ab'[i % 2]])({'a': 2.0, 'b': 3.0})['ab'[i % 2]])
+                jax.grad(lambda p: views(p)['ab'[i % 2]])({'a': 2.0, 'b': 3.0})['ab'[i % 2]]
+            )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -869,29 +1005,65 @@ def test_an_optimiser_step_moves_each_part_by_its_own_loss():
 UNBOUND = Two()
 
 
-@pytest.mark.parametrize('make, error, text', [
-    (lambda: sg.gradient_views({}), sg.UsageError,
-     r"expected a dict of predicates, such as \{'gln': .*; got an empty one"),
-    (lambda: sg.gradient_views('gln'), sg.UsageError, 'expected a dict .*; got str'),
-    (lambda: sg.gradient_views({'a': 3}), sg.PredicateError, 'gradient_views.* expected a string'),
-    (lambda: sg.gradient_views({'a': 'a'}, collections=3), sg.PredicateError, 'collections=3'),
-    (lambda: VIEWS(3), sg.UsageError, 'object of type int; expected a flax.linen.Module class or'),
-    (lambda: VIEWS(UNBOUND.apply), sg.UsageError,
-     r"'apply' is a method of a module that is not bound. Pass method= to apply: model.apply\("
-     r'variables, x, method=views\(Two.__call__\)\)'),
-    *[(lambda target=target: target(UNBOUND.bind({'params': AB})), sg.UsageError,
-       r"what 'apply' reads is of another root than the module that it is a method of\. Pass "
-       r'method= to apply: model\.apply\(variables, x, method=views\(Two\.__call__\)\)')
-      for target in (lambda two: VIEWS(two.apply)({'params': AB}, 1.0),
-                     lambda two: VIEWS(type(two).apply)(two, {'params': AB}, 1.0))],
-    (lambda: VIEWS(lambda x: x)(3), sg.UsageError, 'nested dict of parameters; got an object of '),
-    (lambda: VIEWS(lambda: 0)(), sg.UsageError, 'got no argument'),
-    (lambda: VIEWS(lambda m: 0)(UNBOUND), sg.UsageError, 'got a module that is not bound'),
-    (lambda: sg.gradient_views({'a': 'a', 'c': 'cc'})(len)(AB), sg.UnmatchedPathError,
-     r"gradient_views\(\{'a': 'a', 'c': 'cc'\}\): no variable of the tree matches 'cc'"),
-    (lambda: UNBOUND.apply({'params': AB}, 1.0, method=sg.gradient_views({'a': 'a', 'c': 'cc'})(
-        Two.__call__)), sg.UnmatchedPathError, "no variable of '/' matches 'cc'"),
-])
+@pytest.mark.parametrize(
+    'make, error, text',
+    [
+        (
+            lambda: sg.gradient_views({}),
+            sg.UsageError,
+            r"expected a dict of predicates, such as \{'gln': .*; got an empty one",
+        ),
+        (lambda: sg.gradient_views('gln'), sg.UsageError, 'expected a dict .*; got str'),
+        (
+            lambda: sg.gradient_views({'a': 3}),
+            sg.PredicateError,
+            'gradient_views.* expected a string',
+        ),
+        (lambda: sg.gradient_views({'a': 'a'}, collections=3), sg.PredicateError, 'collections=3'),
+        (
+            lambda: VIEWS(3),
+            sg.UsageError,
+            'object of type int; expected a flax.linen.Module class or',
+        ),
+        (
+            lambda: VIEWS(UNBOUND.apply),
+            sg.UsageError,
+            r"'apply' is a method of a module that is not bound. Pass method= to apply: model.apply\("
+            r'variables, x, method=views\(Two.__call__\)\)',
+        ),
+        *[
+            (
+                lambda target=target: target(UNBOUND.bind({'params': AB})),
+                sg.UsageError,
+                r"what 'apply' reads is of another root than the module that it is a method of\. Pass "
+                r'method= to apply: model\.apply\(variables, x, method=views\(Two\.__call__\)\)',
+            )
+            for target in (
+                lambda two: VIEWS(two.apply)({'params': AB}, 1.0),
+                lambda two: VIEWS(type(two).apply)(two, {'params': AB}, 1.0),
+            )
+        ],
+        (
+            lambda: VIEWS(lambda x: x)(3),
+            sg.UsageError,
+            'nested dict of parameters; got an object of ',
+        ),
+        (lambda: VIEWS(lambda: 0)(), sg.UsageError, 'got no argument'),
+        (lambda: VIEWS(lambda m: 0)(UNBOUND), sg.UsageError, 'got a module that is not bound'),
+        (
+            lambda: sg.gradient_views({'a': 'a', 'c': 'cc'})(len)(AB),
+            sg.UnmatchedPathError,
+            r"gradient_views\(\{'a': 'a', 'c': 'cc'\}\): no variable of the tree matches 'cc'",
+        ),
+        (
+            lambda: UNBOUND.apply(
+                {'params': AB}, 1.0, method=sg.gradient_views({'a': 'a', 'c': 'cc'})(Two.__call__)
+            ),
+            sg.UnmatchedPathError,
+            "no variable of '/' matches 'cc'",
+        ),
+    ],
+)
 def test_errors(make, error, text):
     with pytest.raises(error, match=text):
         make()
@@ -900,12 +1072,13 @@ def test_errors(make, error, text):
 
 def test_a_derivative_inside_the_target():
     """It may be with respect to inputs, or to what was read; not through the reads themselves."""
+
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
             w = self.param('a', nn.initializers.ones, ())
-            force = jax.grad(lambda x: w ** 2 * x ** 3)(x)
-            return force + jax.grad(lambda w: w ** 3)(w)
+            force = jax.grad(lambda x: w**2 * x**3)(x)
+            return force + jax.grad(lambda w: w**3)(w)
 
     apply = functools.partial(Net().apply, method=VIEWS_AB(Net.__call__))
     assert grads_of(lambda v: apply(v, 1.0)['a'], {'a': 2.0}) == {'a': 3 * 2 * 2 + 6 * 2}
@@ -921,8 +1094,7 @@ def test_a_derivative_inside_the_target():
         @nn.compact
         def __call__(self, x):
             self.param('a', nn.initializers.ones, ())
-            return jax.grad(lambda p: Two().apply({'params': p}, x))(
-                {'a': 2.0, 'b': 3.0})['a']
+            return jax.grad(lambda p: Two().apply({'params': p}, x))({'a': 2.0, 'b': 3.0})['a']
 
     method = VIEWS_AB(Bad.__call__)
     assert Bad().apply({'params': {'a': 1.0}}, 1.0, method=method)['a'] == 36  # another root
@@ -936,14 +1108,17 @@ def with_rule(kind, read):
         return square
     square = jax.custom_vjp(jnp.square)
     if kind == 'forward':
-        square.defvjp(lambda x: (x ** 2, read()), lambda read, ct: (ct * read,))
+        square.defvjp(lambda x: (x**2, read()), lambda read, ct: (ct * read,))
     else:
-        square.defvjp(lambda x: (x ** 2, None), lambda _, ct: (ct * read(),))
+        square.defvjp(lambda x: (x**2, None), lambda _, ct: (ct * read(),))
     return square
 
 
-@pytest.mark.parametrize('derivative', [
-    jax.grad, lambda f: jax.jit(jax.grad(f)), jax.hessian], ids=['grad', 'jit', 'hessian'])
+@pytest.mark.parametrize(
+    'derivative',
+    [jax.grad, lambda f: jax.jit(jax.grad(f)), jax.hessian],
+    ids=['grad', 'jit', 'hessian'],
+)
 @pytest.mark.parametrize('kind', ['jvp', 'forward', 'backward'])
 def test_a_rule_that_reads_a_captured_module_is_an_error(kind, derivative):
     def loss(params):
@@ -951,13 +1126,19 @@ def test_a_rule_that_reads_a_captured_module_is_an_error(kind, derivative):
         out = VIEWS_PAIR(lambda _, x: with_rule(kind, pair.b)(pair.a() * x))(pair, 1.0)
         return out['a'] + out['b']
 
-    error, text = (jax.errors.UnexpectedTracerError, TypeError), (
-        '^Encountered an unexpected tracer|^No constant handler for type: .*Tracer')
+    error, text = (
+        (jax.errors.UnexpectedTracerError, TypeError),
+        ('^Encountered an unexpected tracer|^No constant handler for type: .*Tracer'),
+    )
     if kind != 'backward':  # which JAX runs last
-        error, text = sg.UsageError, (
-            "^gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads params '/b/w' while "
-            'the target of views is differentiated, after the target has run. Read the variable in '
-            'the target, and give its value to the function as an argument.')
+        error, text = (
+            sg.UsageError,
+            (
+                "^gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads params '/b/w' while "
+                'the target of views is differentiated, after the target has run. Read the variable in '
+                'the target, and give its value to the function as an argument.'
+            ),
+        )
     with pytest.raises(error, match=text):
         derivative(loss)({'a': {'w': 2.0}, 'b': {'w': 3.0}})
     assert nothing_is_open()
@@ -967,15 +1148,19 @@ def test_a_rule_may_apply_a_model_of_its_own():
     def loss(params):
         pair = Pair().bind({'params': params})
         read = lambda: Pair().apply(
-            {'params': {'a': {'w': 5.0}, 'b': {'w': 7.0}}}, method=lambda pair: pair.b())
+            {'params': {'a': {'w': 5.0}, 'b': {'w': 7.0}}}, method=lambda pair: pair.b()
+        )
         return VIEWS_PAIR(lambda _, x: with_rule('jvp', read)(pair.a() * x))(pair, 1.0)['a']
 
     assert jax.grad(loss)({'a': {'w': 2.0}, 'b': {'w': 3.0}})['a']['w'] == 7  # as the rule says
 
 
 def test_equal_views_compare_and_print():
-    assert sg.gradient_views({'a': 'a', 'b': ['x', True]}) == sg.gradient_views(
-        {'a': 'a', 'b': ['x', True]}) != sg.gradient_views({'a': 'a', 'b': 'x'})
+    assert (
+        sg.gradient_views({'a': 'a', 'b': ['x', True]})
+        == sg.gradient_views({'a': 'a', 'b': ['x', True]})
+        != sg.gradient_views({'a': 'a', 'b': 'x'})
+    )
     assert repr(sg.gradient_views({'a': ~sg.path('g')})) == "gradient_views({'a': ~path('g')})"
 
 
@@ -987,8 +1172,9 @@ def count_scans(jaxpr):
     found = 0
     for eqn in jaxpr.eqns:
         found += eqn.primitive.name == 'scan'
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(
-                v, 'eqns') or hasattr(v, 'jaxpr')):
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')
+        ):
             inner = getattr(value, 'jaxpr', value)
             found += count_scans(inner) if hasattr(inner, 'eqns') else 0
     return found
@@ -1012,8 +1198,10 @@ def test_one_forward_loop_and_a_pullback_for_each_entry(entries):
 
 def test_the_target_is_in_the_jaxpr_once():
     shape = programs.Shape(5, length=4, batch=2, width=3)
-    args, views = programs.data_of(shape), sg.gradient_views(
-        {programs.part(k): programs.part(k) for k in range(5)})
+    args, views = (
+        programs.data_of(shape),
+        sg.gradient_views({programs.part(k): programs.part(k) for k in range(5)}),
+    )
     net = programs.Net(shape)
     forward = lambda p, *xs: net.apply({'params': p}, *xs, method=views(programs.Net.__call__))
     assert count_scans(jax.make_jaxpr(forward)(*args).jaxpr) == 1
@@ -1036,6 +1224,7 @@ def test_a_scan_around_the_views_stores_residuals_once():
         def loss(p, x):
             step = lambda c, _: (sum(views(p, c).values()) / len(names), None)
             return jax.lax.scan(step, x, None, length=32)[0].sum()
+
         compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
         return measure.cost_of(compiled).temp_bytes
 
@@ -1063,18 +1252,20 @@ def test_entries_share_one_transpose(monkeypatch, wrap):
     views = sg.gradient_views(entries)
 
     def losses(run):
-        return lambda params: sum((k + 1) * (out ** 2).sum() for k, out in enumerate(run(params)))
+        return lambda params: sum((k + 1) * (out**2).sum() for k, out in enumerate(run(params)))
 
     def by_views(params):
         return model.apply({'params': params}, X, method=views(Layers.__call__)).values()
 
     def by_hand(params):
         for name in entries:
-            held = {key: value if key == name else jax.lax.stop_gradient(value)
-                    for key, value in params.items()}
+            held = {
+                key: value if key == name else jax.lax.stop_gradient(value)
+                for key, value in params.items()
+            }
             yield Layers().apply({'params': held}, X)
-    assert_same(jax.grad(losses(by_views))(params), jax.grad(losses(by_hand))(params),
-                'gradients')
+
+    assert_same(jax.grad(losses(by_views))(params), jax.grad(losses(by_hand))(params), 'gradients')
     assert [made is not None for made in traced] == [True]
 
 
@@ -1086,36 +1277,53 @@ def ruled(bwd):
 
 def linear_call(bwd):
     return lambda x: jax.custom_derivatives.linear_call(
-        lambda _, x: x, lambda _, ct: bwd(ct), (), x)
+        lambda _, x: x, lambda _, ct: bwd(ct), (), x
+    )
 
 
 STORED_COTANGENT = jnp.array([5.0, -1.0, 2.0])
 COTANGENT_RULES = {
-    'clip': lambda ct: jnp.clip(ct, -0.5, 0.5), 'more': lambda ct: ct + 1, 'sign': jnp.sign,
-    'some': lambda ct: jnp.where(ct > 0.5, ct, 0), 'constant': jax.lax.stop_gradient,
-    'stored': lambda ct: STORED_COTANGENT, 'square': lambda ct: ct ** 2}
+    'clip': lambda ct: jnp.clip(ct, -0.5, 0.5),
+    'more': lambda ct: ct + 1,
+    'sign': jnp.sign,
+    'some': lambda ct: jnp.where(ct > 0.5, ct, 0),
+    'constant': jax.lax.stop_gradient,
+    'stored': lambda ct: STORED_COTANGENT,
+    'square': lambda ct: ct**2,
+}
 RULE_FORMS = {
     'custom_vjp': ruled,
     'map_gradient': lambda bwd: lambda x: sg.map_gradient(True, lambda _, ct: bwd(ct))({'': x})[''],
-    'in a scan': lambda bwd: lambda x: jax.lax.scan(
-        lambda c, _: (ruled(bwd)(c), None), x, None, 1)[0],
-    'linear_call': linear_call}
+    'in a scan': lambda bwd: (
+        lambda x: jax.lax.scan(lambda c, _: (ruled(bwd)(c), None), x, None, 1)[0]
+    ),
+    'linear_call': linear_call,
+}
 RULED = {
     'rule, then a sum': lambda rule, p: rule(p['a']) + p['b'],
     'rule of a product': lambda rule, p: rule(p['a'] * p['b']) + p['a'],
-    'rules of two': lambda rule, p: rule(jnp.sin(p['a'])) * rule(p['b'])}
+    'rules of two': lambda rule, p: rule(jnp.sin(p['a'])) * rule(p['b']),
+}
 RULE_ORDERS = {
     'grad': jax.grad,
     'jvp of grad': lambda f: lambda p: jax.jvp(jax.grad(f), (p,), (p,))[1],
-    'grad of grad': lambda f: jax.grad(lambda p: sum(
-        (x ** 2).sum() for x in jax.tree.leaves(jax.grad(f)(p))))}
+    'grad of grad': lambda f: jax.grad(
+        lambda p: sum((x**2).sum() for x in jax.tree.leaves(jax.grad(f)(p)))
+    ),
+}
 
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize('target', RULED)
-@pytest.mark.parametrize('form, order', [
-    (form, order) for form in RULE_FORMS for order in RULE_ORDERS
-    if (form, order) != ('map_gradient', 'jvp of grad')])  # which has no forward mode
+@pytest.mark.parametrize(
+    'form, order',
+    [
+        (form, order)
+        for form in RULE_FORMS
+        for order in RULE_ORDERS
+        if (form, order) != ('map_gradient', 'jvp of grad')
+    ],
+)  # which has no forward mode
 @pytest.mark.parametrize('rule', COTANGENT_RULES)
 @pytest.mark.parametrize('tied', [False, True])
 def test_rules_of_cotangents_that_are_not_linear(tied, rule, form, target, order):
@@ -1127,14 +1335,18 @@ def test_rules_of_cotangents_that_are_not_linear(tied, rule, form, target, order
 
     def by_hand(p):
         stop = jax.lax.stop_gradient
-        return loss({'a': run({'a': p['a'], 'b': stop(p['b'])}),
-                     'b': run({'a': stop(p['a']), 'b': p['b']})})
+        return loss(
+            {'a': run({'a': p['a'], 'b': stop(p['b'])}), 'b': run({'a': stop(p['a']), 'b': p['b']})}
+        )
+
     params = {'a': jnp.array([0.1, 0.2, 1.3])}
     if not tied:
         params['b'] = jnp.array([0.4, -0.3, 0.2])
     both = lambda p: {'a': p['a'], 'b': p.get('b', p['a'])}
-    got, want = (RULE_ORDERS[order](lambda p, fn=fn: fn(both(p)))(params)
-                 for fn in (lambda p: loss(views(run)(p)), by_hand))
+    got, want = (
+        RULE_ORDERS[order](lambda p, fn=fn: fn(both(p)))(params)
+        for fn in (lambda p: loss(views(run)(p)), by_hand)
+    )
     assert_same(got, want, 'gradients', rtol=1e-5)
 
 
@@ -1150,7 +1362,9 @@ def test_a_rule_in_a_call_is_not_asked_about_a_cotangent_that_there_is_not(form)
         def run():
             a, b = both(x, y)
             return (mark(a, (True, False)) * mark(b, (True, True))), None
+
         return in_views(run, ('a', 'b'))[0]
+
     got = [jax.grad(lambda x, y, lane=lane: f(x, y)[lane], (0, 1))(0.3, 0.7) for lane in (0, 1)]
     slope = 0.3 * jnp.cos(0.7)
     assert_same(got, [(jnp.sin(0.7) + 1, slope), (0 * slope, slope)], 'gradients', rtol=1e-6)
@@ -1161,6 +1375,7 @@ def test_a_rule_of_a_value_closed_over_that_gives_another_cotangent():
 
     def loss(p, run):
         return run(lambda q: (jnp.sin(q['a']) * jnp.sin(q['b'])).sum() + inject(p['b']).sum(), p)
+
     views = sg.gradient_views({'a': 'a', 'b': 'b'})
     params = {'a': jnp.ones(3), 'b': 2 * jnp.ones(3)}
     got = jax.grad(loss)(params, lambda f, p: views(f)(p)['a'])
@@ -1175,10 +1390,13 @@ def test_entries_share_no_transpose_where_marks_stand_in_a_call(monkeypatch):
         @jax.jit
         def inside(x):
             return jnp.sin(mark(x, (True, False))) * x
+
         return in_views(lambda: (2 * inside(x), None), ('a', 'b'))[0]
+
     grads = [jax.grad(lambda x, lane=lane: f(x)[lane])(0.3) for lane in (0, 1)]
-    assert_same(grads, [2 * (jnp.cos(0.3) * 0.3 + jnp.sin(0.3)), 2 * jnp.sin(0.3)], 'gradients',
-                rtol=1e-6)
+    assert_same(
+        grads, [2 * (jnp.cos(0.3) * 0.3 + jnp.sin(0.3)), 2 * jnp.sin(0.3)], 'gradients', rtol=1e-6
+    )
     assert traced and not any(traced)
 
 
@@ -1186,18 +1404,28 @@ def mapped(fn):
     return lambda x: sg.map_gradient(True, fn)({'x': x})['x']
 
 
-@pytest.mark.parametrize('before', [jnp.sin, jax.jit(jnp.sin), lambda x: jax.lax.scan(
-    lambda c, _: (c, jnp.sin(x) + c), x, None, 2)[1].sum(), mapped(lambda info, g: g + (g == 0)),
-    mapped(lambda info, g: jax.jit(lambda g: g + (g == 0))(g))],
-    ids=['op', 'call', 'loop', 'map', 'map that calls'])
+@pytest.mark.parametrize(
+    'before',
+    [
+        jnp.sin,
+        jax.jit(jnp.sin),
+        lambda x: jax.lax.scan(lambda c, _: (c, jnp.sin(x) + c), x, None, 2)[1].sum(),
+        mapped(lambda info, g: g + (g == 0)),
+        mapped(lambda info, g: jax.jit(lambda g: g + (g == 0))(g)),
+    ],
+    ids=['op', 'call', 'loop', 'map', 'map that calls'],
+)
 def test_what_comes_before_a_mark_gets_no_cotangent_where_it_does_not_count(before):
     def f(x, y):
         def run():
             marked = mark(before(x), (True, False))
             return (marked * y + marked, before(y)), None
+
         return in_views(run, ('a', 'b'))[0]
-    grads = [jax.grad(lambda x, y, lane=lane: sum(f(x, y)[lane]), (0, 1))(0.3, 0.7)
-             for lane in (0, 1)]
+
+    grads = [
+        jax.grad(lambda x, y, lane=lane: sum(f(x, y)[lane]), (0, 1))(0.3, 0.7) for lane in (0, 1)
+    ]
     want, slope = jax.grad(before)(0.3) * 1.7, before(0.3) + jax.grad(before)(0.7)
     assert_same(grads, [(want, slope), (jnp.zeros(()), slope)], 'gradients', rtol=1e-6)
 
@@ -1229,8 +1457,13 @@ def test_a_rule_around_views_is_not_asked_for_what_no_entry_trains(wrap, inside)
                     with sg.stop_gradient(~sg.path(name)):
                         outs[name] = self.run(x)
                 return outs
+
     params = {'params': {'a': jnp.float32(0.3), 'b': jnp.float32(0.7)}}
     for names in ('a', 'b', 'ab'):
-        got, want = (jax.grad(lambda p, use=use, names=names: sum(
-            Net(use).apply(p, 2.0)[n] for n in names))(params) for use in ('views', 'by hand'))
+        got, want = (
+            jax.grad(lambda p, use=use, names=names: sum(Net(use).apply(p, 2.0)[n] for n in names))(
+                params
+            )
+            for use in ('views', 'by hand')
+        )
         assert_same(got, want, f'gradients of {names}', rtol=1e-6)

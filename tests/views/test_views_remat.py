@@ -19,12 +19,14 @@ from flax_sg import nn
 
 WIDTH, NAMES = 32, 'abc'
 POLICIES = {
-    'none': None, 'nothing': jax.checkpoint_policies.nothing_saveable,
+    'none': None,
+    'nothing': jax.checkpoint_policies.nothing_saveable,
     'everything': jax.checkpoint_policies.everything_saveable,
     'dots': jax.checkpoint_policies.dots_saveable,
     'no batch dims': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     'names': jax.checkpoint_policies.save_only_these_names('b'),
-    'all but names': jax.checkpoint_policies.save_any_names_but_these('b')}
+    'all but names': jax.checkpoint_policies.save_any_names_but_these('b'),
+}
 
 
 class Cell(nn.Module):
@@ -64,15 +66,18 @@ class Model(nn.Module):
             return x
         if self.form == 'nested':
             return scan(remat(Twice), variable_broadcast='params', split_rngs={'params': False})(
-                self.policy, self.prevent_cse, name='cell')(x, None)[0]
+                self.policy, self.prevent_cse, name='cell'
+            )(x, None)[0]
         if self.form == 'remat_scan':
             return nn.remat_scan(Inner, lengths=(4, self.steps // 4))(name='cell')(x)
         if self.form == 'broadcast':
             return scan(remat(Cell), variable_broadcast='params', split_rngs={'params': False})(
-                name='cell')(x, None)[0]
+                name='cell'
+            )(x, None)[0]
         if self.form == 'split':
             return scan(remat(Cell), variable_axes={'params': 0}, split_rngs={'params': True})(
-                name='cell')(x, None)[0]
+                name='cell'
+            )(x, None)[0]
         assert self.form == 'cond'
         cell = remat(Cell)(name='cell')
         if self.is_initializing():
@@ -104,7 +109,8 @@ def programs(model, order=1):
         out, pull = jax.vjp(run, p)
         grads = [pull(jax.grad(functools.partial(loss, i))(out))[0] for i in range(len(NAMES))]
         pick = lambda *leaves: next(
-            g for mask, g in zip(leaves[:3], leaves[3:], strict=True) if mask)
+            g for mask, g in zip(leaves[:3], leaves[3:], strict=True) if mask
+        )
         return jax.tree.map(pick, *masks, *grads)
 
     return params, jax.grad(viewed), by_hand
@@ -114,8 +120,11 @@ def figures(step, params):
     """Temporary bytes, matrix products and loops of the compiled step."""
     compiled = jax.jit(step).lower(params).compile()
     text = compiled.as_text()
-    return (compiled.memory_analysis().temp_size_in_bytes, len(re.findall(r' dot\(', text)),
-            len(re.findall(r' while\(', text)))
+    return (
+        compiled.memory_analysis().temp_size_in_bytes,
+        len(re.findall(r' dot\(', text)),
+        len(re.findall(r' while\(', text)),
+    )
 
 
 # One backward loop holds the cotangents of all entries at a time, and where a scan stands in a
@@ -130,10 +139,14 @@ IN_FLIGHT = {'nested': 12 * 1024, 'remat_scan': 3 * 4 * 4 * WIDTH * WIDTH}
 def test_memory_of_the_program_by_hand(form, policy, prevent_cse):
     model = Model(form, policy=POLICIES[policy], prevent_cse=prevent_cse)
     params, viewed, by_hand = programs(model)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-                 jax.jit(viewed)(params), jax.jit(by_hand)(params))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.jit(viewed)(params),
+        jax.jit(by_hand)(params),
+    )
     (size, products, loops), (size_by_hand, products_by_hand, loops_by_hand) = (
-        figures(step, params) for step in (viewed, by_hand))
+        figures(step, params) for step in (viewed, by_hand)
+    )
     assert size <= 1.05 * size_by_hand + IN_FLIGHT.get(form, 4 * 1024)
     assert products <= products_by_hand and loops <= loops_by_hand
 
@@ -142,8 +155,10 @@ def test_memory_of_the_program_by_hand(form, policy, prevent_cse):
 @pytest.mark.parametrize('prevent_cse', [False, True])
 def test_barriers_are_those_of_the_model(form, prevent_cse):
     params, viewed, by_hand = programs(Model(form, prevent_cse=prevent_cse))
-    barriers = [jax.jit(step).lower(params).as_text().count('optimization_barrier')
-                for step in (viewed, by_hand)]
+    barriers = [
+        jax.jit(step).lower(params).as_text().count('optimization_barrier')
+        for step in (viewed, by_hand)
+    ]
     assert all(barriers) == any(barriers) == prevent_cse
 
 
@@ -151,16 +166,20 @@ def test_barriers_are_those_of_the_model(form, prevent_cse):
 def test_barriers_for_some_operands():
     def barred(flags):
         target = jax.checkpoint(
-            lambda p, x: jnp.sin(p['a'] * p['b'] * jnp.sin(x)), prevent_cse=flags)
+            lambda p, x: jnp.sin(p['a'] * p['b'] * jnp.sin(x)), prevent_cse=flags
+        )
         views = sg.gradient_views({'a': 'a', 'b': 'b'})(lambda p: jnp.sin(target(p, 2.0)))
         step = jax.grad(lambda p: sum(views(p).values()))
         text = jax.jit(step).lower({'a': 1.0, 'b': 1.0}).as_text()
         return sum(line.count('%') for line in text.splitlines() if 'optimization_barrier' in line)
+
     assert barred((False, False)) < barred((True, False)) < barred((True, True)) == barred(True)
 
 
-@pytest.mark.parametrize('form, products, loops, again', [
-    ('broadcast', 18, 2, 3), ('split', 18, 2, 3), ('loop', 66, 0, 12)])
+@pytest.mark.parametrize(
+    'form, products, loops, again',
+    [('broadcast', 18, 2, 3), ('split', 18, 2, 3), ('loop', 66, 0, 12)],
+)
 def test_each_step_is_computed_again_once(form, products, loops, again):
     """Of 3 products in a step: 3 forward, 3 again, 3 for parameters, 9 for activations.
 
@@ -176,11 +195,17 @@ def test_each_step_is_computed_again_once(form, products, loops, again):
 
 @pytest.mark.thinned(5)
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('order', [
-    lambda f: jax.grad(lambda p: sum(jnp.sin(g).sum() for g in jax.tree.leaves(jax.grad(f)(p)))),
-    lambda f: lambda p: jax.jvp(jax.grad(f), (p,), (p,))[1],
-    lambda f: lambda p: jax.grad(lambda q: jax.jvp(f, (q,), (p,))[1])(p),
-], ids=['reverse over reverse', 'forward over reverse', 'reverse over forward'])
+@pytest.mark.parametrize(
+    'order',
+    [
+        lambda f: jax.grad(
+            lambda p: sum(jnp.sin(g).sum() for g in jax.tree.leaves(jax.grad(f)(p)))
+        ),
+        lambda f: lambda p: jax.jvp(jax.grad(f), (p,), (p,))[1],
+        lambda f: lambda p: jax.grad(lambda q: jax.jvp(f, (q,), (p,))[1])(p),
+    ],
+    ids=['reverse over reverse', 'forward over reverse', 'reverse over forward'],
+)
 def test_higher_orders(form, order):
     x = jnp.linspace(0, 1, 8 * WIDTH).reshape(8, WIDTH)
     model = Model(form, steps=4)
@@ -191,16 +216,21 @@ def test_higher_orders(form, order):
     total = lambda outs: sum(jnp.sin((i + 1.0) * out).sum() for i, out in enumerate(outs))
     ours = order(lambda p: total(views(run)(p).values()))
     hand = order(lambda p: total(run(stopped(p, name)) for name in NAMES))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4),
-                 jax.jit(ours)(params), jax.jit(hand)(params))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4),
+        jax.jit(ours)(params),
+        jax.jit(hand)(params),
+    )
 
 
 def placed(jaxpr):
     """The jitted functions in a jaxpr that say how their operands are sharded."""
     found = 0
     for eqn in jaxpr.eqns:
-        found += any(isinstance(sharding, jax.sharding.Sharding)
-                     for sharding in eqn.params.get('in_shardings', ()))
+        found += any(
+            isinstance(sharding, jax.sharding.Sharding)
+            for sharding in eqn.params.get('in_shardings', ())
+        )
         found += sum(map(placed, jaxprs_in_params(eqn.params)))
     return found
 
@@ -223,7 +253,10 @@ def test_a_jitted_function_around_a_checkpoint_keeps_its_shardings(is_placed):
         stop = jax.lax.stop_gradient
         return (f(p['a'], stop(p['b'])) ** 2).sum() + (3 * f(stop(p['a']), p['b'])).sum()
 
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5),
-                 jax.jit(jax.grad(loss))(params), jax.jit(jax.grad(by_hand))(params))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5),
+        jax.jit(jax.grad(loss))(params),
+        jax.jit(jax.grad(by_hand))(params),
+    )
     found = placed(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
     assert found == 0 if not is_placed else found >= 3  # forward, and a pullback for each entry

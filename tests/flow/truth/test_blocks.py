@@ -51,8 +51,10 @@ def block_around_apply(p, x):
         return Pair().apply({'params': p}, x)
 
 
-@program(PAIR, **{
-    'gln/w': masked('block', "stop_gradient(path('gln') & where(*"), 'code/w': live('Scale')})
+@program(
+    PAIR,
+    **{'gln/w': masked('block', "stop_gradient(path('gln') & where(*"), 'code/w': live('Scale')},
+)
 def block_of_a_combined_filter(p, x):
     held = sg.path('gln') & (lambda v: v.shape == (3,))
     with sg.stop_gradient(held):  # <- block
@@ -65,28 +67,36 @@ def block_in_a_method(p, x):
         def __call__(self, x):
             with sg.stop_gradient(~sg.path('gln')):  # <- block
                 return super().__call__(x)
+
     return Net().apply({'params': p}, x)
 
 
-@program(PAIR, **{
-    'gln/w': partly("stop_gradient('gln')", 'block', 'Scale'), 'code/w': live('Scale')})
+@program(
+    PAIR, **{'gln/w': partly("stop_gradient('gln')", 'block', 'Scale'), 'code/w': live('Scale')}
+)
 def block_then_live(p, x):
     class Net(Pair):
         def __call__(self, x):
             with sg.stop_gradient('gln'):  # <- block
                 h = self.gln(x)
             return self.code(self.gln(h)).sum()
+
     return Net().apply({'params': p}, x)
 
 
-@program(PAIR, **{
-    'gln/w': masked('outer', "stop_gradient('gln')"),
-    'code/w': masked('inner', "stop_gradient('code')")})
+@program(
+    PAIR,
+    **{
+        'gln/w': masked('outer', "stop_gradient('gln')"),
+        'code/w': masked('inner', "stop_gradient('code')"),
+    },
+)
 def block_in_a_block(p, x):
     class Net(Pair):
         def __call__(self, x):
             with sg.stop_gradient('code'):  # <- inner
                 return super().__call__(x)
+
     with sg.stop_gradient('gln'):  # <- outer
         return Net().apply({'params': p}, x)
 
@@ -103,24 +113,24 @@ def block_over_a_derived_value(p, x):
             with sg.stop_gradient('w'):  # <- block
                 h = self.s * x
             return (h * self.w * self.v).sum()  # <- live
+
     return Net().apply({'params': p}, x)
 
 
 Frozen = sg.stop_gradient()(Scale)
 
 
-@program(PAIR, **{
-    'gln/w': masked('made', 'stop_gradient(everything)'), 'code/w': live('Scale')})
+@program(PAIR, **{'gln/w': masked('made', 'stop_gradient(everything)'), 'code/w': live('Scale')})
 def decorated_class(p, x):
     class Net(Pair):
         def setup(self):
             self.gln = Frozen()  # <- made
             self.code = Scale()
+
     return Net().apply({'params': p}, x)
 
 
-@program(PAIR, **{
-    'gln/w': masked('use', "stop_gradient('gln')"), 'code/w': live('Scale')})
+@program(PAIR, **{'gln/w': masked('use', "stop_gradient('gln')"), 'code/w': live('Scale')})
 def decorated_method(p, x):
     class Net(Pair):
         @sg.stop_gradient('gln')
@@ -130,22 +140,22 @@ def decorated_method(p, x):
         def __call__(self, x):
             h = self.encode(x)  # <- use
             return self.code(h).sum()
+
     return Net().apply({'params': p}, x)
 
 
-@program(PAIR, **{
-    'gln/w': partly("stop_gradient('w')", 'made', 'Scale'), 'code/w': live('Scale')})
+@program(PAIR, **{'gln/w': partly("stop_gradient('w')", 'made', 'Scale'), 'code/w': live('Scale')})
 def mirrored_instance(p, x):
     class Net(Pair):
         def __call__(self, x):
             held = sg.stop_gradient('w')(self.gln)  # <- made
             h = held(x)
             return self.code(self.gln(h)).sum()
+
     return Net().apply({'params': p}, x)
 
 
-@program(PAIR, **{
-    'gln/w': masked('use', "stop_gradient('gln')"), 'code/w': live('live')})
+@program(PAIR, **{'gln/w': masked('use', "stop_gradient('gln')"), 'code/w': live('live')})
 def transformed_tree(p, x):
     p = sg.stop_gradient('gln')(p)  # <- use
     h = p['gln']['w'] * x
@@ -172,20 +182,32 @@ def mapped_gradients(p, x):
             return Pair().apply({'params': p}, x)
 
 
-@program({'a': X, 'b': X, 'c': X, 'd': X}, a=live('cast'), b=flat('round', 'round'),
-         c=unused, d=live('d'))
+@program(
+    {'a': X, 'b': X, 'c': X, 'd': X},
+    a=live('cast'),
+    b=flat('round', 'round'),
+    c=unused,
+    d=live('d'),
+)
 def mapped_values(p, x):
     def rounded(info, v):
         return jnp.round(v)  # <- round
+
     p = sg.map_values('a', lambda info, v: v.astype(jnp.bfloat16))(p)  # <- cast
     p = sg.map_values('b', rounded)(p)
     p = sg.map_values('c', lambda info, v: jnp.ones(3))(p)
     return (p['a'] * p['b'] * p['c'] * p['d'] * x).sum()  # <- d
 
 
-@program({'net': PAIR, 'target': {'gln': {'w': X}}, 'held': {'code': {'w': X}}}, **{
-    'net/gln/w': unused, 'net/code/w': unused, 'target/gln/w': live('Scale'),
-    'held/code/w': masked('block', "stop_gradient('code')")})
+@program(
+    {'net': PAIR, 'target': {'gln': {'w': X}}, 'held': {'code': {'w': X}}},
+    **{
+        'net/gln/w': unused,
+        'net/code/w': unused,
+        'target/gln/w': live('Scale'),
+        'held/code/w': masked('block', "stop_gradient('code')"),
+    },
+)
 def replaced_values(p, x):
     with sg.replace_values('gln', p['target']), sg.replace_values('code', p['held']):
         with sg.stop_gradient('code'):  # <- block
@@ -208,22 +230,35 @@ def own_stop_in_a_mapped_value(p, x):
 VIEWS = sg.gradient_views({'one': 'gln', 'two': 'code'})
 
 
-@program(PAIR, **{
-    'one:gln/w': live(), 'two:code/w': live(),
-    'one:code/w': masked('views', "gradient_views({'one': 'gln', 'two': 'code'}), entry 'one'"),
-    'two:gln/w': masked('views', "gradient_views({'one': 'gln', 'two': 'code'}), entry 'two'")})
+@program(
+    PAIR,
+    **{
+        'one:gln/w': live(),
+        'two:code/w': live(),
+        'one:code/w': masked('views', "gradient_views({'one': 'gln', 'two': 'code'}), entry 'one'"),
+        'two:gln/w': masked('views', "gradient_views({'one': 'gln', 'two': 'code'}), entry 'two'"),
+    },
+)
 def views(p, x):
     class Net(Pair):
         def __call__(self, x):
             out = VIEWS(lambda net, x: jnp.sin(net.code(net.gln(x))))(self, x)  # <- views
             return {'one': out['one'].sum(), 'two': (out['two'] ** 2).sum()}
+
     return Net().apply({'params': p}, x)
 
 
-@program('a b c', **{
-    'one:a': live(), 'one:c': flat('sign', 'c'), 'two:b': live(), 'two:c': unused,
-    'one:b': masked('views', "gradient_views({'one': 'a', 'two': 'b'}), entry 'one'"),
-    'two:a': masked('views', "gradient_views({'one': 'a', 'two': 'b'}), entry 'two'")})
+@program(
+    'a b c',
+    **{
+        'one:a': live(),
+        'one:c': flat('sign', 'c'),
+        'two:b': live(),
+        'two:c': unused,
+        'one:b': masked('views', "gradient_views({'one': 'a', 'two': 'b'}), entry 'one'"),
+        'two:a': masked('views', "gradient_views({'one': 'a', 'two': 'b'}), entry 'two'"),
+    },
+)
 def views_of_a_function(p, x):
     out = sg.gradient_views({'one': ['a'], 'two': 'b'})(lambda q: q['a'] * q['b'] * x)
     out = out({'a': p['a'], 'b': p['b']})  # <- views
@@ -235,10 +270,15 @@ def entries_of_trees(p):
     return {'a': p['a'] * jnp.sin(p['b'])}['a']  # <- product
 
 
-@program('a b', **{
-    'a:a': live('call'), 'b:b': live('call'),
-    'a:b': masked('call', "gradient_views({'a': 'a', 'b': 'b'}), entry 'a'"),
-    'b:a': masked('call', "gradient_views({'a': 'a', 'b': 'b'}), entry 'b'")})
+@program(
+    'a b',
+    **{
+        'a:a': live('call'),
+        'b:b': live('call'),
+        'a:b': masked('call', "gradient_views({'a': 'a', 'b': 'b'}), entry 'a'"),
+        'b:a': masked('call', "gradient_views({'a': 'a', 'b': 'b'}), entry 'b'"),
+    },
+)
 def line_of_views_of_a_function(p, x):
     out = sg.gradient_views({'a': 'a', 'b': 'b'})(entries_of_trees)(p)  # <- call
     return {k: v.sum() for k, v in out.items()}
@@ -261,8 +301,7 @@ def inner_tangents_of_views(p, x):
 # Blocks under transforms of JAX.
 
 
-@program(PAIR, **{
-    'gln/w': masked('block', "stop_gradient('gln')"), 'code/w': live('Scale')})
+@program(PAIR, **{'gln/w': masked('block', "stop_gradient('gln')"), 'code/w': live('Scale')})
 def block_in_an_inner_gradient(p, x):
     class Net(Pair):
         def __call__(self, x):
@@ -272,32 +311,36 @@ def block_in_an_inner_gradient(p, x):
     def step(p, _):
         grads = jax.grad(lambda p: Net().apply({'params': p}, x))(p)
         return jax.tree.map(lambda v, g: v - 0.1 * g, p, grads), None
+
     p, _ = jax.lax.scan(step, p, None, length=2)
     return (p['code']['w'] * x).sum()
 
 
-@program(PAIR, **{
-    'gln/w': masked('tree', "stop_gradient('gln')"), 'code/w': live()})
+@program(PAIR, **{'gln/w': masked('tree', "stop_gradient('gln')"), 'code/w': live()})
 def block_of_a_tree_in_an_inner_gradient(p, x):
     def inner(p):
         p = sg.stop_gradient('gln')(p)  # <- tree
         return jnp.sin(p['gln']['w'] * p['code']['w'] * x).sum()
+
     return (jax.grad(inner)(p)['code']['w'] ** 2).sum()
 
 
-@program(jax.tree.map(lambda v: jnp.stack([v] * 3), PAIR), XS, **{
-    'gln/w': masked('block', "stop_gradient('gln')"), 'code/w': live('Scale')})
+@program(
+    jax.tree.map(lambda v: jnp.stack([v] * 3), PAIR),
+    XS,
+    **{'gln/w': masked('block', "stop_gradient('gln')"), 'code/w': live('Scale')},
+)
 def block_in_an_ensemble(p, xs):
     class Net(Pair):
         def __call__(self, x):
             with sg.stop_gradient('gln'):  # <- block
                 h = self.gln(x)
             return self.code(h).sum()
+
     return jax.vmap(lambda p, x: Net().apply({'params': p}, x))(p, xs).sum()
 
 
-@program(PAIR, **{
-    'gln/w': masked('helper', "stop_gradient('gln')"), 'code/w': live('Scale')})
+@program(PAIR, **{'gln/w': masked('helper', "stop_gradient('gln')"), 'code/w': live('Scale')})
 def block_in_a_helper(p, x):
     def encode(net, x):
         with sg.stop_gradient('gln'):  # <- helper
@@ -306,6 +349,7 @@ def block_in_a_helper(p, x):
     class Net(Pair):
         def __call__(self, x):
             return self.code(encode(self, x)).sum()
+
     return jax.jit(Net().apply)({'params': p}, x)
 
 

@@ -31,6 +31,7 @@ def jitted_helper_called_twice(p, x):
     @jax.jit
     def held(v):
         return jax.lax.stop_gradient(v) * x  # <- in
+
     h = held(p['a'])  # <- a
     h = h + held(p['b'])  # <- b
     return (h * p['w']).sum()  # <- w
@@ -41,6 +42,7 @@ def jitted_helper_is_live_for_one(p, x):
     @jax.jit
     def bent(v, w):
         return jnp.sin(v) + w * jax.lax.stop_gradient(w)  # <- in
+
     h = bent(p['a'], x)  # <- a
     return (h + bent(x, p['b'])).sum()  # <- b
 
@@ -55,6 +57,7 @@ def jitted_in_jitted(p, x):
     @jax.jit
     def outer(v, w):
         return inner(v, w) + inner(v + 1, w)  # <- middle
+
     h = outer(p['a'], x)  # <- a
     return (h + outer(x, p['b'])).sum()  # <- b
 
@@ -72,6 +75,7 @@ def all_jitted(p, x):
     def run(p):
         h = jax.lax.stop_gradient(p['a']) + x  # <- a
         return (h * p['w']).sum()  # <- w
+
     return run(p)
 
 
@@ -81,6 +85,7 @@ def remat(p, x):
     def run(a, w):
         h = jax.lax.stop_gradient(a) * x  # <- a
         return jnp.sin(h * w)  # <- w
+
     return run(p['a'], p['w']).sum()
 
 
@@ -89,6 +94,7 @@ def remat_with_a_policy(p, x):
     def run(a, w):
         h = checkpoint_name(jnp.round(a) * x, 'h')  # <- a
         return jnp.sin(h * w)  # <- w
+
     policy = jax.checkpoint_policies.save_only_these_names('h')
     return jax.checkpoint(run, policy=policy)(p['a'], p['w']).sum()
 
@@ -104,6 +110,7 @@ def vmap(p, xs):
     def one(x):
         h = jax.lax.stop_gradient(p['a']) * x  # <- a
         return jnp.tanh(h) @ p['w']  # <- w
+
     return jax.vmap(one)(xs).sum()
 
 
@@ -112,6 +119,7 @@ def vmap_of_a_parameter(p, xs):
     def one(a, b, x):
         h = x[jnp.argmax(a * x)] * b  # <- a b
         return h * jax.lax.stop_gradient(p['w'])  # <- w
+
     return jax.vmap(one, (None, 0, 0))(p['a'], p['b'], xs).sum()
 
 
@@ -121,7 +129,9 @@ def vmap_of_vmap_in_scan(p, xs):
         def one(u, v):
             h = jax.lax.stop_gradient(p['a'][0]) * u  # <- a
             return h * v * p['w'].sum()  # <- w
+
         return c + jax.vmap(lambda u: jax.vmap(lambda v: one(u, v))(x))(x).sum(), None
+
     return jax.lax.scan(body, 0.0, xs)[0]
 
 
@@ -163,6 +173,7 @@ def scan_over_constants(p, xs):
     def body(c, x):
         c = c + p['a'] * x  # <- a
         return c, c * jax.lax.stop_gradient(p['w'])  # <- w
+
     _, ys = jax.lax.scan(body, jnp.zeros(3), xs)
     return ys.sum()
 
@@ -172,6 +183,7 @@ def scan_whose_carry_is_stopped(p, xs):
     def body(c, x):
         held = jax.lax.stop_gradient(c)  # <- stop
         return held + p['w'] * x, None  # <- w
+
     return jax.lax.scan(body, p['a'], xs)[0].sum()
 
 
@@ -180,6 +192,7 @@ def scan_whose_steps_are_stopped_in_the_outputs(p, xs):
     def body(c, x):
         y = jax.lax.stop_gradient(c) * x  # <- stop
         return c * x, y
+
     c, ys = jax.lax.scan(body, p['a'], xs)
     return c.sum() + ys.sum()
 
@@ -190,6 +203,7 @@ def scan_of_two_carries(p, xs):
         a, b = carry
         h = jax.lax.stop_gradient(a) * x  # <- stop
         return (a, b * h), None  # <- b
+
     return jax.lax.scan(body, (p['a'], p['b']), xs)[0][1].sum()
 
 
@@ -199,16 +213,17 @@ def scan_that_leaks_through_the_carry(p, xs):
         out, middle, last = carry
         out = out + jax.lax.stop_gradient(last) * x + middle  # <- carry
         return (out, last, last), None
+
     carry = jnp.zeros(3), p['b'], p['a']
     return jax.lax.scan(body, carry, xs)[0][0].sum()
 
 
-@program({'layers': {'w': XS, 'b': XS}}, **{
-    'layers/w': live('live'), 'layers/b': masked('stop')})
+@program({'layers': {'w': XS, 'b': XS}}, **{'layers/w': live('live'), 'layers/b': masked('stop')})
 def scan_over_layers(p, x):
     def body(h, layer):
         h = jnp.tanh(h * layer['w'])  # <- live
         return h + jax.lax.stop_gradient(layer['b']), None  # <- stop
+
     return jax.lax.scan(body, x, p['layers'])[0].sum()
 
 
@@ -216,6 +231,7 @@ def scan_over_layers(p, x):
 def scan_over_rounded_layers_backwards(p, x):
     def body(h, layer):
         return h * jnp.sign(layer), h  # <- a
+
     return jax.lax.scan(body, x, p['layers'], reverse=True)[1].sum()
 
 
@@ -228,6 +244,7 @@ def jitted_helper_in_a_scan(p, xs):
 
     def body(c, x):
         return c + helper(p['a'], p['w'], x), None  # <- a w
+
     return jax.lax.scan(body, jnp.zeros(3), xs)[0].sum()
 
 
@@ -240,6 +257,7 @@ def remat_in_scan_in_scan(p, xs):
 
     def rows(c, _):
         return jax.lax.scan(cell, c, xs)[0], None
+
     return jax.lax.scan(rows, jnp.ones(3), None, length=2)[0].sum()
 
 
@@ -248,6 +266,7 @@ def scan_whose_other_carry_is_dropped(p, xs):
     def body(carry, x):
         c, d = carry
         return (c * p['w'], d * x + p['a']), None  # <- w
+
     return jax.lax.scan(body, (jnp.ones(3), p['a']), xs)[0][0].sum()
 
 
@@ -255,6 +274,7 @@ def scan_whose_other_carry_is_dropped(p, xs):
 def while_predicate(p, x):
     def more(s):
         return s < p['a']  # <- a
+
     steps = jax.lax.while_loop(more, lambda s: s + 1.0, 0.0)
     return (steps * p['w'] * x).sum()  # <- w
 
@@ -263,6 +283,7 @@ def while_predicate(p, x):
 def while_carry(p, x):
     def body(s):
         return s[0] + 1, s[1] * x
+
     return jax.lax.while_loop(lambda s: s[0] < 3, body, (0, p['a']))[1].sum()
 
 
@@ -270,6 +291,7 @@ def while_carry(p, x):
 def while_whose_body_is_stopped(p, x):
     def body(s):
         return s[0] + 1, s[1] + jax.lax.stop_gradient(p['a'])  # <- a
+
     h = jax.lax.while_loop(lambda s: s[0] < 3, body, (0, x))[1]
     return (h * p['w']).sum()  # <- w
 
@@ -279,6 +301,7 @@ def fori_loop(p, x):
     def body(i, c):
         c = c * p['a'] + i  # <- a
         return c + jax.lax.stop_gradient(p['w'])  # <- w
+
     return jax.lax.fori_loop(0, 3, body, x).sum()
 
 
@@ -287,6 +310,7 @@ def fori_loop_of_any_length(p, x, n):
     def body(i, c):
         c = c * p['a'] + i  # <- a
         return c + jax.lax.stop_gradient(p['w'])  # <- w
+
     return jax.jit(lambda n: jax.lax.fori_loop(0, n, body, x))(n).sum()
 
 
@@ -307,6 +331,7 @@ def associative_scan(p, xs):
 def mapped_by_lax(p, xs):
     def one(x):
         return p['a'] * x + jax.lax.stop_gradient(p['w'])  # <- a w
+
     return jax.lax.map(one, xs).sum()
 
 
@@ -315,6 +340,7 @@ def scan_that_shifts(p, x):
     def body(carry, _):
         u, v = carry
         return (v, jax.lax.stop_gradient(u)), None  # <- stop
+
     return jax.lax.scan(body, (p['a'], p['b']), None, length=3)[0][0].sum()
 
 
@@ -331,6 +357,7 @@ def while_loop_with_a_rule(p, x):
     def fixed_point(a):
         far = lambda z: jnp.abs(z - jnp.cos(a * z)).max() > 1e-3
         return jax.lax.while_loop(far, lambda z: jnp.cos(a * z), jnp.ones(3))
+
     fixed_point.defvjp(lambda a: (fixed_point(a), a), lambda a, g: (g * a,))
     return (fixed_point(jax.nn.sigmoid(p['a'])) * x).sum()  # <- a
 
@@ -344,7 +371,8 @@ def straight_into_a_while_loop(p, x):
 @program('a', a=partly('lt', 'loop', 'loop'), reverse=False, reason='forward mode')
 def loop_whose_length_is_learned(p, x):
     return jax.lax.while_loop(
-        lambda s: s.sum() < p['a'].sum() ** 2, lambda s: s + jnp.exp(p['a']), x).sum()  # <- loop
+        lambda s: s.sum() < p['a'].sum() ** 2, lambda s: s + jnp.exp(p['a']), x
+    ).sum()  # <- loop
 
 
 @program('a', a=partly('lt', 'turns', 'beside'))
@@ -360,6 +388,7 @@ def loop_whose_result_is_rounded(p, x):
 def cond_predicate(p, x):
     def up(w):
         return w * x  # <- w
+
     return jax.lax.cond(p['a'].sum() > 0, up, lambda w: x, p['w']).sum()  # <- a
 
 
@@ -371,6 +400,7 @@ def cond_that_stops_in_one_branch(p, x):
 
     def other(a, b, w):
         return a * x  # <- live
+
     return jax.lax.cond(x[0] > 0.5, held, other, p['a'], p['b'], p['w']).sum()
 
 
@@ -384,6 +414,7 @@ def switch(p, x):
 
     def third(a, w):
         return w * x  # <- w
+
     i = jnp.argmax(p['i'])  # <- i
     return jax.lax.switch(i, [first, second, third], p['a'], p['w']).sum()
 
@@ -401,6 +432,7 @@ def cond_in_scan(p, xs):
         free = lambda c: c * p['a']  # <- live
         c = jax.lax.cond(x.sum() > 0, held, free, c)
         return c * p['w'], None  # <- w
+
     return jax.lax.scan(body, jnp.ones(3), xs)[0].sum()
 
 

@@ -67,8 +67,9 @@ def mixture_of_experts(p, x):
     return (weights * p['experts'][chosen]).sum()  # <- experts
 
 
-@program('a b c d', a=flat('round', 'a'), b=flat('floor', 'b'), c=flat('sign', 'c'),
-         d=flat('ceil', 'd'))
+@program(
+    'a b c d', a=flat('round', 'a'), b=flat('floor', 'b'), c=flat('sign', 'c'), d=flat('ceil', 'd')
+)
 def rounding(p, x):
     h = jnp.round(p['a'] * 3)  # <- a
     h = h * jnp.floor(p['b'])  # <- b
@@ -76,8 +77,9 @@ def rounding(p, x):
     return (h * x - jnp.ceil(p['d'])).sum()  # <- d
 
 
-@program('a b w', a=flat('convert_element_type', 'a'), b=flat('convert_element_type', 'b'),
-         w=live('w'))
+@program(
+    'a b w', a=flat('convert_element_type', 'a'), b=flat('convert_element_type', 'b'), w=live('w')
+)
 def cast_to_integers_and_back(p, x):
     h = (p['a'] * 5).astype(jnp.int32).astype(jnp.float32)  # <- a
     h = h + p['b'].astype(bool)  # <- b
@@ -128,8 +130,13 @@ def gather_at_learned_indices(p, x):
     return (jnp.take(p['w'], i, mode='clip') * x).sum()  # <- w
 
 
-@program({'rate': jnp.float32(0.5), 'w': X}, jax.random.key(0), X,
-         rate=flat('bernoulli (lt)', 'rate'), w=live('w'))
+@program(
+    {'rate': jnp.float32(0.5), 'w': X},
+    jax.random.key(0),
+    X,
+    rate=flat('bernoulli (lt)', 'rate'),
+    w=live('w'),
+)
 def learned_dropout_rate(p, key, x):
     keep = jax.random.bernoulli(key, jax.nn.sigmoid(p['rate']), (3,))  # <- rate
     return jnp.where(keep, p['w'] * x, 0).sum()  # <- w
@@ -182,8 +189,12 @@ def straight_through_argmax(p, x):
     return ((hard + soft - jax.lax.stop_gradient(soft)) * x).sum()
 
 
-@program({'enc': X, 'book': XS, 'dec': X}, enc=partly(None, None, 'enc'),
-         book=partly(None), dec=live('dec'))
+@program(
+    {'enc': X, 'book': XS, 'dec': X},
+    enc=partly(None, None, 'enc'),
+    book=partly(None),
+    dec=live('dec'),
+)
 def vector_quantisation(p, x):
     z = p['enc'] * x  # <- enc
     code = p['book'][jnp.argmin(((z - p['book']) ** 2).sum(1))]

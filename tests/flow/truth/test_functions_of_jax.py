@@ -40,11 +40,13 @@ def softmax_in_jit_in_remat(p, x):
     def run(a, b):
         h = jax.nn.log_softmax(a) * x  # <- a
         return h + jnp.logaddexp(b, 0)  # <- b
+
     return jax.jit(run)(p['a'], p['b']).sum()
 
 
-@program('a b c d e f', a=live('a'), b=live('b'), c=live('c'), d=live('d'), e=live('e'),
-         f=live('f'))
+@program(
+    'a b c d e f', a=live('a'), b=live('b'), c=live('c'), d=live('d'), e=live('e'), f=live('f')
+)
 def bent_functions(p, x):
     h = jax.nn.relu(p['a'] * x)  # <- a
     h = h + jax.nn.leaky_relu(p['b'])  # <- b
@@ -146,6 +148,7 @@ def shard_map(p, x):
     def run(a, b, x):
         h = jax.lax.psum(a * x, 'd')  # <- a
         return h + jax.lax.pmean(jax.lax.stop_gradient(b) * x, 'd')  # <- b
+
     run = jax.shard_map(run, mesh=MESH, in_specs=P('d'), out_specs=P())
     return (run(p['a'], p['b'], x) * p['w']).sum()  # <- w
 
@@ -156,6 +159,7 @@ def shard_map_with_an_axis_index(p, x):
         i = jax.lax.axis_index('d')
         h = a * x[i]  # <- a
         return h + jnp.floor(b) * i + jnp.floor(b)  # <- b
+
     run = jax.jit(jax.shard_map(run, mesh=MESH, in_specs=P('d'), out_specs=P('d')))
     return run(p['a'], p['b'], x).sum()
 
@@ -194,6 +198,7 @@ def reference_in_a_scan(p, xs):
     def body(c, x):
         ref[...] = ref[...] * p['a'] + x  # <- a
         return c + jax.lax.stop_gradient(p['w']).sum(), None  # <- w
+
     c, _ = jax.lax.scan(body, 0.0, xs)
     return c + ref[...].sum()
 

@@ -53,8 +53,10 @@ def own_stop(p, x):
     return (held * p['w'] * x).sum()  # <- w
 
 
-@program({'enc': {'w': X}, 'head': {'w': X, 'b': X}}, **{
-    'enc/w': masked('enc'), 'head/w': masked('head'), 'head/b': live('b')})
+@program(
+    {'enc': {'w': X}, 'head': {'w': X, 'b': X}},
+    **{'enc/w': masked('enc'), 'head/w': masked('head'), 'head/b': live('b')},
+)
 def stop_of_part_of_a_tree(p, x):
     head = p['head'] | jax.lax.stop_gradient({'w': p['head']['w']})  # <- head
     p = jax.lax.stop_gradient({'enc': p['enc']}) | {'head': head}  # <- enc
@@ -189,10 +191,18 @@ class Point(NamedTuple):
     by: jax.Array
 
 
-@program({'list': [X, (X, X)], 'layer': Layer(X, X), 'point': Point(X, X)}, **{
-    'list/0': live('list'), 'list/1/0': masked('stop'), 'list/1/1': unused,
-    'layer/w': live('layer'), 'layer/b': flat('floor', 'b'), 'point/at': live('point'),
-    'point/by': unused})
+@program(
+    {'list': [X, (X, X)], 'layer': Layer(X, X), 'point': Point(X, X)},
+    **{
+        'list/0': live('list'),
+        'list/1/0': masked('stop'),
+        'list/1/1': unused,
+        'layer/w': live('layer'),
+        'layer/b': flat('floor', 'b'),
+        'point/at': live('point'),
+        'point/by': unused,
+    },
+)
 def trees(p, x):
     h = p['list'][0] * jax.lax.stop_gradient(p['list'][1][0])  # <- list stop
     h = h * p['layer'].w  # <- layer
@@ -200,16 +210,22 @@ def trees(p, x):
     return (h * x * p['point'].at).sum()  # <- point
 
 
-@program({'dense': {'w': nn.Partitioned(X, (None,)), 'b': nn.LogicallyPartitioned(X, ('i',))}}, **{
-    'dense/w': live('w'), 'dense/b': masked('b')})
+@program(
+    {'dense': {'w': nn.Partitioned(X, (None,)), 'b': nn.LogicallyPartitioned(X, ('i',))}},
+    **{'dense/w': live('w'), 'dense/b': masked('b')},
+)
 def boxes(p, x):
     h = p['dense']['w'].value * x  # <- w
     p = nn.unbox(p)
     return (h + jax.lax.stop_gradient(p['dense']['b'])).sum()  # <- b
 
 
-@program({'n': jnp.arange(3), 'mask': jnp.array([True, False, True]), 'w': X},
-         n=flat('its dtype, int32'), mask=flat('its dtype, bool'), w=live('w'))
+@program(
+    {'n': jnp.arange(3), 'mask': jnp.array([True, False, True]), 'w': X},
+    n=flat('its dtype, int32'),
+    mask=flat('its dtype, bool'),
+    w=live('w'),
+)
 def integer_parameters(p, x):
     h = jnp.where(p['mask'], p['w'], 0)  # <- w
     return (h * x[p['n']]).sum() + p['n'].sum()
@@ -221,9 +237,17 @@ def list_of_parameters(p, x):
     return (h * jax.lax.stop_gradient(p[1])).sum()  # <- b
 
 
-@program('a b', **{
-    'one:a': live('a'), 'one:b': masked('b'), 'two:a': partly('stop_gradient', 'stop', 'a'),
-    'two:b': unused, 'three:a': unused, 'three:b': flat('round', 'three')})
+@program(
+    'a b',
+    **{
+        'one:a': live('a'),
+        'one:b': masked('b'),
+        'two:a': partly('stop_gradient', 'stop', 'a'),
+        'two:b': unused,
+        'three:a': unused,
+        'three:b': flat('round', 'three'),
+    },
+)
 def several_losses(p, x):
     h = p['a'] * x  # <- a
     held = jax.lax.stop_gradient(p['b'])  # <- b
@@ -231,8 +255,12 @@ def several_losses(p, x):
     return {'one': (h * held).sum(), 'two': two.sum(), 'three': jnp.round(p['b']).sum()}  # <- three
 
 
-@program({'key': jax.random.key(5), 'scale': 1.5, 'host': np.ones(3, np.float32)},
-         key=flat('its dtype, key<fry>'), scale=live('loss'), host=live('loss'))
+@program(
+    {'key': jax.random.key(5), 'scale': 1.5, 'host': np.ones(3, np.float32)},
+    key=flat('its dtype, key<fry>'),
+    scale=live('loss'),
+    host=live('loss'),
+)
 def other_leaves(p, x):
     return (jax.random.normal(p['key'], (3,)) * p['scale'] * p['host']).sum()  # <- loss
 

@@ -30,6 +30,7 @@ def custom_vjp_of_zeros(p, x):
     @jax.custom_vjp
     def f(v):
         return v * x
+
     f.defvjp(lambda v: (f(v), None), lambda _, g: (jnp.zeros_like(g),))
     h = f(p['a'])  # <- a
     return (h * p['w']).sum()  # <- w
@@ -40,6 +41,7 @@ def custom_vjp_that_drops_one(p, x):
     @jax.custom_vjp
     def f(a, b):
         return a * b
+
     f.defvjp(lambda a, b: (a * b, b), lambda b, g: (g * b, None))
     return (f(p['a'], p['b']) * x).sum()  # <- f
 
@@ -49,6 +51,7 @@ def custom_vjp_straight_through(p, x):
     @jax.custom_vjp
     def f(v):
         return jnp.round(v)
+
     f.defvjp(lambda v: (f(v), None), lambda _, g: (g,))
     return (f(p['a']) * x).sum()  # <- f
 
@@ -69,6 +72,7 @@ def custom_vjp_with_jit_in_its_rule(p, x):
     @jax.custom_vjp
     def f(a, b):
         return a + b
+
     half = jax.jit(lambda g: (0.5 * g, jnp.zeros_like(g)))
     f.defvjp(lambda a, b: (a + b, None), lambda _, g: half(g))
     return jax.jit(lambda a, b: f(a, b) * x)(p['a'], p['b']).sum()  # <- f
@@ -78,6 +82,7 @@ def custom_vjp_with_jit_in_its_rule(p, x):
 def custom_vjp_with_static_arguments(p, x):
     def f(kind, a, b):
         return a * b if kind == 'product' else a + b
+
     f = jax.custom_vjp(f, nondiff_argnums=(0,))
     f.defvjp(lambda kind, a, b: (f(kind, a, b), a), lambda kind, a, g: (None, g * a))
     return (f('product', p['a'], p['b']) * x).sum()  # <- f
@@ -88,6 +93,7 @@ def custom_jvp_of_zeros(p, x):
     @jax.custom_jvp
     def f(v):
         return v * x
+
     f.defjvp(lambda primals, tangents: (f(*primals), jnp.zeros_like(tangents[0])))
     h = f(p['a'])  # <- a
     return (h * p['w']).sum()  # <- w
@@ -98,6 +104,7 @@ def custom_jvp_that_drops_one(p, x):
     @jax.custom_jvp
     def f(a, b):
         return a * b
+
     f.defjvps(lambda t, out, a, b: t * b, None)
     return (f(p['a'], p['b']) * x).sum()  # <- f
 
@@ -107,6 +114,7 @@ def custom_jvp_straight_through(p, x):
     @jax.custom_jvp
     def f(v):
         return jnp.sign(v)
+
     f.defjvp(lambda primals, tangents: (f(*primals), tangents[0]))
     return (f(p['a'] * p['w']) * x).sum()  # <- f
 
@@ -116,12 +124,15 @@ def custom_vjp_in_scan_in_vmap(p, xs):
     @jax.custom_vjp
     def f(v):
         return v * 2
+
     f.defvjp(lambda v: (v * 2, None), lambda _, g: (jnp.zeros_like(g),))
 
     def one(x):
         def body(c, _):
             return c + f(p['a']) * x, None  # <- a
+
         return jax.lax.scan(body, x, None, length=2)[0]
+
     return jax.vmap(one)(xs).sum()
 
 
@@ -130,6 +141,7 @@ def custom_vjp_of_a_tree(p, x):
     @jax.custom_vjp
     def f(t):
         return t['a'] * t['b']
+
     f.defvjp(lambda t: (f(t), None), lambda _, g: ({'a': g, 'b': None},))
     return (f(p['t']) * x).sum()  # <- f
 
@@ -139,6 +151,7 @@ def custom_jvp_of_two_results(p, x):
     @jax.custom_jvp
     def f(a, b):
         return a * b, a + b
+
     f.defjvp(lambda primals, tangents: (f(*primals), (tangents[0], jnp.zeros(3))))
     u, v = f(p['a'], p['b'])  # <- f
     return (u * x + v).sum()
@@ -149,11 +162,13 @@ def custom_jvp_in_a_custom_jvp(p, x):
     @jax.custom_jvp
     def f(v):
         return v * 2
+
     f.defjvp(lambda primals, tangents: (f(*primals), jnp.zeros(3)))
 
     @jax.custom_jvp
     def g(v):
         return f(v)
+
     g.defjvp(lambda primals, tangents: (g(*primals), tangents[0]))
     h = g(p['a'])  # <- g
     return (h * f(p['b'])).sum()  # <- f
@@ -164,13 +179,14 @@ def custom_gradient(p, x):
     @jax.custom_gradient
     def f(v):
         return jnp.floor(v), lambda g: g * 2
+
     return (f(p['a']) * x).sum()  # <- a
 
 
 @program({'target': jnp.float32(2.0)}, target=live('root'))
 def root_of_an_equation(p, x):
-    equation = lambda v: v ** 3 - p['target']
-    step = lambda f, v: jax.lax.fori_loop(0, 20, lambda i, v: v - f(v) / (3 * v ** 2 + 1e-3), v)
+    equation = lambda v: v**3 - p['target']
+    step = lambda f, v: jax.lax.fori_loop(0, 20, lambda i, v: v - f(v) / (3 * v**2 + 1e-3), v)
     return jax.lax.custom_root(equation, 1.0, step, lambda g, y: y / g(1.0))  # <- root
 
 
@@ -179,8 +195,9 @@ def of_the_first(a, b):
     return jnp.sin(a)
 
 
-of_the_first.defvjp(lambda a, b: (jnp.sin(a), (a, b)),
-                    lambda ab, ct: (ct * jnp.cos(ab[0]), jnp.zeros_like(ab[1])))
+of_the_first.defvjp(
+    lambda a, b: (jnp.sin(a), (a, b)), lambda ab, ct: (ct * jnp.cos(ab[0]), jnp.zeros_like(ab[1]))
+)
 
 
 @program('a b', a=live('call'), b=unused)
@@ -195,6 +212,7 @@ def custom_rule_with_an_idle_argument(p, x):
 def adapted_parameters(p, x):
     def inner(w):
         return jnp.sin(w * x).sum()  # <- in
+
     fast = p['w'] - 0.1 * jax.grad(inner)(p['w'])
     return inner(fast)
 
@@ -203,6 +221,7 @@ def adapted_parameters(p, x):
 def adapted_parameters_to_first_order(p, x):
     def inner(w):
         return jnp.sin(w * x).sum()
+
     step = jax.lax.stop_gradient(jax.grad(inner)(p['w']))  # <- stop
     fast = p['w'] - 0.1 * step  # <- live
     return inner(fast)
@@ -212,6 +231,7 @@ def adapted_parameters_to_first_order(p, x):
 def gradient_penalty(p, x):
     def critic(x):
         return jnp.tanh(p['w'] * x + p['b']).sum()  # <- in
+
     return (jax.grad(critic)(x) ** 2).sum()
 
 
@@ -219,6 +239,7 @@ def gradient_penalty(p, x):
 def gradient_penalty_of_a_line(p, x):
     def critic(x):
         return (p['w'] * x + p['b']).sum()  # <- in
+
     return (jax.grad(critic)(x) ** 2).sum()
 
 
@@ -227,6 +248,7 @@ def gradient_penalty_of_a_relu(p, x):
     def critic(x):
         h = jax.nn.leaky_relu(p['w'] * x + p['b'])  # <- in
         return (h * p['v']).sum()  # <- v
+
     return (jax.grad(critic)(x) ** 2).sum()
 
 
@@ -234,7 +256,8 @@ def gradient_penalty_of_a_relu(p, x):
 def derivative_of_a_stopped_value(p, x):
     def inner(x):
         held = jax.lax.stop_gradient(p['t'])  # <- stop
-        return (held * p['w'] * x ** 2).sum()
+        return (held * p['w'] * x**2).sum()
+
     return jax.grad(inner)(x).sum()
 
 
@@ -248,6 +271,7 @@ def hessian_vector_product(p, x):
 def vjp_in_the_loss(p, x):
     def f(w):
         return jnp.sin(jax.lax.stop_gradient(p['a']) * w)  # <- stop in
+
     out, pull = jax.vjp(f, p['w'])
     return out.sum() + pull(x)[0].sum()
 
@@ -257,13 +281,14 @@ def own_stop_in_an_inner_derivative(p, x):
     def inner(w):
         target = jax.lax.stop_gradient(p['a'] * p['w'])  # <- w
         return ((w * x - target) ** 2).sum()
+
     return (jax.grad(inner)(p['w']) ** 2).sum()
 
 
 @program('a b', a=partly('gt', 'a'), b=flat('gt', 'a'))
 def kinks_in_an_inner_derivative(p, x):
     slope = jax.grad(lambda x: jax.nn.relu(p['a'] * x + p['b']).sum())(x)  # <- a
-    return (slope ** 2).sum()
+    return (slope**2).sum()
 
 
 # The tests.
