@@ -217,17 +217,14 @@ def checked(program: Program) -> Iterator[Verdict]:
     for part in program.parts:
         for label, chosen in ((part, True), (f'~{part}', False)):
             found = []
-            program.each_model(
-                lambda tree, found=found: (
-                    found.extend(
-                        leaf
-                        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-                        if selects(part, tuple(map(name_of, path))) is chosen
-                    )
-                    or tree
-                ),
-                gradient,
-            )  # noqa: B023
+
+            def collect(tree: Any, found=found, part=part, chosen=chosen) -> Any:
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                    if selects(part, tuple(map(name_of, path))) is chosen:
+                        found.append(leaf)
+                return tree
+
+            program.each_model(collect, gradient)
             if not any(np.any(leaf) for leaf in found):
                 yield Verdict('none', label, 'unmasked', 'WRONG', 'its gradient is zero: vacuous')
             if not all(np.all(jnp.isfinite(leaf)) for leaf in found):

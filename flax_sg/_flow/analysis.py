@@ -1,4 +1,4 @@
-"""Verdicts of all parameters and losses, by sweeps along the graph, checked by the whole pullback."""
+"""Verdicts of all parameters and losses, by sweeps of the graph, checked by the whole pullback."""
 
 from __future__ import annotations
 

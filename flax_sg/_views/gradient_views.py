@@ -1,8 +1,7 @@
 """gradient_views: one forward pass, and one output for each of several losses.
 
-The target runs once, in a block whose transform marks what each entry differentiates; `shared_primal` does
-the rest. A module is lifted as any transform of Flax lifts it, so that state is updated, random
-numbers are drawn and values are sown once.
+The target runs once, in a block whose transform marks what each entry differentiates;
+`shared_primal` does the rest. A front end says how a module is run for that.
 """
 
 from __future__ import annotations
@@ -73,7 +72,8 @@ class GradientViews:
             return self.of_function(target)
         raise UsageError(
             f'{self!r} was given {kind_of(target)}; expected a {front_ends.modules()} class or '
-            'instance, a method, or a function that takes a module or a nested dict of parameters first.'
+            'instance, a method, or a function that takes a module or a nested dict of parameters '
+            'first.'
         )
 
     def of_function(self, fn: Callable) -> Callable:
@@ -100,7 +100,7 @@ class GradientViews:
 
     def marked(self) -> Marked:
         """Return the transform in whose block the target is to run."""
-        # It selects everything, as what is no entry's is held; each pattern has to select something.
+        # It selects everything, as what is no entry's is held; each pattern has to select.
         selected = functools.reduce(operator.or_, (f for _, f in self.entries), everything)
         return Marked(selected, self.collections, self.allow_unmatched, self, nesting())
 

@@ -3,10 +3,11 @@
 A mark stands in the jaxpr of a function, in the bodies of its loops and calls too, and so in its
 linear map. `for_view` makes the map of one view of it. It knows JAX, and nothing of this library.
 
-A mark names its function by a *nesting*: how many such functions were being traced around it. JAX may
-keep a trace and use it again at any depth, so a nesting says nothing about where it is used. It is a
-bound name: the marks of a function are those with its nesting in its jaxpr, but for what stands in
-another function of the same nesting inside. What belongs to one view has no nesting any more.
+A mark names its function by a *nesting*: how many such functions were being traced around it. JAX
+may keep a trace and use it again at any depth, so a nesting says nothing about where it is used. It
+is a bound name: the marks of a function are those with its nesting in its jaxpr, but for what
+stands in another function of the same nesting inside. What belongs to one view has no nesting any
+more.
 """
 
 from __future__ import annotations

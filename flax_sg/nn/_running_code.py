@@ -130,7 +130,7 @@ def _members_of(cls: type[Module]) -> dict[int, CodeType]:
 
 
 def _written_in(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of functions in a function, but for members of modules that are defined there."""
+    """Yield the code of functions in a function, but for members of modules defined there."""
     for const in code.co_consts:
         if isinstance(const, CodeType) and _member_of(const) is not const:
             yield const

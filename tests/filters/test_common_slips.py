@@ -62,7 +62,8 @@ class Named:
         (
             'frozen',
             r"returned 'frozen' for 'encoding/gln/w'; expected a bool. For labels, as optax "
-            r'takes them, use flax_sg.labels\({label: predicate}, params\); for a predicate compare',
+            r'takes them, use flax_sg.labels\({label: predicate}, params\); for a '
+            r'predicate compare',
         ),
         ('', "returned '' for .* use flax_sg.labels"),
         (
@@ -183,7 +184,8 @@ class Method:
         (
             lambda info, value: True,
             rf'got <lambda> at {LINE}:\d+, a callable of \(info, value\); '
-            r'expected one of \(info\). A predicate sees names, shapes and dtypes, and no value. For a '
+            r'expected one of \(info\). A predicate sees names, shapes and dtypes, '
+            r'and no value. For a '
             r'callable of \(path, value\), as NNX has it, use flax_sg.from_nnx\(fn\).',
         ),
         (
@@ -455,7 +457,8 @@ STATE = nnx.State({'a': nnx.Param(ONE)})
         (
             sg.stop_gradient('a'),
             r"^stop_gradient: got an object of type StopGradient. stop_gradient\('a"
-            r"'\) is a transform, no predicate. Pass what it selects, its .filter; to have both, nest th",
+            r"'\) is a transform, no predicate. Pass what it selects, its .filter; "
+            r'to have both, nest th',
         ),
         (
             sg.scale_gradient('a', 2.0),
@@ -469,7 +472,8 @@ STATE = nnx.State({'a': nnx.Param(ONE)})
         (
             Scale(),
             r'got an object of type Scale. A predicate says which variables; make the transform '
-            r'first: stop_gradient\(predicate\)\(module\). To select a submodule name its path, such as ',
+            r'first: stop_gradient\(predicate\)\(module\). To select a submodule '
+            r'name its path, such as ',
         ),
         (Graph(), r'type Graph. .*first: stop_gradient\(predicate\)\(nnx.state\(module\)'),
         (
@@ -537,7 +541,8 @@ def test_a_bool_of_numpy_is_a_bool(flag):
             lambda: sg.map_values(lambda info, value: value, 'a'),
             sg.UsageError,
             r'map_values: got an '
-            r'object of type str for fn; .* The predicate comes first: map_values\(predicate, fn\).',
+            r'object of type str for fn; .* The predicate comes first: '
+            r'map_values\(predicate, fn\).',
         ),
         (
             lambda: sg.map_gradient(lambda info, ct: ct, re.compile('a')),
@@ -552,18 +557,21 @@ def test_a_bool_of_numpy_is_a_bool(flag):
         (
             lambda: sg.map_values(lambda info, value: value, lambda info: True),
             sg.PredicateError,
-            r'map_values: got <lambda> at .*, a callable of \(info, value\); .* The predicate comes firs',
+            r'map_values: got <lambda> at .*, a callable of \(info, value\); .* The '
+            r'predicate comes firs',
         ),
         (
             lambda: sg.map_values(lambda info, value: value, sg.path('a')),
             sg.PredicateError,
-            r'map_values: got <lambda> at .*The predicate comes first: map_values\(predicate, fn\).',
+            r'map_values: got <lambda> at .*The predicate comes first: '
+            r'map_values\(predicate, fn\).',
         ),
         (
             lambda: sg.replace_values(TREE, 'a'),
             sg.UsageError,
             r'replace_values: got an object of type '
-            r'dict as predicate; expected one. The predicate comes first: replace_values\(predicate, sou',
+            r'dict as predicate; expected one. The predicate comes first: '
+            r'replace_values\(predicate, sou',
         ),
         (
             lambda: sg.replace_values(TREE, sg.path('a')),
@@ -620,7 +628,8 @@ def test_a_filter_is_no_mask_function(make):
             lambda: sg.labels(['head'], TREE),
             sg.PredicateError,
             'labels: got an object of type list as '
-            "predicates; expected a dict of a predicate for each label, such as {'encoder': 'encoder'}.",
+            'predicates; expected a dict of a predicate for each label, such as '
+            "{'encoder': 'encoder'}.",
         ),
         (
             lambda: sg.labels('head', TREE),
@@ -636,7 +645,8 @@ def test_a_filter_is_no_mask_function(make):
             lambda: sg.labels(TREE, {'x': 'head'}),
             sg.PredicateError,
             r'labels: got a tree of values as '
-            r'predicates and predicates as the tree; expected labels\(predicates, params\). Swap them: '
+            r'predicates and predicates as the tree; expected labels\(predicates, '
+            r'params\). Swap them: '
             r"labels\({'x': ...}, params\).",
         ),
         (lambda: sg.labels({'w': ONE}, {'x': sg.path('w')}), sg.PredicateError, 'Swap them'),
@@ -655,7 +665,8 @@ def test_a_filter_is_no_mask_function(make):
             lambda: sg.everything.mask(Graph()),
             sg.UsageError,
             r'everything.mask: got an object of type '
-            r'Graph as tree; expected a nested mapping of variables. Pass nnx.state\(module, nnx.Param\)',
+            r'Graph as tree; expected a nested mapping of variables. Pass '
+            r'nnx.state\(module, nnx.Param\)',
         ),
         (lambda: sg.everything.mask([TREE]), sg.UsageError, 'got an object of type list as tree'),
         (

@@ -295,7 +295,8 @@ def test_partials_methods_and_objects_compare_by_their_parts():
         (b'a', 'stop_gradient: got an object of type bytes; expected'),
         (
             (),
-            'stop_gradient: an empty tuple selects nothing. If that is meant, pass flax_sg.nothing.',
+            'stop_gradient: an empty tuple selects nothing. If that is meant, pass '
+            'flax_sg.nothing.',
         ),
         ([], 'stop_gradient: an empty list selects nothing.'),
         (['a', None], 'stop_gradient: got an object of type NoneType'),
@@ -408,7 +409,8 @@ def test_labels_name_each_parameter_once():
             {'a': 'gln', 'b': '**/kernel'},
             {},
             sg.LabelError,
-            r'labels: each parameter takes one label; gln/kernel \(a and b\). Make the predicates disj',
+            r'labels: each parameter takes one label; gln/kernel \(a and b\). Make '
+            r'the predicates disj',
         ),
         (
             {'a': 'gln'},

@@ -177,7 +177,8 @@ def test_names_in_other_trees():
     [
         (
             3,
-            'gradient_flow was given an object of type int; expected a function of (params, *args), '
+            'gradient_flow was given an object of type int; expected a function of '
+            '(params, *args), '
             'or a dict of such functions by name.',
         ),
         ({}, 'gradient_flow was given an object of type dict;'),

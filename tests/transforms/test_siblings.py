@@ -1104,7 +1104,8 @@ def test_a_scaled_step_costs_what_it_costs_by_hand():
         (lambda: sg.replace_values('a', 3), 'replace_values: got an object of type int as source'),
         (
             lambda: sg.map_values('a', lambda i, v: None)(AB),
-            r"map_values\('a', <lambda> at test_siblings.py:\d+\): the function returned .* for '/a'; "
+            r"map_values\('a', <lambda> at test_siblings.py:\d+\): the function "
+            r"returned .* for '/a'; "
             'expected one array',
         ),
         (lambda: sg.map_values('a', lambda i, v: (v, v))(AB), "for '/a'; expected one array"),
@@ -1122,7 +1123,8 @@ def test_a_scaled_step_costs_what_it_costs_by_hand():
         ),
         (
             lambda: sg.replace_values('a', {'b': 1.0})(AB),
-            r"replace_values\('a', <tree>\): the source has no variable 'a' to read instead of '/a'. It "
+            r"replace_values\('a', <tree>\): the source has no variable 'a' to read "
+            r"instead of '/a'. It "
             "has: 'b'. Its paths are those of the module",
         ),
         (lambda: sg.replace_values('a', {'params': AB})(AB), "It has: 'params'"),

@@ -318,8 +318,10 @@ def test_a_number_and_its_text_are_two_names():
         (
             lambda w: Opaque(w, w),
             r"a mapping of type Opaque with 'one', 'other' cannot be made with "
-            r'other values: Opaque\(dict\) gives no mapping of these alone, nor does JAX. Register it '
-            'with jax.tree_util.register_pytree_node, its items being its children, or pass a dict.',
+            r'other values: Opaque\(dict\) gives no mapping of these alone, nor '
+            r'does JAX. Register it '
+            'with jax.tree_util.register_pytree_node, its items being its '
+            'children, or pass a dict.',
         ),
         (lambda w: Stale(w, w), "a mapping of type Stale with 'b', 'a' cannot be made with other"),
         (lambda w: More(b=w), "a mapping of type More with 'b' cannot be made with other values"),

@@ -1028,14 +1028,16 @@ UNBOUND = Two()
         (
             lambda: VIEWS(UNBOUND.apply),
             sg.UsageError,
-            r"'apply' is a method of a module that is not bound. Pass method= to apply: model.apply\("
+            r"'apply' is a method of a module that is not bound. Pass method= to "
+            r'apply: model.apply\('
             r'variables, x, method=views\(Two.__call__\)\)',
         ),
         *[
             (
                 lambda target=target: target(UNBOUND.bind({'params': AB})),
                 sg.UsageError,
-                r"what 'apply' reads is of another root than the module that it is a method of\. Pass "
+                r"what 'apply' reads is of another root than the module that it is a "
+                r'method of\. Pass '
                 r'method= to apply: model\.apply\(variables, x, method=views\(Two\.__call__\)\)',
             )
             for target in (
@@ -1134,8 +1136,10 @@ def test_a_rule_that_reads_a_captured_module_is_an_error(kind, derivative):
         error, text = (
             sg.UsageError,
             (
-                "^gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads params '/b/w' while "
-                'the target of views is differentiated, after the target has run. Read the variable in '
+                '^gradient_views: a rule of jax.custom_jvp or jax.custom_vjp reads '
+                "params '/b/w' while "
+                'the target of views is differentiated, after the target has run. Read '
+                'the variable in '
                 'the target, and give its value to the function as an argument.'
             ),
         )
