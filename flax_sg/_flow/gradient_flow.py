@@ -1,6 +1,6 @@
 """Why is a gradient zero: a verdict, the operation and the line for each parameter and loss.
 
-The loss is traced, its jaxpr laid open as a graph (`_graph`), and three questions are asked of all
+The loss is traced, its jaxpr laid open as a graph (`graph`), and three questions are asked of all
 its paths at once: which tangents get where, which values get where, and where a value goes on
 without its tangent (`tangents`, `obstacles`). JAX's own pullback of the whole loss has to agree.
 """

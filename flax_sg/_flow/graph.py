@@ -15,7 +15,7 @@ from typing import Any
 from jax.extend.core import JaxprEqn, Literal
 
 from flax_sg._compat import jax as jax_compat
-from flax_sg._views.masks import NO_VIEW, for_view, inputs_of_views
+from flax_sg._views.masks import BINDER, NO_VIEW, for_view, inputs_of_views
 
 __all__ = ['Call', 'Context', 'Edge', 'Graph', 'Step', 'sweep']
 
@@ -132,8 +132,8 @@ class Graph:
             inner = dataclasses.replace(inner, manual=(*context.manual, eqn))
         if call is not None:
             return self._inline(eqn.params[call], ins, inner)
-        if name in _SPECIAL:
-            return getattr(self, f'_{name}')(eqn, ins, context, inner)
+        if name in _LAID_OPEN:
+            return _LAID_OPEN[name](self, eqn, ins, context, inner)
         outs = self._new(len(eqn.outvars))
         # What is written to a reference may come out of it wherever it is read.
         refs = [n for n, v in zip(ins, eqn.invars, strict=True) if jax_compat.is_ref(v.aval)]
@@ -189,7 +189,7 @@ class Graph:
         branches = [self._inline(b, ins[1:], inner) for b in eqn.params['branches']]
         return [self._join(eqn, context, *outs, ins[0]) for outs in zip(*branches, strict=True)]
 
-    def _flax_sg_views(
+    def _views(
         self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context
     ) -> list[Node]:
         params = eqn.params
@@ -205,7 +205,7 @@ class Graph:
 # A longer loop counts as one of any number of steps: what needs just so many, as two values that
 # change places do, is taken to be possible.
 _UNROLLED = 4
-_SPECIAL = frozenset({'scan', 'while', 'cond', 'flax_sg_views'})
+_LAID_OPEN = {'scan': Graph._scan, 'while': Graph._while, 'cond': Graph._cond, BINDER: Graph._views}
 
 
 def _open(jaxpr: Any) -> Any:

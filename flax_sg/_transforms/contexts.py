@@ -29,7 +29,7 @@ class Context:
 
     Attributes:
       owner: the key of the stack of blocks on which traces in this context depend, or None.
-      asked: what functions under `nn.jit`, traced in this context, asked for; see `_bodies`.
+      asked: what functions under `nn.jit`, traced in this context, asked for; see `jitted_bodies`.
     """
 
     __slots__ = ('__weakref__', 'asked', 'owner')

@@ -5,7 +5,7 @@ results are the same on two-level dicts, except that `partition`, `partition_n` 
 empty sub-dicts, which Haiku drops (so that ``merge(*partition_n(f, t, n))`` is always t), that
 `to_immutable_dict` returns a `flax.core.FrozenDict`, and that every error is a ValueError.
 
-The code is in `_trees.py`, which the rest of the library uses; this file names what is public.
+The code is in `_trees.py`. It imports nothing of the library.
 """
 
 from flax_sg.data_structures._tree_kinds import (

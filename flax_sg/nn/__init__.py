@@ -2,6 +2,9 @@
 
 ``from flax_sg import nn`` replaces ``from flax import linen as nn``: every name of ``flax.linen``
 is the same object here.
+
+The files beside this one make transforms, blocks and views work on Linen's modules (`_front_end`).
+They import what is below, and nothing of `_flow`.
 """
 
 from typing import Any

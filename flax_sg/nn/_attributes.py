@@ -2,7 +2,7 @@
 
 `self.w = self.param(...)` is no read of a scope when it is used. So a module whose setup read a
 variable keeps, beside the values, how they came about; a read of such an attribute under other
-transforms than those of its setup runs setup again, on a clone (`_runs`). The first run's values
+transforms than those of its setup runs setup again, on a clone (`_replays`). The first run's values
 stay as they are.
 """
 
