@@ -43,8 +43,8 @@ def losses(params, x):
     return {
         'both': (h * params['head']).sum(),
         'head': (held * params['head']).sum(),
-        'rank': (jnp.argsort(h) * x).sum(),
-    }  # <- rank
+        'rank': (jnp.argsort(h) * x).sum(),  # <- rank
+    }
 
 
 @pytest.fixture(scope='module')

@@ -368,11 +368,11 @@ def straight_into_a_while_loop(p, x):
     return jax.lax.while_loop(lambda s: s[0] < 3, body, (0, p['a']))[1].sum()  # <- loop
 
 
-@program('a', a=partly('lt', 'loop', 'loop'), reverse=False, reason='forward mode')
+@program('a', a=partly('lt', 'more', 'step'), reverse=False, reason='forward mode')
 def loop_whose_length_is_learned(p, x):
-    return jax.lax.while_loop(
-        lambda s: s.sum() < p['a'].sum() ** 2, lambda s: s + jnp.exp(p['a']), x
-    ).sum()  # <- loop
+    more = lambda s: s.sum() < p['a'].sum() ** 2  # <- more
+    step = lambda s: s + jnp.exp(p['a'])  # <- step
+    return jax.lax.while_loop(more, step, x).sum()
 
 
 @program('a', a=partly('lt', 'turns', 'beside'))
