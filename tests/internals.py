@@ -117,7 +117,7 @@ def in_views(fun, names):
 
 def mark(x, views):
     """Mark a value for the views that it counts in, at the nesting of the innermost views."""
-    return masks.mark(x, views, masks.nesting())
+    return masks.view_mask(x, views, masks.nesting())
 
 
 def tangent_of_a_mark(x, views):

@@ -10,7 +10,7 @@ from flax_sg._flow.origin import Origin
 from flax_sg._flow.records import Obstacle, Verdict
 from flax_sg._jax.jaxprs import has_tangent
 from flax_sg._jax.lines import owner
-from flax_sg._views.masks import is_mark
+from flax_sg._views.masks import is_view_mask
 
 __all__ = ['NOT_SEEN', 'obstacle']
 
@@ -28,7 +28,7 @@ def obstacle(origin: Origin, output: int, failure: str) -> Obstacle:
     eqn, block, (name, has_rules) = origin.eqn, origin.block, origin.primitive
     if failure:
         return Obstacle(Verdict.UNKNOWN, origin.operation, origin.line, failure)
-    if name == 'stop_gradient' or is_mark(eqn):
+    if name == 'stop_gradient' or is_view_mask(eqn):
         return _stop(origin)
     if has_rules and has_tangent(eqn.outvars[output].aval):
         return Obstacle(Verdict.CUSTOM_ZERO, origin.operation, origin.line)
@@ -42,7 +42,7 @@ def obstacle(origin: Origin, output: int, failure: str) -> Obstacle:
 def _stop(origin: Origin) -> Obstacle:
     by = origin.stopped_by
     whose = owner(by.file) if by is not None else ''
-    if origin.block is not None and (whose == 'flax_sg' or is_mark(origin.eqn)):
+    if origin.block is not None and (whose == 'flax_sg' or is_view_mask(origin.eqn)):
         operation, line = origin.block
         if origin.context.entry:
             operation += f', entry {origin.context.entry!r}'

@@ -21,7 +21,7 @@ from flax_sg._filters.slips import kind_of
 from flax_sg._filters.variables import VariableInfo
 from flax_sg._transforms import front_ends
 from flax_sg._transforms.transform import Transform, check_collections, map_traced
-from flax_sg._views.masks import mark, nesting
+from flax_sg._views.masks import nesting, view_mask
 from flax_sg._views.shared_primal import in_views
 
 __all__ = ['GradientViews', 'gradient_views']
@@ -39,7 +39,7 @@ class Marked(Transform):
         views = tuple(filter.selects(info) for _, filter in self.views.entries)
         if not any(views):
             return map_traced(jax.lax.stop_gradient, value)
-        return map_traced(lambda leaf: mark(leaf, views, self.nesting), value)
+        return map_traced(lambda leaf: view_mask(leaf, views, self.nesting), value)
 
     def says(self, info: VariableInfo) -> Hashable:
         return tuple(filter.selects(info) for _, filter in self.views.entries)

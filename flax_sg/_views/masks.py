@@ -35,9 +35,9 @@ __all__ = [
     'counts',
     'during',
     'inputs_of_views',
-    'is_mark',
+    'is_view_mask',
     'nesting',
-    'mark',
+    'view_mask',
     'marked',
     'needed',
     'for_view',
@@ -68,13 +68,13 @@ _INSIDE = (
 
 # The mark, and the same for tangents. `views` has a bool for each view; in what belongs to one view
 # it is that view's, and `nesting` is None.
-_mark_p = define('flax_sg_view')
+_view_mask_p = define('flax_sg_view')
 _tangent_p = define('flax_sg_view_tangent', _tangent)
 
 
-def mark(x: jax.Array, views: tuple[bool, ...], nesting: int) -> jax.Array:
+def view_mask(x: jax.Array, views: tuple[bool, ...], nesting: int) -> jax.Array:
     """Return x, which is a constant of differentiation in the views that are False."""
-    return _mark_p.bind(x, views=views, nesting=nesting)
+    return _view_mask_p.bind(x, views=views, nesting=nesting)
 
 
 class _Tracing(threading.local):
@@ -114,7 +114,7 @@ def _jvp(primals: tuple, tangents: tuple, *, views: Any, nesting: int | None) ->
     (x,), (t,) = primals, tangents
     if nesting is not None and nesting not in tracing.told_apart:
         raise UsageError(_INSIDE if nesting < tracing.nestings else _OUTSIDE)
-    out = _mark_p.bind(x, views=views, nesting=nesting)  # not x: its derivatives pass here too
+    out = _view_mask_p.bind(x, views=views, nesting=nesting)  # not x: its derivatives pass here too
     return out, t if type(t) is ad.Zero else _tangent_p.bind(t, views=views, nesting=nesting)
 
 
@@ -122,7 +122,7 @@ def _transpose(cotangent: jax.Array, *, views: Any, nesting: int | None) -> list
     return [None if views is False else _tangent_p.bind(cotangent, views=views, nesting=nesting)]
 
 
-ad.primitive_jvps[_mark_p] = _jvp
+ad.primitive_jvps[_view_mask_p] = _jvp
 ad.deflinear(_tangent_p, _transpose)
 
 
@@ -202,13 +202,13 @@ def counts(eqn: JaxprEqn) -> bool | None:
     )
 
 
-def is_mark(eqn: JaxprEqn) -> bool:
+def is_view_mask(eqn: JaxprEqn) -> bool:
     """Say whether an equation is a mark, and not one with marks inside."""
-    return eqn.primitive in (_mark_p, _tangent_p)
+    return eqn.primitive in (_view_mask_p, _tangent_p)
 
 
 def _equation(eqn: JaxprEqn, nesting: int, view: int) -> JaxprEqn:
-    if is_mark(eqn):
+    if is_view_mask(eqn):
         if eqn.params['nesting'] != nesting:
             return eqn
         views = eqn.params['views']

@@ -15,7 +15,7 @@ from jax.interpreters import ad
 
 from flax_sg._compat import jax as jax_compat
 from flax_sg._jax.jaxprs import moving_among, opened
-from flax_sg._views.masks import counts, for_view, is_mark, marked
+from flax_sg._views.masks import counts, for_view, is_view_mask, marked
 
 __all__ = ['ViewMaps']
 
@@ -87,7 +87,7 @@ class ViewMaps:
 
         jaxpr, consts = opened(jax_compat.traced(pull, *given, *moving))
         places = marked(jaxpr, self.nesting)
-        if not all(is_mark(jaxpr.eqns[i]) for i in places):
+        if not all(is_view_mask(jaxpr.eqns[i]) for i in places):
             return None
         moved, names = set(jaxpr.invars[len(consts) + len(given) :]), []
         for eqn in jaxpr.eqns:

@@ -63,7 +63,7 @@ def in_views(fun: Callable[[], tuple[Any, Any]], views: tuple[str, ...]) -> tupl
         None if isinstance(var, Literal) else places.get(var) for var in jaxpr.outvars[count:]
     ]
     outvars = [var for var, place in zip(jaxpr.outvars, forwarded, strict=True) if place is None]
-    made = _views_p.bind(
+    outputs = _views_p.bind(
         *inputs,
         jaxpr=ClosedJaxpr(jaxpr.replace(outvars=outvars), []),
         shared=len(inputs),
@@ -71,7 +71,7 @@ def in_views(fun: Callable[[], tuple[Any, Any]], views: tuple[str, ...]) -> tupl
         views=views,
         nesting=nesting,
     )
-    outs, aux = _parts(made, count, len(views))
+    outs, aux = _parts(outputs, count, len(views))
     rest = iter(aux)
     aux = [next(rest) if place is None else inputs[place] for place in forwarded[count:]]
     for i, place in reversed(
@@ -84,16 +84,16 @@ def in_views(fun: Callable[[], tuple[Any, Any]], views: tuple[str, ...]) -> tupl
     return [out for out, _ in trees], trees[0][1]
 
 
-def _parts(made: list, count: int, views: int) -> tuple[list[list], list]:
+def _parts(outputs: list, count: int, views: int) -> tuple[list[list], list]:
     """Split results of the primitive: the output of each view, and what else was made."""
-    return [made[i * count : (i + 1) * count] for i in range(views)], made[views * count :]
+    return [outputs[i * count : (i + 1) * count] for i in range(views)], outputs[views * count :]
 
 
 def _run(
     *operands: Any, jaxpr: ClosedJaxpr, shared: int, count: int, views: tuple, nesting: int
 ) -> list:
-    made = evaluate(jaxpr, *inputs_of_views(operands, shared, views)[0])
-    return made[:count] * len(views) + made[count:]
+    outputs = evaluate(jaxpr, *inputs_of_views(operands, shared, views)[0])
+    return outputs[:count] * len(views) + outputs[count:]
 
 
 def _abstract(
@@ -122,27 +122,27 @@ def _jvp(
     tangents = [[ad.instantiate_zeros(ts[i]) for i in moved] for ts in moving]
     with during(reads_closed=True, told_apart=tracing.told_apart | {nesting}):
         linear = _linearized(jaxpr, count, inputs[0], moved)
-    kept = linear.kept
-    made = _views_p.bind(
+    n_residuals = linear.n_residuals
+    outputs = _views_p.bind(
         *linear.consts,
         *primals,
         jaxpr=linear.forward,
-        count=count + kept,
+        count=count + n_residuals,
         shared=len(linear.consts) + shared,
         views=views,
         nesting=nesting,
     )
-    outs, aux = _parts(made, count + kept, len(views))
+    outs, aux = _parts(outputs, count + n_residuals, len(views))
     residuals, outs = [out[count:] for out in outs], [out[:count] for out in outs]
     rest = len(jaxpr.out_avals) - count
-    aux, residuals_aside = aux[:rest], aux[rest:]
+    aux, residuals_aux = aux[:rest], aux[rest:]
 
     given, of_views = once(tangents)
 
     # A scan around would stack each view's residuals, which it cannot know to be equal. In a
     # checkpoint it stacks what goes in, of which all but the first view's is not used.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def pushed(residuals: list, residuals_aside: list, given: list) -> list:
+    def pushed(residuals: list, residuals_aux: list, given: list) -> list:
         tangents = of_views(given)
         maps = Maps(nesting, functools.partial(_in_common, views, nesting))
         found = maps.apply(
@@ -152,17 +152,17 @@ def _jvp(
         )
         found.append(
             jax.core.eval_jaxpr(
-                for_view(linear.push_aside, nesting, NO_VIEW), (), *residuals_aside, *tangents[0]
+                for_view(linear.push_aux, nesting, NO_VIEW), (), *residuals_aux, *tangents[0]
             )
         )
         return [t for ts in found for t in ts]
 
-    made = [*(x for out in outs for x in out), *aux]
-    found = iter(pushed(residuals, residuals_aside, given))
+    outputs = [*(x for out in outs for x in out), *aux]
+    found = iter(pushed(residuals, residuals_aux, given))
     moves = linear.moves[:count] * len(views) + linear.moves[count:]
-    return made, [
+    return outputs, [
         next(found) if m else ad.Zero(jax.typeof(x).to_tangent_aval())
-        for x, m in zip(made, moves, strict=True)
+        for x, m in zip(outputs, moves, strict=True)
     ]
 
 
@@ -172,17 +172,17 @@ class _Linear(NamedTuple):
     Attributes:
       forward: it, with residuals after the output, and others after what else it made.
       consts: its first inputs: constants, and what rules of `jax.custom_jvp` in it close over.
-      kept: the number of residuals of the output.
-      push, push_aside: linear maps of residuals and tangents, to the tangents of the output and of
+      n_residuals: the number of residuals of the output.
+      push, push_aux: linear maps of residuals and tangents, to the tangents of the output and of
         what else it made.
       moves: for each result of the function, whether it has a tangent.
     """
 
     forward: ClosedJaxpr
     consts: list
-    kept: int
+    n_residuals: int
     push: Jaxpr
-    push_aside: Jaxpr
+    push_aux: Jaxpr
     moves: list[bool]
 
 
@@ -196,8 +196,10 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: list, moved: list[int])
                 values[i] = x
             return evaluate(jaxpr, *values)
 
-        made, tangents = jax.jvp(of_moved, [inputs[i] for i in moved], list(inputs[len(primals) :]))
-        return [*made, *(t for x, t in zip(made, tangents, strict=True) if _inexact(x))]
+        outputs, tangents = jax.jvp(
+            of_moved, [inputs[i] for i in moved], list(inputs[len(primals) :])
+        )
+        return [*outputs, *(t for x, t in zip(outputs, tangents, strict=True) if _inexact(x))]
 
     closed, consts = closed_over(joint, *primals, *(primals[i] for i in moved))
     total, inexact = len(jaxpr.out_avals), list(map(_inexact, jaxpr.out_avals))
@@ -206,7 +208,7 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: list, moved: list[int])
     moves = [next(tangents) if x else False for x in inexact]
     known, push = jax_compat.split(closed, unknown, [False] * total + [True] * sum(inexact))
     forward, more = opened(known)
-    made, residuals = forward.outvars[:total], forward.outvars[total:]
+    outputs, residuals = forward.outvars[:total], forward.outvars[total:]
 
     def part(of: Callable[[int], bool]) -> tuple[Jaxpr, list]:
         wanted = [moves[i] and of(i) for i, x in enumerate(inexact) if x]
@@ -215,15 +217,15 @@ def _linearized(jaxpr: ClosedJaxpr, count: int, primals: list, moved: list[int])
         )
         return push_of, [x for x, u in zip(residuals, used, strict=False) if u]
 
-    push_of_output, kept = part(lambda i: i < count)
-    push_aside, kept_aside = part(lambda i: i >= count)
-    outvars = [*made[:count], *kept, *made[count:], *kept_aside]
+    push_of_output, of_output = part(lambda i: i < count)
+    push_aux, of_aux = part(lambda i: i >= count)
+    outvars = [*outputs[:count], *of_output, *outputs[count:], *of_aux]
     return _Linear(
         ClosedJaxpr(forward.replace(outvars=outvars), []),
         [*more, *consts],
-        len(kept),
+        len(of_output),
         push_of_output,
-        push_aside,
+        push_aux,
         moves,
     )
 
@@ -247,7 +249,7 @@ def _in_common(
     if jaxpr is None:
         jaxpr = jax_compat.traced(lambda *xs: list(xs), *groups[0])
     count = len(jaxpr.out_avals)
-    made = _views_p.bind(
+    outputs = _views_p.bind(
         *(x for group in groups for x in group),
         jaxpr=jaxpr,
         shared=0,
@@ -255,7 +257,7 @@ def _in_common(
         views=views,
         nesting=nesting,
     )
-    return _parts(made, count, len(views))[0]
+    return _parts(outputs, count, len(views))[0]
 
 
 def _batched(
@@ -278,10 +280,10 @@ def _batched(
     ]
     batched, varies = jax_compat.batched(jaxpr, axis, fronts)
     axes = [0 if v else None for v in varies]
-    made = _views_p.bind(
+    outputs = _views_p.bind(
         *operands, jaxpr=batched, shared=shared, count=count, views=views, nesting=nesting
     )
-    return made, axes[:count] * len(views) + axes[count:]
+    return outputs, axes[:count] * len(views) + axes[count:]
 
 
 runs(_views_p, _run)

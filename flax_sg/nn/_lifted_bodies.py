@@ -191,7 +191,7 @@ class _Lifted:
 
     def _open_about(self, scope: Scope) -> tuple:
         reads = Reads(Place(scope), '', idle=False)
-        return (*reads.flags.outer, *reads.inside)
+        return (*reads.flags.applied_blocks, *reads.inside)
 
     def _writable(self, scope: Scope, collection: str) -> bool:
         # A derivative in a block is one with respect to what the block hands in, and that cannot be

@@ -50,7 +50,9 @@ def _inside(place: Place, idle: bool) -> tuple[OpenBlock, ...]:
         ]
         found += flags.module_blocks * idle
     return tuple(
-        dict.fromkeys(e for e in found if e not in flags.outer and e.covers(flags.root_id, inner))
+        dict.fromkeys(
+            e for e in found if e not in flags.applied_blocks and e.covers(flags.root_id, inner)
+        )
     )
 
 
@@ -61,7 +63,7 @@ def effective(scope: Scope) -> tuple[OpenBlock, ...]:
     place = Place(scope)
     if state.stack:
         note_read(place.flags.trace)
-    return (*place.flags.outer, *_inside(place, idle=True))
+    return (*place.flags.applied_blocks, *_inside(place, idle=True))
 
 
 class Reads:
@@ -83,8 +85,8 @@ class Reads:
             note_read(self.flags.trace)
         self.inside = _inside(place, idle)
         done = collection in self.flags.transformed_collections
-        self.outer = () if done else self.flags.outer
-        self.idle = not self.outer and not self.inside
+        self.applied_blocks = () if done else self.flags.applied_blocks
+        self.idle = not self.applied_blocks and not self.inside
         if self.flags.trace is None:  # in a lifted body it was met on the way in
             for block in [e for e in self.inside if e.matches is not None]:
                 block.matches.note_model(self.flags.root_id, self.flags.variables)
@@ -121,7 +123,7 @@ class Reads:
             return copy, self.inside
         if self.collection not in self.flags.transformed_collections and in_body():
             own_cache_key()  # a trace under nn.jit depends on the blocks around it
-        return value, (*self.outer, *self.inside)
+        return value, (*self.applied_blocks, *self.inside)
 
     def _of_variable(self, path: Path, value: Any) -> Any:
         value, left = self.handed_in(path, value)
@@ -136,7 +138,7 @@ class Reads:
                 continue
             other = functools.partial(self._other, block, path)
             read = functools.partial(block.read, application, info, value, other)
-            part = initializing and self.flags.split and block in self.flags.outer
+            part = initializing and self.flags.split and block in self.flags.applied_blocks
             value = _read_part(read, value) if part else read()
         return value
 
@@ -148,7 +150,7 @@ class Reads:
         value = linen_compat.stored(self.place.scope, collection, path)
         if isinstance(value, Mapping):
             return value
-        order = (*self.flags.outer, *self.inside)
+        order = (*self.flags.applied_blocks, *self.inside)
         reads = Reads(self.place, collection)
         value, left = reads.handed_in(path, value)
         around = order[: order.index(block)]

@@ -40,7 +40,7 @@ class ScopeFlags:
         them in.
       copies: for the others, by collection and path: the stored value that was handed in, and what
         a read of it gave.
-      outer: the blocks that were applied to those; the body applies them to what it creates or
+      applied_blocks: those that were applied to these; the body applies them to what it creates or
         writes.
       module_blocks: those of lifted modules, for every read through the scope and below.
       trace: the JAX trace of the lifted body, of those to a jaxpr.
@@ -48,9 +48,9 @@ class ScopeFlags:
     """
 
     __slots__ = (
+        'applied_blocks',
         'copies',
         'module_blocks',
-        'outer',
         'root_id',
         'split',
         'trace',
@@ -64,23 +64,24 @@ class ScopeFlags:
         variables: dict,
         transformed_collections: frozenset[str] = frozenset(),
         copies: Mapping[tuple, tuple] = FrozenDict(),
-        outer: tuple[OpenBlock, ...] = (),
-        own: tuple[OpenBlock, ...] = (),
+        applied_blocks: tuple[OpenBlock, ...] = (),
+        module_blocks: tuple[OpenBlock, ...] = (),
         trace: Any = None,
         split: bool = False,
     ):
         self.root_id, self.variables = root_id, variables
         self.transformed_collections, self.copies = transformed_collections, copies
-        self.outer, self.module_blocks, self.trace, self.split = outer, own, trace, split
+        self.applied_blocks, self.module_blocks = applied_blocks, module_blocks
+        self.trace, self.split = trace, split
 
-    def with_module_blocks(self, own: tuple[OpenBlock, ...]) -> ScopeFlags:
+    def with_module_blocks(self, blocks: tuple[OpenBlock, ...]) -> ScopeFlags:
         return ScopeFlags(
             self.root_id,
             self.variables,
             self.transformed_collections,
             self.copies,
-            self.outer,
-            own,
+            self.applied_blocks,
+            blocks,
             self.trace,
             self.split,
         )
@@ -88,7 +89,7 @@ class ScopeFlags:
     # nn.jit hashes a scope's flags into its cache key: flags compare by meaning. Which variables
     # there are copies of is in the structure of what nn.jit hands to its function.
     def _value(self) -> tuple:
-        blocks = (tuple(e.key for e in es) for es in (self.outer, self.module_blocks))
+        blocks = (tuple(e.key for e in es) for es in (self.applied_blocks, self.module_blocks))
         return (self.transformed_collections, self.split, *blocks)
 
     def __eq__(self, other: object) -> bool:

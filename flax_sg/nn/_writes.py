@@ -52,7 +52,7 @@ def write(scope: Scope, collection: str, name: str, value: Any) -> Any:
     if identical(restored, tree):
         return tree
     for at, stored in found:
-        for block in (*reads.flags.outer, *reads.inside):
+        for block in (*reads.flags.applied_blocks, *reads.inside):
             _check_write(block, place, block.info(at, collection, stored), name)
     return value if identical(restored, value) else restored
 
@@ -72,7 +72,11 @@ def _check_write(block: OpenBlock, place: Place, info: VariableInfo, name: str) 
             'predicate or collections=.'
         )
     flags, key = place.flags, (info.collection, info.absolute_path)
-    if block.was_read(place.application, *key) or block in flags.outer and key in flags.copies:
+    if (
+        block.was_read(place.application, *key)
+        or block in flags.applied_blocks
+        and key in flags.copies
+    ):
         raise UsageError(
             f'{what}which reads something else in its place: what was made of that would replace '
             'what is stored. Write it outside of the block, let the module not update it '
