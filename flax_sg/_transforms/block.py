@@ -60,16 +60,16 @@ class OpenBlock:
       root_id: the identity of the root it covers, or None to cover every root that is applied from
         outside all modules.
       line: where in the user's code that was.
-      attached: it belongs to the lifted class `owner`, and is open whenever its module is used.
-      around: the attached blocks of the lifted modules that its opener lies in.
+      of_module: it belongs to the lifted class `owner`, and is open whenever its module is used.
+      around: the blocks of the lifted modules that its opener lies in.
       key: what the opening means, as a value, for JAX's caches. It holds no array.
       trace: the JAX trace in which it was opened.
       staging: the trace to a jaxpr in which that was, which JAX may keep.
       bodies: the bodies of nn.jit in which it was opened.
       said: what a predicate with callables has said.
       reads: what variables were read as, for each application of a model.
-      met: what it has met, for patterns that select nothing, until it is closed.
-      settled: an attached one's patterns were looked at, as no block of it need ever end.
+      matches: what it has met, for patterns that select nothing, until it is closed.
+      settled: the patterns of a module's block were looked at, as it need never end.
     """
 
     __slots__ = (
