@@ -561,6 +561,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('inner', ['plain', 'helper before', 'helper after'])
 @pytest.mark.parametrize('loop', LOOPS)
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_a_lifted_class_keeps_its_name_parameters_and_docs():
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     'method, live_plain',
     [
@@ -574,6 +575,7 @@ class HasPart(nn.Module):
         return self.part()
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('mutable', [False, ['params']])
 @pytest.mark.parametrize('how', ['class', 'mirror', 'mirror of a mirror'])
 @pytest.mark.parametrize(
@@ -1313,6 +1315,7 @@ def shrink(info, value):
     return value / (1 + jnp.sum(value**2))
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize(
     'sees, make',
     [

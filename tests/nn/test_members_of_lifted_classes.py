@@ -403,6 +403,7 @@ FORMS = {
 }
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize(
     'read',
     [
@@ -484,6 +485,7 @@ def test_a_generic_class():
 # map_variables --------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('mutable', [False, ['params'], True])
 @pytest.mark.parametrize('init', [False, True])
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ class Root(nn.Module):
 KINDS = [Own, Child, Field, Elsewhere, Sows, Cached]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('of', [lambda cls: cls, nn.jit], ids=['plain', 'jit'])
 @orders
 @pytest.mark.parametrize('kind', KINDS)
@@ -190,6 +191,7 @@ class State(nn.Module):
         return self.s.value * self.w
 
 
+@pytest.mark.thinned(5)
 @orders
 @pytest.mark.parametrize('read', ['value', 'cached'])
 @pytest.mark.parametrize('way', ['value', 'get_variable', 'variables', 'scope'])
@@ -342,6 +344,7 @@ class Once(nn.Module):
         return [use(self.m, lambda m: m.value) for use in self.order]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     'order',
     [

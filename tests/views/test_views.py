@@ -1317,7 +1317,7 @@ RULE_ORDERS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('target', RULED)
 @pytest.mark.parametrize(
     'form, order',
