@@ -527,3 +527,42 @@ def test_a_model_applied_from_outside_after_a_failed_application_is_covered():
             Tied().apply({'params': {'a': {'w': 1.0}}}, method=fails)
         grad = jax.grad(lambda w: Scale().apply({'params': {'w': w}}, 1.0))(1.0)
     assert grad == 3
+
+
+@pytest.mark.parametrize('inside_first', [False, True])
+@pytest.mark.parametrize('bound', [False, True], ids=['apply', 'bind'])
+@pytest.mark.parametrize('closed', [False, True], ids=['no block', 'after a block in it'])
+def test_a_trace_of_what_a_module_applies_is_not_that_of_what_is_applied_outside(
+    closed, bound, inside_first
+):
+    """The same jitted function, in one block: its model is the module's own affair, or it is not.
+
+    By hand: w of the inner model is held outside, 3 w there is live inside.
+    """
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return self.param('w', lambda _: jnp.float32(2))
+
+    applied = jax.jit(lambda w: Inner().apply({'params': {'w': w}}))
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, w):
+            if closed:
+                with sg.stop_gradient('v'):
+                    self.param('v', lambda _: jnp.float32(1))
+            return 3 * applied(w)
+
+    def inside(w):
+        variables = {'params': {'v': jnp.float32(1)}}
+        return Outer().bind(variables)(w) if bound else Outer().apply(variables, w)
+
+    def gradients(w):
+        with sg.stop_gradient('w', allow_unmatched=True):
+            runs = [inside, applied] if inside_first else [applied, inside]
+            return {run: float(jax.grad(run)(w)) for run in runs}
+
+    found = gradients(jnp.float32(2))
+    assert (found[inside], found[applied]) == (3, 0)
