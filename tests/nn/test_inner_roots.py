@@ -566,3 +566,32 @@ def test_a_trace_of_what_a_module_applies_is_not_that_of_what_is_applied_outside
 
     found = gradients(jnp.float32(2))
     assert (found[inside], found[applied]) == (3, 0)
+
+
+@pytest.mark.parametrize('bound', [False, True], ids=['apply', 'bind'])
+def test_a_rule_of_a_function_that_a_module_calls_is_the_modules_affair(bound):
+    """The backward rule applies a model that is handed w: 3 w by hand, live."""
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return self.param('w', lambda _: jnp.float32(2))
+
+    def run(w):
+        return Inner(parent=None).apply({'params': {'w': w}})
+
+    @jax.custom_vjp
+    def ruled(w):
+        return run(w)
+
+    ruled.defvjp(lambda w: (run(w), w), lambda w, ct: (ct * jax.grad(run)(w),))
+
+    class Outer(nn.Module):
+        def __call__(self, w):
+            return 3 * ruled(w)
+
+    def loss(w):
+        with sg.stop_gradient('w', allow_unmatched=True):
+            return Outer().bind({})(w) if bound else Outer().apply({}, w)
+
+    assert jax.grad(loss)(jnp.float32(2)) == 3
