@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,9 +26,9 @@ from flax_sg._compat import linen as linen_compat
 from flax_sg._compat.linen import Scope
 from flax_sg._filters.mappings import children_of, rebuilt
 from flax_sg._filters.variables import Path, walk
-from flax_sg._transforms.cache_keys import context, set_context
-from flax_sg._transforms.jitted_bodies import Body, Question
 from flax_sg._transforms.thread_state import state, under
+from flax_sg.nn._beside import BESIDE, LEFT, changed_part, value_at, without_beside
+from flax_sg.nn._jitted import Jitted
 from flax_sg.nn._reads import Reads, identical
 from flax_sg.nn._scope_flags import (
     APPLICATION,
@@ -43,8 +43,6 @@ from flax_sg.nn._scope_flags import (
 
 __all__ = []
 
-_BESIDE = 'flax_sg: '  # before the name of a collection: what reads of its variables give
-_LEFT = ()  # what is there cannot be said beforehand: it is transformed at each read inside
 _CARRY = {'scan': 1, 'while_loop': 0}  # the group of variables that change from step to step
 _DERIVES = ('vjp', 'jvp', 'custom_vjp')
 _SPLITS = ('scan', 'vmap')
@@ -52,7 +50,7 @@ _SPLITS = ('scan', 'vmap')
 
 @linen_compat.tap_pack
 def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_kwargs=False):
-    jitted = _Jitted() if name == 'jit' else None  # JAX keeps traces of fn for all its calls
+    jitted = Jitted() if name == 'jit' else None  # JAX keeps traces of fn for all its calls
 
     def packed(scope_tree, /, *args, **kwargs):
         def body(scope_fn, repack_fn, groups, rngs, /, *args, **kwargs):
@@ -71,7 +69,7 @@ def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_
             if jitted:
                 written, lift.same = written[0], written[1].names
             state.publishing = lift.publish
-            return out, _seen(written)
+            return out, without_beside(written)
 
         run = original(body, in_filters, out_filters, rng_filters, name, enable_kwargs)
         with under(publishing=state.publishing):
@@ -80,77 +78,12 @@ def _pack(original, fn, in_filters, out_filters, rng_filters, name=None, enable_
     return packed
 
 
-@linen_compat.tap_map_variables
-def _map_variables(
-    original,
-    fn,
-    mapped_collections,
-    map_in_fn=lambda x: x,
-    map_out_fn=lambda x: x,
-    init=False,
-    *args,
-    **kwargs,
-):
-    # With init, what the body has left goes through both once more.
-    map_out = _mapping(map_out_fn) if init else lambda variables: map_out_fn(_stored(variables))
-    return original(fn, mapped_collections, _mapping(map_in_fn), map_out, init, *args, **kwargs)
-
-
-def _mapping(fn: Callable) -> Callable:
-    """Make a map of variables map what reads of them give as well."""
-
-    def mapped(variables):
-        beside = {name: variables[name] for name in variables if name.startswith(_BESIDE)}
-        before = _effects()
-        out = fn(_stored(variables))
-        if beside and _effects() == before and _LEFT not in beside.values():
-            seen = fn(_beside_in_place(variables))
-            return {**out, **{_BESIDE + name: tree for name, tree in seen.items()}}
-        return {**out, **dict.fromkeys(beside, _LEFT)}
-
-    return mapped
-
-
-def _stored(variables: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tree for name, tree in variables.items() if not name.startswith(_BESIDE)}
-
-
-def _effects() -> tuple:
-    """Return what shows whether a function has drawn random numbers or touched variables."""
-    module = linen_compat.current_module()
-    if module is None:
-        return (state.writes,)
-    names = sum(map(len, module.scope.reservations.values()))
-    return state.writes, linen_compat.draws(module.scope.root), names
-
-
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Same:
     """Names of variables, in a result of a jitted function: JAX keeps them with the trace."""
 
     names: frozenset
-
-
-def _seen(written: tuple) -> tuple:
-    """Leave out of what a body returns the collections that it does not see."""
-    return jax.tree.map(_stored, written, is_leaf=lambda node: isinstance(node, Mapping))
-
-
-def _beside_in_place(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return collections with what reads of their variables give in place of what is stored."""
-    out = {}
-    for name, tree in variables.items():
-        if not name.startswith(_BESIDE):
-            beside = variables.get(_BESIDE + name)
-            out[name] = tree if beside is None else _laid_over(tree, beside)
-    return out
-
-
-def _laid_over(tree: Any, over: Any) -> Any:
-    if not isinstance(over, Mapping):
-        return over
-    return {**tree, **{name: _laid_over(tree[name], value) for name, value in over.items()}}
 
 
 class _Lifted:
@@ -234,8 +167,8 @@ class _Lifted:
             seen = reads.of(place.path, tree)
             if not writable:
                 out[collection] = seen
-            elif (changed := _changed(tree, seen)) is not None:
-                out[_BESIDE + collection] = changed
+            elif (changed := changed_part(tree, seen)) is not None:
+                out[BESIDE + collection] = changed
                 self.beside[i][collection] = tree, changed
         return out
 
@@ -285,13 +218,13 @@ class _Lifted:
         if not self.open[i]:
             return copies
         start = linen_compat.scope_path(root)
-        for collection in [name for name in variables if not name.startswith(_BESIDE)]:
-            beside = variables.pop(_BESIDE + collection, {})
-            if beside == _LEFT or collection in self.transformed_collections[i] | self.left[i]:
+        for collection in [name for name in variables if not name.startswith(BESIDE)]:
+            beside = variables.pop(BESIDE + collection, {})
+            if beside == LEFT or collection in self.transformed_collections[i] | self.left[i]:
                 continue
             for info, stored in walk(variables[collection], collection, start):
                 path = info.absolute_path
-                copies[collection, path] = stored, _at(beside, path[len(start) :], stored)
+                copies[collection, path] = stored, value_at(beside, path[len(start) :], stored)
         return copies
 
     def _bind(self, outer: Scope, inner: Scope) -> Scope:
@@ -323,7 +256,7 @@ class _Lifted:
         ]
         return filters[0] == filters[1] and not in_filter(self.mapped, collection)
 
-    def repack(self, repack_fn: Callable, jitted: _Jitted | None) -> Callable:
+    def repack(self, repack_fn: Callable, jitted: Jitted | None) -> Callable:
         """Make ``repack_fn`` note which variables the body has left as they were."""
 
         def repacked(scope_tree: Any) -> Any:
@@ -352,7 +285,7 @@ class _Lifted:
         out = dict(variables)
         for collection, (tree, changed) in beside.items():
             if collection in out:
-                out[_BESIDE + collection] = changed if identical(out[collection], tree) else _LEFT
+                out[BESIDE + collection] = changed if identical(out[collection], tree) else LEFT
         return out
 
     def publish(self, scope: Scope, collection: str, name: str, value: Any) -> Any:
@@ -389,22 +322,6 @@ def _root(scope: Scope) -> Scope:
     return scope
 
 
-def _changed(tree: Any, seen: Any) -> Any:
-    """Return the part of a tree in which reads give something else, or None."""
-    if not isinstance(tree, Mapping):
-        return None if seen is tree else seen
-    parts = {name: _changed(value, seen[name]) for name, value in tree.items()}
-    return {name: part for name, part in parts.items() if part is not None} or None
-
-
-def _at(tree: Any, path: Path, default: Any) -> Any:
-    for name in path:
-        if not isinstance(tree, Mapping) or name not in tree:
-            return default
-        tree = tree[name]
-    return tree
-
-
 def _alike(a: Any, b: Any) -> bool:
     (a, kind_a), (b, kind_b) = jax.tree.flatten(a), jax.tree.flatten(b)
     return kind_a == kind_b and all(map(_same_type, a, b))
@@ -416,35 +333,3 @@ def _same_type(a: Any, b: Any) -> bool:
         and jnp.shape(a) == b.shape
         and getattr(a, 'dtype', None) == b.dtype
     )
-
-
-class _Jitted:
-    """A function under nn.jit, of which JAX shares a trace among modules at different paths."""
-
-    def run(self, call: Callable[[], Any], paths: tuple[Path, ...]) -> Any:
-        """Call it in a context in which JAX finds no trace that is wrong at these paths."""
-        around, body = state.bodies, Body(paths)
-        asked = context().asked.setdefault(self, {})  # by the number of scopes
-        known: Body | None = asked.get(len(paths))
-        serves = known is None or known.serves(paths, _ask)
-        try:
-            set_context(*() if serves else (paths,))
-            with under(bodies=(*around, body)):
-                return call()
-        finally:
-            set_context()
-            if not serves:
-                Body(paths, named=paths).used_in(around, paths)
-            elif known is not None:
-                known.add(body)
-                known.used_in(around, paths)
-            elif body.questions or body.named is not None:
-                asked[len(paths)] = body
-
-
-def _ask(question: Question) -> Hashable:
-    """Ask the block that is open now, or the one that was open in the body."""
-    for block in state.stack:
-        if block.key == question.key:
-            return block.says(question.info)
-    return question.says(question.info)
