@@ -29,23 +29,27 @@ def _zero(key: Any) -> float:
     return 0.0
 
 
-class _Part(linen.Module):
-    @linen.compact
-    def __call__(self, x: Any) -> Any:
-        held, live = (self.param(name, _zero) for name in _NAMES)
-        return x * held * live
+def _model() -> linen.Module:
+    """Make the tiny model: its classes are made for the check alone."""
 
+    class Part(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            held, live = (self.param(name, _zero) for name in _NAMES)
+            return x * held * live
 
-class _Whole(linen.Module):
-    def setup(self) -> None:
-        self.values = [self.param(name, _zero) for name in _NAMES]
-        self.part, self.lifted = _Part(), linen.remat(_Part)()
+    class Whole(linen.Module):
+        def setup(self) -> None:
+            self.values = [self.param(name, _zero) for name in _NAMES]
+            self.part, self.lifted = Part(), linen.remat(Part)()
 
-    def __call__(self) -> Any:
-        held, live = self.values
-        stored = self.variables['params']
-        again = self.get_variable('params', 'held') * stored['held'] * stored['live']
-        return self.lifted(self.part(held * live * again))
+        def __call__(self) -> Any:
+            held, live = self.values
+            stored = self.variables['params']
+            again = self.get_variable('params', 'held') * stored['held'] * stored['live']
+            return self.lifted(self.part(held * live * again))
+
+    return Whole(parent=None)
 
 
 def check(block: Callable[[], AbstractContextManager]) -> None:
@@ -74,7 +78,7 @@ def _checked(block: Callable[[], AbstractContextManager]) -> str | None:
 
     def loss(params: Any) -> Any:
         with block():
-            return _Whole(parent=None).apply({'params': params})
+            return _model().apply({'params': params})
 
     try:
         made = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
