@@ -71,7 +71,7 @@ def evaluate(closed: Any, *args: Any) -> list:
         elif name == 'cond':
             outs = evaluate(params['branches'][int(vals[0])], *vals[1:])
         elif name == 'flax_sg_views':
-            body, count = params['jaxpr'], params['count']  # the inputs of the first lane
+            body, count = params['jaxpr'], params['count']  # the inputs of the first view
             outs = evaluate(body, *vals[: len(getattr(body, 'jaxpr', body).invars)])
             outs = outs[:count] * len(params['views']) + outs[count:]
         elif 'jaxpr' in params or 'call_jaxpr' in params:
