@@ -101,11 +101,21 @@ def pass_by(monkeypatch, owner, name):
 @contextlib.contextmanager
 def not_checked_yet():
     """Forget that the check has passed, before and after."""
-    front_ends.check_once.cache_clear()
+    front_ends._check.cache_clear()
     try:
         yield
     finally:
-        front_ends.check_once.cache_clear()
+        front_ends._check.cache_clear()
+
+
+@contextlib.contextmanager
+def front_end_entered(front_end):
+    """Enter a front end, and take it back at the end."""
+    front_ends.enter(front_end)
+    try:
+        yield front_end
+    finally:
+        front_ends._entered.remove(front_end)
 
 
 # Views.

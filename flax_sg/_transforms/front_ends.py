@@ -63,11 +63,15 @@ def enter(front_end: FrontEnd) -> None:
     _entered.append(front_end)
 
 
-@functools.cache
 def check_once() -> None:
     """Raise UnsupportedVersionError if blocks do not work with the libraries at hand."""
     for front_end in _entered:
-        front_end.check()
+        _check(front_end)
+
+
+@functools.cache
+def _check(front_end: FrontEnd) -> None:
+    front_end.check()
 
 
 def modules() -> str:
