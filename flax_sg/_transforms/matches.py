@@ -84,6 +84,7 @@ class Matches:
         self.there.update(variables)
         if life not in self.roots_seen:
             self.roots_seen.add(life)
+            _memory.note(self.key, None)  # another thread may run the traces that come of it
             self.models.add(jax.tree.structure(variables))
             self._note_matches(variables)
 

@@ -5,6 +5,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import flax_sg as sg
@@ -258,3 +259,29 @@ def test_a_lifted_module_that_is_read_before_it_makes_what_is_selected(mirror, a
             return c.w + c(1.0) if attribute_first else c(1.0) + c.w
 
     assert Reads().apply({'params': {'c': {'w': one}}}, mutable=['cache'])[0] == 2
+
+
+@pytest.mark.parametrize('predicate', [True, 'kernel', '**/bias'])
+def test_a_step_that_another_thread_traced_in_an_equal_block_that_is_open(predicate):
+    """The trace is in JAX's caches before the block that it was made in ends."""
+    model, x = nn.Dense(1), jnp.ones((1, 2))
+    params = model.init(jax.random.key(0), x)['params']
+    step = jax.jit(jax.grad(lambda params: model.apply({'params': params}, x).sum()))
+    traced, done, found = threading.Event(), threading.Event(), []
+
+    def first():
+        with sg.stop_gradient(predicate):
+            found.append(step(params))
+            traced.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    try:
+        assert traced.wait(60)
+        with sg.stop_gradient(predicate):
+            found.append(step(params))
+    finally:
+        done.set()
+        thread.join()
+    jax.tree.map(np.testing.assert_array_equal, *found)
