@@ -185,16 +185,18 @@ class _Lifted:
         if self.given:
             scope_fn = functools.partial(scope_fn, mutable_filter=DenyList(tuple(self.given)))
 
-        def bound(*args, **kwargs):
+        def bind(*args, **kwargs):
             inner = self.treedef.flatten_up_to(scope_fn(*args, **kwargs))
             for i, root in dict(zip(self.places, map(_root, inner), strict=True)).items():
                 self._mark(i, root)
                 if self.open[i]:
                     variables = linen_compat.root_variables(root)
                     self.got[id(variables)] = variables, self._values(i, root)
-            return self.treedef.unflatten(map(self._bind, self.scopes, inner))
+            bound = list(map(self._bind, self.scopes, inner))
+            _lay_in(self.scopes, bound)
+            return self.treedef.unflatten(bound)
 
-        return bound
+        return bind
 
     def _mark(self, i: int, root: Scope) -> None:
         """Set the flags of a scope that was handed in, and all below it."""
@@ -314,6 +316,20 @@ class _Lifted:
     def paths(self) -> tuple[Path, ...]:
         """Return where the scopes are."""
         return tuple(map(linen_compat.scope_path, self.scopes))
+
+
+def _lay_in(outer: list[Scope], inner: list[Scope]) -> None:
+    """Let a body's scopes lie in one another, as objects, as those that they stand for do.
+
+    `nn.share_scope` asks for that, and moves the one or the other module.
+    """
+    views = {id(scope): view for scope, view in zip(outer, inner, strict=True)}
+    for scope, view in zip(outer, inner, strict=True):
+        while scope.parent is not None and view.parent is not None:
+            if id(scope.parent) in views:
+                view.parent = views[id(scope.parent)]
+                break
+            scope, view = scope.parent, view.parent
 
 
 def _root(scope: Scope) -> Scope:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 import flax_sg as sg
 from flax_sg import nn
+from models import Scale
 
 ones = nn.initializers.ones
 
@@ -1351,3 +1353,84 @@ def test_a_lifted_class_opens_in_the_body_of_what_repeats_it(method, repeat, see
     want = jax.grad(by_hand)(weights)
     want = shrunk(want) if method == 'map_gradient' else want
     np.testing.assert_allclose(jax.grad(masked)(weights), want, rtol=1e-5)
+
+
+class Pair(nn.Module):
+    def setup(self):
+        self.a, self.b = Scale(), Scale()
+
+    def __call__(self, x):
+        return self.a(x) * self.b(x)
+
+
+class SharesField(nn.Module):
+    """Shares its scope with a module that it was given: Flax compares scopes as objects."""
+
+    inner: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.inner)
+
+    def __call__(self, x):
+        return self.inner(x) + self.inner.a(x)
+
+
+class SharesDeeper(SharesField):
+    def setup(self):
+        nn.share_scope(self, self.inner.a)
+
+
+class HandsIn(nn.Module):
+    """Hands in a module of its own, which lies beside the one that shares its scope with it."""
+
+    make: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.make(Pair())(x)
+
+
+def mapped_alike(cls):
+    return nn.vmap(cls, variable_axes={'params': None}, split_rngs={'params': False})
+
+
+@pytest.mark.parametrize(
+    't',
+    [sg.stop_gradient('**/b'), sg.map_values('**/b/w', lambda info, w: 2 * w)],
+    ids=['stop', 'map'],
+)
+@pytest.mark.parametrize('lift', [nn.jit, nn.remat, mapped_alike])
+@pytest.mark.parametrize('cls', [SharesField, SharesDeeper])
+@pytest.mark.parametrize('handed_in', [False, True])
+def test_scopes_lie_in_one_another_in_a_lifted_body(handed_in, cls, lift, t):
+    """The names are those of the plain program; values and gradients those of the tree."""
+    makes = {
+        'lift of class': lambda of: lift(t(cls))(of),
+        'class of lift': lambda of: t(lift(cls))(of),
+        'both': lambda of: lift(sg.stop_gradient(sg.nothing)(t(cls)))(of),
+        'instance': lambda of: t(lift(cls)(of)),
+    }
+    x = jnp.arange(1.0, 3.0)
+
+    def model(make):
+        return HandsIn(make) if handed_in else make(Pair())
+
+    plain = model(lift(cls))
+    variables = plain.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda w: w + 2, variables['params'])
+
+    def loss(make):
+        return lambda params: model(make).apply({'params': params}, x).sum()
+
+    def oracle(params):
+        return plain.apply({'params': t(params)}, x).sum()
+
+    for make in makes.values():
+        initial = model(make).init(jax.random.key(0), x)
+        assert jax.tree.structure(initial) == jax.tree.structure(variables)
+        for run in (lambda f: f, jax.grad):
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-6),
+                run(loss(make))(params),
+                run(oracle)(params),
+            )
