@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from flax_sg._compat.jax import traced, varying
 
 __all__ = [
+    'as_array',
     'closed_over',
     'evaluate',
     'has_tangent',
@@ -28,8 +30,19 @@ def has_tangent(aval: Any) -> bool:
 
 
 def evaluate(jaxpr: ClosedJaxpr, *args: Any) -> list:
-    """Run a jaxpr."""
-    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+    """Run a jaxpr; its results are arrays, as those of a jitted function, constants among them."""
+    found = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+    return [as_array(x, var.aval) for x, var in zip(found, jaxpr.jaxpr.outvars, strict=True)]
+
+
+def as_array(value: Any, aval: Any) -> Any:
+    """Return what a jaxpr has as a constant, which JAX may keep as a number, as an array."""
+    if isinstance(value, jax.Array) or not isinstance(aval, jax.core.ShapedArray):
+        return value
+    if aval.dtype == jax.dtypes.float0:
+        return value
+    plain = np.asarray(value, aval.dtype)
+    return jnp.asarray(plain.item() if aval.weak_type and plain.ndim == 0 else plain)
 
 
 def moving_among(names: list, moved: set) -> list[bool]:

@@ -24,7 +24,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching
 
 from flax_sg._compat import jax as jax_compat
-from flax_sg._jax.jaxprs import closed_over, evaluate, moves_out, opened
+from flax_sg._jax.jaxprs import as_array, closed_over, evaluate, moves_out, opened
 from flax_sg._jax.primitives import runs
 from flax_sg._views.masks import BINDER, NO_VIEW, during, for_view, inputs_of_views, tracing
 from flax_sg._views.together import Maps, once
@@ -73,7 +73,10 @@ def in_views(fun: Callable[[], tuple[Any, Any]], views: tuple[str, ...]) -> tupl
     )
     outs, aux = _parts(outputs, count, len(views))
     rest = iter(aux)
-    aux = [next(rest) if place is None else inputs[place] for place in forwarded[count:]]
+    aux = [
+        next(rest) if place is None else as_array(inputs[place], jaxpr.invars[place].aval)
+        for place in forwarded[count:]
+    ]
     for i, place in reversed(
         list(zip(given, forwarded[len(forwarded) - len(given) :], strict=True))
     ):
@@ -151,8 +154,10 @@ def _jvp(
             [False] * len(residuals[0]) + [True] * len(moved),
         )
         found.append(
-            jax.core.eval_jaxpr(
-                for_view(linear.push_aux, nesting, NO_VIEW), (), *residuals_aux, *tangents[0]
+            evaluate(
+                ClosedJaxpr(for_view(linear.push_aux, nesting, NO_VIEW), []),
+                *residuals_aux,
+                *tangents[0],
             )
         )
         return [t for ts in found for t in ts]

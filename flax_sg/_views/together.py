@@ -17,7 +17,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 from flax_sg._compat import jax as jax_compat
-from flax_sg._jax.jaxprs import closed_over, moves_out, moving_among, opened
+from flax_sg._jax.jaxprs import as_array, closed_over, evaluate, moves_out, moving_among, opened
 from flax_sg._views.linear_map import push
 from flax_sg._views.masks import absent, all_in_sight, counted_in, for_view, needed
 from flax_sg._views.pullbacks import ViewMaps
@@ -76,7 +76,7 @@ class Maps:
             for env, out in zip(envs, outs, strict=True):
                 env.update(zip(eqn.outvars, out, strict=True))
             moved.update(eqn.outvars * any(flags))
-        return [[_read(env, var) for var in jaxpr.outvars] for env in envs]
+        return [[as_array(_read(env, var), var.aval) for var in jaxpr.outvars] for env in envs]
 
     def _thinned(self, jaxpr: Jaxpr, view: int, values: list, moving: list[bool]) -> list:
         """Let nothing depend on the tangents that do not count in a view.
@@ -98,7 +98,7 @@ class Maps:
     def _each(self, jaxpr: Jaxpr, operands: list[list], moving: list[bool]) -> list[list]:
         if len(jaxpr.eqns) < 2 or not any(moving):
             return [
-                jax.core.eval_jaxpr(for_view(jaxpr, self.nesting, view), (), *values)
+                evaluate(ClosedJaxpr(for_view(jaxpr, self.nesting, view), []), *values)
                 for view, values in enumerate(operands)
             ]
         if moving != sorted(moving):
@@ -124,9 +124,7 @@ class Maps:
             kept = (
                 self.share(known, [inputs for inputs, _ in parts])
                 if known.jaxpr.eqns
-                else [
-                    jax.core.eval_jaxpr(known.jaxpr, known.consts, *inputs) for inputs, _ in parts
-                ]
+                else [evaluate(known, *inputs) for inputs, _ in parts]
             )
             outs = self.apply(
                 push.jaxpr,

@@ -1192,3 +1192,11 @@ def test_an_optimiser_step_with_a_reversed_part():
         updates, state = optimiser.update(grads, state)
         params = optax.apply_updates(params, updates)
     assert all(abs(v) < 1e-3 for v in params.values())
+
+
+@pytest.mark.parametrize('rule', [jnp.zeros_like, lambda ct: jnp.array(3.0), lambda ct: 3.0 * 0])
+def test_a_cotangent_that_is_a_constant_is_an_array(rule):
+    t = sg.map_gradient('w', lambda info, ct: jnp.broadcast_to(rule(ct), ct.shape))
+    for shape in ((), (2,)):
+        grads = jax.grad(lambda p: 5 * t(p)['w'].sum())({'w': jnp.ones(shape)})
+        assert isinstance(grads['w'], jax.Array) and grads['w'].shape == shape

@@ -9,6 +9,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax.core import freeze
@@ -1471,3 +1472,66 @@ def test_a_rule_around_views_is_not_asked_for_what_no_entry_trains(wrap, inside)
             for use in ('views', 'by hand')
         )
         assert_same(got, want, f'gradients of {names}', rtol=1e-6)
+
+
+CONSTANTS = {
+    'bool': lambda: jnp.array(True),
+    'Python bool': lambda: True,
+    'int': lambda: jnp.array(7),
+    'Python int': lambda: 3,
+    'float': lambda: jnp.array(0.0),
+    'Python float': lambda: 0.0,
+    'bfloat16': lambda: jnp.bfloat16(2),
+    'complex': lambda: 1j,
+    'numpy': lambda: np.arange(3),
+    'nothing': lambda: jnp.zeros((0, 2)),
+}
+
+
+@pytest.mark.parametrize('constant', CONSTANTS.values(), ids=CONSTANTS)
+def test_constants_in_what_a_target_returns_are_arrays_as_under_jit(constant):
+    """JAX keeps some as numbers in a jaxpr; each derivative has to get past them."""
+
+    def target(p):
+        return p['a'] ** 2, constant()
+
+    def loss(p):
+        out = sg.gradient_views({'a': 'a'})(target)(p)['a']
+        return out[0] * 3
+
+    params = {'a': jnp.float32(2)}
+    got, want = sg.gradient_views({'a': 'a'})(target)(params)['a'][1], jax.jit(target)(params)[1]
+    assert isinstance(got, jax.Array) and jax.typeof(got) == jax.typeof(want)
+    np.testing.assert_array_equal(got, want)
+    for run in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.grad(jax.checkpoint(loss))):
+        assert run(params)['a'] == 12
+    assert jax.jvp(loss, (params,), (params,))[1] == 24
+    assert jax.hessian(loss)(params)['a']['a'] == 6
+
+
+@pytest.mark.parametrize('constant', CONSTANTS.values(), ids=CONSTANTS)
+@pytest.mark.parametrize('mutable', [['state'], ['state', 'intermediates']])
+def test_constants_that_a_target_writes_are_arrays(mutable, constant):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            seen = self.variable('state', 'seen', constant)
+            seen.value = constant()
+            self.sow('intermediates', 'said', constant())
+            return self.param('a', nn.initializers.ones, ()) * x
+
+    model, views = Net(), sg.gradient_views({'a': 'a'})
+
+    def loss(params, state):
+        variables = {'params': params, 'state': state}
+        out, written = model.apply(variables, 2.0, method=views(Net.__call__), mutable=mutable)
+        return out['a'] ** 2, written
+
+    variables = model.init(jax.random.key(0), 2.0)
+    params, state = variables['params'], variables['state']
+    for run in (lambda f: f, jax.jit):
+        grads, written = run(jax.grad(loss, has_aux=True))(params, state)
+        assert grads['a'] == 8
+        leaves = jax.tree.leaves(written)
+        assert len(leaves) == len(mutable)
+        assert all(isinstance(leaf, jax.Array) for leaf in leaves)
