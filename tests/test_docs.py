@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flax_sg import nn
@@ -102,3 +103,30 @@ def test_the_page_on_gradient_flow(capsys):
     exec(readme, names)
     shown = capsys.readouterr().out.splitlines()
     assert shown == table.splitlines() == blocks('README.md', 'text')[0].splitlines()
+
+
+def test_the_page_on_nnx():
+    from flax import nnx
+
+    program, uses, optimiser = blocks('docs/nnx.md', 'python')
+    names = {}
+    exec(program, names)
+    model, x = names['model'], jnp.ones((2, 3))
+    encoder, head = (nnx.to_pure_dict(nnx.state(part)) for part in (model.encoder, model.head))
+
+    def by_hand(encoder, head):
+        dense = lambda p, x: x @ p['kernel'] + p['bias']
+        code = dense(jax.tree.map(jax.lax.stop_gradient, encoder), x)
+        return (dense(head, code) ** 2).mean() + (dense(encoder, x) ** 2).mean()
+
+    for got, want in zip(
+        (names['grads']['encoder'], names['grads']['head']),
+        jax.grad(by_hand, (0, 1))(encoder, head),
+        strict=True,
+    ):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, 1e-5), nnx.to_pure_dict(got), want
+        )
+    exec(uses, names)
+    assert names['held'].head.kernel is model.head.kernel
+    exec(optimiser, names | {'optax': optax})

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     '_transforms': {'_filters', '_jax', *JAX},
     '_views': {'_transforms', '_filters', '_jax', *JAX},
     'nn': {'_views', '_transforms', '_filters', '_jax', '_compat.linen', *JAX},
+    'nnx': {'_views', '_transforms', '_filters', '_jax', '_compat.nnx', *JAX},
     '_flow': {'_views', '_filters', '_jax', *JAX},
 }
 FILES = sorted(ROOT.rglob('*.py'))

@@ -12,6 +12,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import jax
@@ -32,6 +33,9 @@ from jax.interpreters import ad
 __all__ = [
     'batched',
     'checked',
+    'derivative_trace',
+    'flattening',
+    'is_of_trace',
     'is_ref',
     'operation_of',
     'pruned',
@@ -59,7 +63,12 @@ _cache_keys = jax.make_user_context(())
 
 
 def trace_state() -> Any:
-    """Return a value that is equal as long as the same JAX trace is the current one."""
+    """Return a value that is equal as long as the same JAX trace is the current one, or None.
+
+    There is none while JAX goes from one to the next.
+    """
+    if _core.trace_ctx.trace is None:
+        return None
     return tracers.current_trace()  # wraps jax's get_opaque_trace_state, which moved in 0.10
 
 
@@ -77,6 +86,41 @@ def staging_trace() -> Any:
     while not isinstance(trace, _partial_eval.DynamicJaxprTrace) and hasattr(trace, 'parent_trace'):
         trace = trace.parent_trace
     return trace._weakref
+
+
+def derivative_trace() -> Any:
+    """Return the current trace if it is that of a derivative, otherwise None."""
+    trace = _core.trace_ctx.trace
+    return trace if isinstance(trace, (_ad.JVPTrace, _ad.LinearizeTrace)) else None
+
+
+def is_of_trace(value: Any, trace: Any) -> bool:
+    """Say whether a value is a tracer of a trace."""
+    return isinstance(value, _core.Tracer) and value._trace is trace
+
+
+_TREES = {'jax._src.tree', 'jax._src.flattree', 'jax._src.tree_util', 'jax._src.flatten_util'}
+_READERS = ('block_until', 'device_', '_device_')  # functions that take a tree for its leaves
+
+
+def flattening(frame: FrameType | None) -> tuple[str, bool]:
+    """Say for whom JAX takes a pytree apart: the module's name, and whether it is for the leaves.
+
+    ``frame`` is that which called the function that does so, or the function of JAX that does.
+
+    It is for a function that is traced, and will be put together again there, where the code is
+    JAX's own, or calls a jitted function. It is for the leaves where anybody else's code calls one
+    of JAX's functions of trees.
+    """
+    called = False
+    while frame is not None and frame.f_globals.get('__name__') in _TREES:
+        frame, called = frame.f_back, True
+    if frame is None:
+        return '', True
+    module, code = frame.f_globals.get('__name__', ''), frame.f_code
+    if module.startswith('jax._src.'):
+        return module, code.co_name.startswith(_READERS)
+    return module, called or 'flatten_up_to' in code.co_names
 
 
 def tap(owner: Any, name: str) -> Callable[[Callable], Callable]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-from flax import nnx
 
 from flax_sg._errors import PredicateError
 from flax_sg._filters.callables import callable_key, describe_callable
@@ -21,11 +20,13 @@ def _abstract(info: VariableInfo) -> jax.ShapeDtypeStruct | None:
     return None if info.shape is None else jax.ShapeDtypeStruct(info.shape, info.dtype)
 
 
-def _variable_type(collection: str) -> type[nnx.Variable]:
+def _variable_type(collection: str) -> Any:
+    from flax import nnx  # slow to import, and here it is there already
+
     try:
         return nnx.variable_type_from_name(collection)
-    except ValueError:  # a collection that NNX does not know; nothing is registered with it
-        return type(collection, (nnx.Variable,), {})
+    except ValueError:  # a collection that NNX does not know
+        return nnx.Variable
 
 
 class _FromNnx:
@@ -67,6 +68,8 @@ def from_nnx(filter: Any) -> Filter:
       PredicateError: NNX does not take it, or it is a callable of other arguments. When it is
         asked, and returns no bool.
     """
+    from flax import nnx
+
     if isinstance(filter, Filter):
         return filter
     try:

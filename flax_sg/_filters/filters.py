@@ -18,13 +18,15 @@ import numpy as np
 from flax_sg._errors import PredicateError
 from flax_sg._filters.callables import callable_key, describe_callable
 from flax_sg._filters.globs import compile_glob, literal_start
+from flax_sg._filters.of_nnx import is_variable
 from flax_sg._filters.slips import as_bool, check_arity, check_tree, kind_of, order, refuse
 from flax_sg._filters.unmatched import check_matched
-from flax_sg._filters.variables import Path, VariableInfo, filled, map_tree, walk
+from flax_sg._filters.variables import IdentifiedInfo, Path, VariableInfo, filled, map_tree, walk
 
 __all__ = [
     'Filter',
     'Predicate',
+    'also_accepted',
     'as_filter',
     'asked',
     'everything',
@@ -41,6 +43,9 @@ Predicate = Union[
 
 
 _NO_VALUE = object()
+
+# What makes filters of other objects, such as modules.
+also_accepted: list[Callable[[Any], Filter | None]] = []
 
 
 class Filter:
@@ -62,6 +67,10 @@ class Filter:
     def selects(self, info: VariableInfo) -> bool:
         """Say whether the variable is in the set."""
         raise NotImplementedError
+
+    def selects_any(self, infos: Sequence[VariableInfo]) -> bool:
+        """Say so of one that has several names: each pattern selects it by any of them."""
+        return any(map(self.selects, infos))
 
     def key(self, of_callable: Callable[[Callable], Hashable] = callable_key) -> Hashable:
         """Return what the filter says now, as a value; closures are read at the call."""
@@ -112,6 +121,8 @@ class Filter:
                 'tree of bools of the parameters.'
             )
         names = tuple(str(part) for part in path)
+        if is_variable(value):
+            return self.selects(IdentifiedInfo.of_variable(names, value, value))
         collection = getattr(value, 'collection', None) or 'params'
         shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
         return self.selects(VariableInfo(names, names, collection, shape, dtype))
@@ -290,12 +301,18 @@ class _Any(_Many):
     def selects(self, info: VariableInfo) -> bool:
         return any(f.selects(info) for f in self.filters)
 
+    def selects_any(self, infos: Sequence[VariableInfo]) -> bool:
+        return any(f.selects_any(infos) for f in self.filters)
+
 
 class _All(_Many):
     symbol = '&'
 
     def selects(self, info: VariableInfo) -> bool:
         return all(f.selects(info) for f in self.filters)
+
+    def selects_any(self, infos: Sequence[VariableInfo]) -> bool:
+        return all(f.selects_any(infos) for f in self.filters)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -304,6 +321,9 @@ class _Not(Filter):
 
     def selects(self, info: VariableInfo) -> bool:
         return not self.inner.selects(info)
+
+    def selects_any(self, infos: Sequence[VariableInfo]) -> bool:
+        return not self.inner.selects_any(infos)
 
     def key(self, of_callable: Callable = callable_key) -> Hashable:
         return ('~', self.inner.key(of_callable))
@@ -438,6 +458,9 @@ def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
                 'pass flax_sg.nothing.'
             )
         return functools.reduce(lambda a, b: a | b, (as_filter(p, name=name) for p in predicate))
+    for accepted in also_accepted:
+        if (made := accepted(predicate)) is not None:
+            return made
     refuse(predicate, name)
     if callable(predicate):
         return _where(predicate, name)

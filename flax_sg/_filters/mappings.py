@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 from flax.core import FrozenDict
 
 from flax_sg._errors import UsageError
+from flax_sg._filters.of_nnx import is_state
 
 __all__ = ['children_of', 'rebuilt']
 
@@ -29,7 +29,7 @@ def children_of(node: Mapping) -> dict[Any, Any]:
 
     An ``nnx.State`` shows the dicts that it holds as States. Here they are dicts, as JAX sees them.
     """
-    if isinstance(node, nnx.State):
+    if is_state(node):
         return dict(node.raw_mapping)
     return {name: node[name] for name in node}
 
@@ -53,7 +53,7 @@ def rebuilt(node: Mapping, children: Mapping[Any, Any]) -> Any:
     """
     items = {name: children[name] for name in node}
     kind = type(node)
-    if kind in _PLAIN or isinstance(node, (FrozenDict, nnx.State)):
+    if kind in _PLAIN or isinstance(node, FrozenDict) or is_state(node):
         return kind(items)
     if kind is collections.defaultdict:
         return kind(node.default_factory, items)

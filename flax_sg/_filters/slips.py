@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from flax_sg._errors import PredicateError, UsageError
 from flax_sg._filters.callables import describe_callable
+from flax_sg._filters.of_nnx import is_module
 
 __all__ = [
     'arguments_of',
@@ -92,13 +92,6 @@ def _refusal(predicate: Any, name: str) -> str:
         return (
             f'{predicate!r} is a transform, no predicate. Pass what it selects, its .filter; '
             'to have both, nest their blocks: `with a, b:`.'
-        )
-    if isinstance(predicate, nnx.Module):
-        return f'{apply_to}(nnx.state(module)).'
-    if isinstance(predicate, nnx.Variable):
-        return (
-            f'{apply_to}(tree), or name the variable by its path. For its value use '
-            'jax.lax.stop_gradient(variable[...]).'
         )
     if isinstance(predicate, (jax.Array, np.ndarray, np.generic)):
         return f'{apply_to}(tree). For a single array use jax.lax.stop_gradient(array).'
@@ -207,6 +200,6 @@ def check_tree(tree: Any, name: str) -> None:
 
 def tree_of(value: Any) -> str:
     """Say where an object has a tree of parameters: 'state', 'params', or ''."""
-    if isinstance(value, nnx.Module):
+    if is_module(value):
         return 'state'
     return 'params' if isinstance(getattr(value, 'params', None), Mapping) else ''

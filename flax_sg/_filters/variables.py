@@ -5,18 +5,27 @@ A variable is what a collection holds at a name: an array, a box, or any value t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 from flax.core import meta
 
 from flax_sg._filters.mappings import children_of, rebuilt
+from flax_sg._filters.of_nnx import collection_of, is_variable, paths_below
 
-__all__ = ['Path', 'VariableInfo', 'filled', 'map_tree', 'names_of', 'relative', 'walk']
+__all__ = [
+    'IdentifiedInfo',
+    'Path',
+    'VariableInfo',
+    'filled',
+    'key_name',
+    'map_tree',
+    'names_of',
+    'relative',
+    'walk',
+]
 
 Path = tuple[str, ...]
 
@@ -57,13 +66,35 @@ class VariableInfo:
     @classmethod
     def of(cls, path: Path, absolute_path: Path, collection: str, value: Any) -> VariableInfo:
         """Describe a stored value, a box included; a variable of flax.nnx says its collection."""
-        if isinstance(value, nnx.Variable):
-            collection = _collection_of(type(value))
+        if is_variable(value):
+            collection = collection_of(type(value))
         if _is_box(value):  # `unbox` might add a sharding constraint
             leaves = jax.tree.leaves(value)
             value = leaves[0] if len(leaves) == 1 else None
         shape = getattr(value, 'shape', None)
         return cls(path, absolute_path, collection, shape, getattr(value, 'dtype', None))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IdentifiedInfo(VariableInfo):
+    """What is known of a variable that modules are asked about, which know it by identity."""
+
+    variable: Any = dataclasses.field(default=None, compare=False, repr=False)
+    live: Callable[[Any], Any] = dataclasses.field(default=id, compare=False, repr=False)
+
+    @classmethod
+    def of_variable(
+        cls, path: Path, variable: Any, value: Any, live: Callable[[Any], Any] = lambda v: v
+    ) -> IdentifiedInfo:
+        """Describe a Variable of flax.nnx; ``live`` says which one another stands for."""
+        shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
+        return cls(path, path, collection_of(type(variable)), shape, dtype, variable, live)
+
+    def lies_in(self, objects: tuple[Any, ...]) -> bool:
+        """Say whether it is one of some Variables, or below one of some modules."""
+        return any(
+            self.live(each) is self.variable for node in objects for _, each in paths_below(node)
+        )
 
 
 def walk(
@@ -99,7 +130,7 @@ def filled(variable: Any, value: Any) -> Any:
     A variable of flax.nnx gives the bare value: a State of these is a prefix of the State and of
     the arrays in it, and ``nnx.Optimizer`` hands optax now the one and now the other.
     """
-    if isinstance(variable, nnx.Variable):
+    if is_variable(variable):
         return value
     return jax.tree.map(lambda _: value, variable)
 
@@ -112,28 +143,21 @@ def names_of(tree: Any) -> tuple[list[VariableInfo], list[Any], Any]:
     boxed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
     infos = []
     for keys, box in boxed:
-        path = tuple(map(_key_name, keys))
+        path = tuple(map(key_name, keys))
         inner, _ = jax.tree_util.tree_flatten_with_path(box)
         for more, leaf in inner:
-            names = path if len(inner) == 1 else (*path, *map(_key_name, more))
+            names = path if len(inner) == 1 else (*path, *map(key_name, more))
             infos.append(VariableInfo.of(names, names, 'params', leaf))
     leaves, treedef = jax.tree.flatten(tree)
     return infos, leaves, treedef
 
 
-def _collection_of(kind: type[nnx.Variable]) -> str:
-    """Return the collection of a type of variable, that of the nearest base which has one."""
-    for base in kind.__mro__:
-        with contextlib.suppress(ValueError):
-            return nnx.variable_name_from_type(base)
-    return kind.__name__  # as NNX would register it
-
-
 def _is_box(node: Any) -> bool:
-    return isinstance(node, (meta.AxisMetadata, nnx.Variable))
+    return isinstance(node, meta.AxisMetadata) or is_variable(node)
 
 
-def _key_name(key: Any) -> str:
+def key_name(key: Any) -> str:
+    """Return a key of JAX's paths as text."""
     for attribute in ('key', 'name', 'idx'):  # of a dict, of a dataclass, of a sequence
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

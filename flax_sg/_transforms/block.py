@@ -69,6 +69,7 @@ class OpenBlock:
       said: what a predicate with callables has said.
       reads: what variables were read as, for each application of a model.
       matches: what it has met, for patterns that select nothing, until it is closed.
+      kept: what the front end that it is about keeps of it.
       settled: the patterns of a module's block were looked at, as it need never end.
     """
 
@@ -80,6 +81,7 @@ class OpenBlock:
         'bodies',
         'root_id',
         'setup_replays',
+        'kept',
         'key',
         'line',
         'matches',
@@ -133,6 +135,7 @@ class OpenBlock:
         )
         self.reads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.settled = False
+        self.kept: Any = None
 
     def read(
         self, application: Application, info: VariableInfo, value: Any, other: Callable
@@ -219,6 +222,7 @@ class OpenBlock:
         if self.of_module:  # it is opened again by each method
             return
         self.reads.clear()
+        self.kept = None
         self.matches = None
         self.release()
 

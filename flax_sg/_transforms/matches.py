@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from flax_sg._errors import UnmatchedPathError, UnreadBlockWarning
+from flax_sg._filters.modules import Within
 from flax_sg._filters.unmatched import may_select, unmatched, unmatched_collection
 from flax_sg._filters.variables import Path, VariableInfo, relative, walk
 from flax_sg._jax.lines import Frame
@@ -88,6 +89,12 @@ class Matches:
             self.models.add(jax.tree.structure(variables))
             self._note_matches(variables)
 
+    def note_other(self, info: VariableInfo) -> None:
+        """Note that a variable is read of a model that is no nested dict of them."""
+        self.models.add(None)
+        self.there.add(info.collection)
+        self.note_variable(info)
+
     def _note_matches(self, variables: dict[str, Any]) -> None:
         """Cross off what stored variables meet, read or not; look first where patterns point."""
         starts = [pattern.start(self.opener) for pattern in self.patterns]
@@ -138,6 +145,11 @@ class Matches:
         for name in self.transform.named_collections():
             if name not in self.there:
                 return unmatched_collection(name, sorted(self.there), where=where, of=of)
+        self.patterns = tuple(
+            p
+            for p in self.patterns
+            if not isinstance(p, Within) or not p.exists(self.transform.in_collections)
+        )
         if self.patterns:
             return unmatched(self.patterns[0], self.seen, where=where, of=of)
         return None

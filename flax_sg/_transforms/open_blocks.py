@@ -13,7 +13,7 @@ from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.cache_keys import set_context
 from flax_sg._transforms.change import Change
 from flax_sg._transforms.contexts import Context
-from flax_sg._transforms.thread_state import state, under
+from flax_sg._transforms.thread_state import anywhere, state, under
 
 __all__ = ['Opening', 'close', 'enter', 'opened', 'opening_of', 'reopened']
 
@@ -164,5 +164,7 @@ def reopened(stack: tuple[OpenBlock, ...], *, inside: bool) -> Iterator[None]:
 
 def _restack() -> None:
     """Set what follows from what is open: the stack, and the key of JAX's caches."""
+    before = bool(state.stack)
     state.stack = (*state.around, *(opening.block for opening in state.openings))
+    anywhere.count(bool(state.stack) - before)
     set_context()

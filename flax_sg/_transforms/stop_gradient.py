@@ -20,6 +20,7 @@ class StopGradient(Transform):
     """The transform that :func:`stop_gradient` makes."""
 
     name = 'stop_gradient'
+    idempotent = True
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
         return map_traced(jax.lax.stop_gradient, value)

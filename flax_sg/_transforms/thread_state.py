@@ -9,7 +9,7 @@ from typing import Any
 
 from flax_sg._transforms.contexts import Contexts
 
-__all__ = ['state', 'under']
+__all__ = ['anywhere', 'state', 'under']
 
 
 class _State(threading.local):
@@ -32,6 +32,24 @@ class _State(threading.local):
 
 
 state = _State()
+
+
+class _Anywhere:
+    """What is open in any thread; taps on what is read often look here first.
+
+    Attributes:
+      threads: how many have blocks open.
+    """
+
+    threads = 0
+    lock = threading.Lock()
+
+    def count(self, change: int) -> None:
+        with self.lock:
+            self.threads += change
+
+
+anywhere = _Anywhere()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ What one transform does to a value is in its `read`; where reads are met is the 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import types
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -50,6 +52,9 @@ class Transform:
     name = 'transform'
     freezes = False  # a write to a selected variable is an error
     changes_values = False  # a read gives something else than what is stored
+    uses_names = False  # what it makes of a value depends on the variable's name
+    idempotent = False  # a read of what was read is the same
+    needs_names = False  # variables without names have nothing that it could read
     at_init = True  # it applies while variables are created
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
@@ -117,6 +122,10 @@ class Transform:
         if isinstance(target, Mapping):
             return self._map(target)
         front_ends.check_once()
+        if inspect.ismethod(target):
+            return types.MethodType(self(target.__func__), target.__self__)
+        if inspect.isfunction(target) or hasattr(target, '__wrapped__') and callable(target):
+            return front_ends.method(self, target)
         made = front_ends.transformed(self, target)
         if made is not NotImplemented:
             return made
@@ -150,6 +159,10 @@ class Transform:
         with named(self, here()):
             return map_tree(read, tree)
 
+    def on(self, module: Any) -> OnModule:
+        """Return a block at a module: names are those below it."""
+        return OnModule(self, module)
+
     def __enter__(self) -> None:
         front_ends.check_once()
         frame = caller()
@@ -172,6 +185,25 @@ class Transform:
         if self.allow_unmatched:
             parts.append('allow_unmatched=True')
         return f'{self.name}({", ".join(parts)})'
+
+
+class OnModule:
+    """A transform whose block opens at a module."""
+
+    def __init__(self, transform: Transform, module: Any):
+        self.transform, self.module = transform, module
+
+    def __enter__(self) -> None:
+        front_ends.check_once()
+        frame = caller()
+        check_frame(frame, self)
+        enter(front_ends.block_at(self.transform, self.module), self, frame)
+
+    def __exit__(self, *error: Any) -> None:
+        close(opening_of(self, caller()), failed=error[0] is not None)
+
+    def __repr__(self) -> str:
+        return f'{self.transform!r}.on(...)'
 
 
 def check_collections(collections: Any, name: str) -> Hashable:
@@ -222,6 +254,7 @@ class Mapped(Transform):
     """A transform with a function ``fn(info, array) -> array``, which is compared by value."""
 
     fn: Callable[[VariableInfo, jax.Array], jax.Array]
+    uses_names = True
 
     def arguments(self, of_predicate: Callable, of_function: Callable) -> tuple[Hashable, ...]:
         return (of_function(self.fn),)

@@ -85,7 +85,7 @@ class ReplaceValues(Transform):
 
     source: str | Mapping[str, Any]
     name = 'replace_values'
-    changes_values = True
+    changes_values = uses_names = needs_names = idempotent = True
     at_init = False  # when there may be nothing yet to read instead
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:

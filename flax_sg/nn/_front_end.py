@@ -39,14 +39,21 @@ class _Linen:
             return NotImplemented
         return block_at(transform, module.scope, by=module.scope)
 
+    def block_at(self, transform: Transform, module: Any) -> OpenBlock:
+        return NotImplemented
+
     def transformed(self, transform: Transform, target: Any) -> Any:
         if inspect.isclass(target) and issubclass(target, Module):
             return transformed_class(transform, target)
         if isinstance(target, Module):
             return mirror_of(transform, target)
-        if inspect.isfunction(target) or inspect.ismethod(target):
-            return transformed_function(transform, target)
         return NotImplemented
+
+    def is_module(self, value: Any) -> bool:
+        return isinstance(value, Module)
+
+    def method(self, transform: Transform, fn: Callable) -> Callable:
+        return transformed_function(transform, fn)
 
     def viewed(self, views: Any, target: Any) -> Any:
         return views_of(views, target)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from flax_sg._compat.linen import Module
-from flax_sg._errors import UsageError
 from flax_sg._transforms.run_inside import run_inside
 from flax_sg.nn._blocks import open_at
 from flax_sg.nn._members import ROOTS
@@ -27,23 +24,14 @@ def transformed_function(transform: Transform, fn: Callable) -> Callable:
     What `apply` and its like read is of another root than the module's, and a module that is not
     bound has no place to open a block at. There it is the method of the transformed module.
     """
-    if inspect.ismethod(fn):
-        return types.MethodType(transformed_function(transform, fn.__func__), fn.__self__)
 
     @functools.wraps(fn)
-    def wrapped(*args, **kwargs):
-        if not args or not isinstance(args[0], Module):
-            got = type(args[0]).__name__ if args else 'no argument'
-            raise UsageError(
-                f'{transform!r} decorates {getattr(fn, "__name__", fn)!r}, whose first argument '
-                f'should be a flax.linen Module; got {got}. Decorate a method of a Module, or open '
-                'a block with `with`.'
-            )
+    def wrapped(module, /, *args, **kwargs):
         if makes_root(fn):
-            return getattr(mirror_of(transform, args[0]), fn.__name__)(*args[1:], **kwargs)
-        if args[0].scope is None:
-            return fn(mirror_of(transform, args[0]), *args[1:], **kwargs)
-        return inside(*args, **kwargs)
+            return getattr(mirror_of(transform, module), fn.__name__)(*args, **kwargs)
+        if module.scope is None:
+            return fn(mirror_of(transform, module), *args, **kwargs)
+        return inside(module, *args, **kwargs)
 
     inside = run_inside(fn, lambda module: open_at(transform, module.scope))
     return wrapped

@@ -66,5 +66,8 @@ def test_its_targets_are_its_own(toy):
     'make', [sg.stop_gradient('a'), sg.gradient_views({'x': 'a'})], ids=['transform', 'views']
 )
 def test_messages_name_the_modules_of_all(toy, make):
-    with pytest.raises(sg.UsageError, match=r'expected a flax\.linen\.Module or toy\.Module class'):
+    with pytest.raises(
+        sg.UsageError,
+        match=r'expected a flax\.linen\.Module( or flax\.nnx\.Module)? or toy\.Module class',
+    ):
         make(3)

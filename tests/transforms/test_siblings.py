@@ -1163,7 +1163,9 @@ def test_errors_that_all_transforms_share(make):
         make('a', collections=3)
     with pytest.raises(sg.UnmatchedPathError, match=r"matches 'c'\. There are: "):
         make('c')(AB)
-    with pytest.raises(sg.UsageError, match='expected a flax.linen.Module class or instance'):
+    with pytest.raises(
+        sg.UsageError, match='expected a flax.linen.Module( or flax.nnx.Module)? class or instance'
+    ):
         make('a')(3)
     assert make('c', allow_unmatched=True)(AB) == AB
 

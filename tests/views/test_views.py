@@ -1024,7 +1024,7 @@ UNBOUND = Two()
         (
             lambda: VIEWS(3),
             sg.UsageError,
-            'object of type int; expected a flax.linen.Module class or',
+            'object of type int; expected a flax.linen.Module( or flax.nnx.Module)? class or',
         ),
         (
             lambda: VIEWS(UNBOUND.apply),

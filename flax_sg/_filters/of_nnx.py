@@ -1,0 +1,60 @@
+"""Objects of flax.nnx, if it was imported: without it there are none, and it is slow to import."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ['collection_of', 'is_module', 'is_state', 'is_variable', 'paths_below']
+
+
+def _is_a(value: Any, name: str) -> bool:
+    kind = getattr(sys.modules.get('flax.nnx'), name, None)  # it may be about to be imported
+    return kind is not None and isinstance(value, kind)
+
+
+def is_variable(value: Any) -> bool:
+    """Say whether a value is a Variable."""
+    return _is_a(value, 'Variable')
+
+
+def is_module(value: Any) -> bool:
+    """Say whether a value is a module, or another object of Variables."""
+    return _is_a(value, 'Pytree')
+
+
+def is_state(value: Any) -> bool:
+    """Say whether a value is a State."""
+    return _is_a(value, 'State')
+
+
+def collection_of(kind: type) -> str:
+    """Return the collection of a type of Variable, that of the nearest base which has one."""
+    name_of = sys.modules['flax.nnx'].variable_name_from_type
+    for base in kind.__mro__:
+        with contextlib.suppress(ValueError):
+            return name_of(base)
+    return kind.__name__  # as NNX would register it
+
+
+def paths_below(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the Variables below a module, or in a list or dict, each at all of its paths."""
+
+    def visit(node: Any, path: tuple[str, ...], above: tuple[int, ...]) -> Iterator[Any]:
+        if is_variable(node):
+            yield path, node
+        elif id(node) not in above:
+            for key, child in _children(node):
+                yield from visit(child, (*path, str(key)), (*above, id(node)))
+
+    return visit(node, (), ())
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    if is_module(node):
+        return iter([(k, v) for k, v in vars(node).items() if not k.startswith('_pytree__')])
+    if isinstance(node, Mapping):
+        return iter(node.items())
+    return enumerate(node if isinstance(node, (list, tuple)) else ())

@@ -1,0 +1,184 @@
+"""Blocks at a module of flax.nnx, and what an open block says of a Variable."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import jax
+
+from flax_sg._compat import nnx as nnx_compat
+from flax_sg._compat.nnx import Variable, stored
+from flax_sg._errors import UsageError
+from flax_sg._filters import of_nnx
+from flax_sg._filters.callables import value_key
+from flax_sg._filters.modules import Within
+from flax_sg._filters.unmatched import check_matched
+from flax_sg._filters.variables import IdentifiedInfo, Path, VariableInfo, key_name
+from flax_sg._transforms.block import OpenBlock
+from flax_sg._transforms.thread_state import state
+from flax_sg.nnx._marks import Said, live_of
+
+__all__ = [
+    'ModuleBlock',
+    'answer',
+    'blocks_about',
+    'info_of',
+    'leaves_of',
+    'met',
+    'paths_below',
+    'refuse_hijax',
+    'thread',
+]
+
+OUTSIDE = ('..', '...')  # the path of a Variable that does not lie in the module
+
+
+def refuse_hijax(variable: Any) -> None:
+    """Raise UsageError for a Variable whose reads do not pass by here."""
+    if nnx_compat.is_hijax(variable):
+        raise UsageError(
+            'a hijax Variable of flax.nnx was met in a block, a mirror or a tree. JAX reads it, '
+            'and nothing of it can be held. Make the model without nnx.var_defaults(hijax=True).'
+        )
+
+
+def leaves_of(tree: Any) -> list[tuple[Path, Any]]:
+    """Return what lies in a pytree, with its path; a Variable is a leaf."""
+    found, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda leaf: isinstance(leaf, Variable)
+    )
+    return [(tuple(map(key_name, keys)), leaf) for keys, leaf in found]
+
+
+def paths_below(node: Any) -> Iterator[tuple[Path, Variable]]:
+    """Yield the Variables below a module, or in a list or dict, each at all of its paths."""
+    for path, variable in of_nnx.paths_below(node):
+        refuse_hijax(variable)
+        yield path, variable
+
+
+def info_of(path: Path, variable: Variable) -> VariableInfo:
+    """Describe a Variable, as which a mirror's counts for the live one."""
+    live = live_of(variable)
+    return IdentifiedInfo.of_variable(path, live, stored(live), live_of)
+
+
+class ModuleBlock(OpenBlock):
+    """One opening of a transform at a module of flax.nnx.
+
+    Attributes:
+      module: that; the same in the body of a function that is traced may be another object.
+    """
+
+    __slots__ = ('module',)
+
+    def __init__(self, transform: Any, module: Any, owner: Any = None):
+        self.module = module
+        super().__init__(transform, (), self)
+        self.owner = owner
+        self.key = (*self.key, id(module))
+        self.matches = _Matches(transform, module)
+
+
+class _Matches:
+    """What a block at a module has met: all that is in the module."""
+
+    def __init__(self, transform: Any, module: Any):
+        self.transform, self.module = transform, module
+
+    def note_variable(self, info: VariableInfo) -> None:
+        pass
+
+    def failed(self) -> None:
+        pass
+
+    def check(self) -> None:
+        """Raise UnmatchedPathError if a pattern selects nothing in the module."""
+        if self.transform.allow_unmatched:
+            return
+        infos = (info_of(path, variable) for path, variable in paths_below(self.module))
+        check_matched(
+            self.transform.filter.patterns(),
+            (info for info in infos if self.transform.in_collections(info.collection)),
+            where=f'{self.transform!r}.on({type(self.module).__name__})',
+            of='the module',
+        )
+
+
+class _Met:
+    """What an open block knows of Variables.
+
+    Attributes:
+      said: its answers, by the Variable's id; it holds the Variable, so that ids last.
+      reads: what each was read as, and of which value.
+      names: the paths of Variables in its module.
+      key: what it does to what it selects, as a value.
+    """
+
+    def __init__(self, block: OpenBlock):
+        transform = block.transform
+        self.said: dict[int, tuple[Variable, Said]] = {}
+        self.reads: dict[int, tuple[Variable, Any, Any]] = {}
+        self.names: dict[int, list[Path]] = {}
+        self.key: Hashable = (type(transform), *transform.arguments(value_key, value_key))
+        self.named = isinstance(block, ModuleBlock)
+        if self.named:
+            for path, variable in paths_below(block.module):
+                self.names.setdefault(id(live_of(variable)), []).append(path)
+
+
+def met(block: OpenBlock) -> _Met:
+    if block.kept is None:
+        block.kept = _Met(block)
+    return block.kept
+
+
+class _Thread(threading.local):
+    of_linen: tuple[OpenBlock, ...] = ()  # blocks that Linen has seen to, of a model that it runs
+
+
+thread = _Thread()
+
+
+def blocks_about() -> list[OpenBlock]:
+    """Return the open blocks that are about Variables, outermost first."""
+    return [
+        block
+        for block in state.stack
+        if isinstance(block, ModuleBlock) or block.root_id is None and block not in thread.of_linen
+    ]
+
+
+def answer(block: OpenBlock, variable: Variable) -> Said:
+    """Return what a block says of a Variable of which it has said nothing yet."""
+    known = met(block)
+    found = known.said.get(id(variable))
+    if found is None:
+        found = known.said[id(variable)] = variable, _ask(block, known, live_of(variable))
+    return found[1]
+
+
+def _ask(block: OpenBlock, known: _Met, variable: Variable) -> Said:
+    transform = block.transform
+    if not known.named:
+        _check_named(block, variable)
+    infos = [info_of(path, variable) for path in known.names.get(id(variable), [OUTSIDE])]
+    selected = transform.in_collections(infos[0].collection) and transform.filter.selects_any(infos)
+    if block.matches is not None and not known.named:
+        block.matches.note_other(infos[0])
+    path, keep = infos[0].path, block.of_module
+    return Said(block, known.key, path, infos[0] if selected else None, keep=keep)
+
+
+def _check_named(block: OpenBlock, variable: Variable) -> None:
+    transform = block.transform
+    named = any(not isinstance(pattern, Within) for pattern in transform.filter.patterns())
+    if named or transform.needs_names:
+        raise UsageError(
+            f'{transform!r} asks for names, and a {type(variable).__name__} of flax.nnx was read '
+            'in its block: a Variable has no name of its own. Say of which module the names are: '
+            f'with {transform!r}.on(module)'
+            + (', or select by module: stop_gradient(model.encoder).' if named else '.')
+        )

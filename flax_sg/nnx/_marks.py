@@ -1,0 +1,184 @@
+"""What is known of a Variable that was made of another one: in a block, or of a mirror.
+
+In the body of a function that is traced NNX, or JAX, makes other Variables of those that it is
+given. So in a block the metadata with which a Variable is handed on says what the open blocks have
+said of it. When the other Variable is put together that is taken out again, and kept beside it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from typing import Any
+
+from flax_sg._compat import jax as jax_compat
+from flax_sg._compat.nnx import TraceState, Variable, set_trace_state, trace_state_of
+from flax_sg._filters.variables import Path, VariableInfo
+from flax_sg._transforms.block import OpenBlock
+
+__all__ = ['MARK', 'Copied', 'Mark', 'Said', 'Seen', 'live_of', 'see', 'seen_of']
+
+MARK = 'flax_sg'  # its name in the metadata
+
+
+class Said:
+    """What a block has said of a Variable; equal to what an equal block said of an equal one.
+
+    Attributes:
+      block: it; only a mirror's is kept by this.
+      path: the Variable's, in the block's module.
+      info: the Variable's names, or None if the block does not select it.
+    """
+
+    __slots__ = ('_block', 'info', 'key', 'path')
+
+    def __init__(
+        self, block: OpenBlock, key: Hashable, path: Path, info: VariableInfo | None, *, keep: bool
+    ):
+        self._block: Any = (lambda: block) if keep else weakref.ref(block)
+        self.path, self.info = path, info
+        # A function may look at names; that of an equal Variable elsewhere is as good otherwise.
+        self.key = key if info is None else (key, info if block.transform.uses_names else True)
+
+    @property
+    def block(self) -> OpenBlock | None:
+        return self._block()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Said) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+class Mark:
+    """What goes along with a Variable that is handed on; part of the keys of JAX's caches.
+
+    Attributes:
+      said: what the open blocks have said of it, outermost first.
+      held: what the mirrors say that it belongs to.
+      read: its value is what these make of it, as it is a copy that was made there.
+      differentiated: what comes back with this mark may be a derivative.
+      is_derivative: the Variable is one.
+      trace: the trace in which it was handed on.
+    """
+
+    __slots__ = ('differentiated', 'held', 'is_derivative', 'read', 'said', 'trace')
+
+    def __init__(
+        self,
+        said: tuple[Said, ...],
+        held: tuple[Said, ...],
+        *,
+        read: bool,
+        differentiated: bool = False,
+        is_derivative: bool = False,
+    ):
+        self.said, self.held, self.read, self.differentiated = said, held, read, differentiated
+        self.is_derivative = is_derivative
+        self.trace = jax_compat.trace_state()
+
+    def _key(self) -> Hashable:
+        # JAX caches nothing of what is differentiated, and takes a derivative for an argument.
+        return self.said, self.held, self.read, self.is_derivative and not self.differentiated
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mark) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+class Copied:
+    """What goes along with a Variable that somebody else takes apart, as by `jax.tree.map`.
+
+    All are equal, so that two trees can be mapped in a block to which their Variables are not.
+
+    Attributes:
+      said: what the open blocks have said of it.
+    """
+
+    __slots__ = ('_value', 'said')
+
+    def __init__(self, said: tuple[Said, ...], value: Any):
+        self.said = said
+        try:
+            self._value: Any = weakref.ref(value)
+        except TypeError:
+            self._value = None
+
+    def is_of(self, value: Any) -> bool:
+        """Say whether a value is the one that was taken."""
+        return self._value is not None and self._value() is value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Copied)
+
+    def __hash__(self) -> int:
+        return hash(Copied)
+
+
+_NOTHING = object()
+
+
+class Seen(TraceState):
+    """What blocks said of a Variable before; it lies where NNX keeps the Variable's trace.
+
+    Attributes:
+      said: what blocks said.
+      held: what mirrors say, for good.
+      done: a value that is what all these make of it, or was computed from that.
+      computed: it was; then what is stopped is stopped again, as nothing else of it is.
+      is_derivative: it is a gradient or tangent, which goes by the names of the Variable.
+      live: the Variable whose value it has, of a mirror's.
+    """
+
+    __slots__ = ('computed', 'done', 'held', 'is_derivative', 'live', 'said')
+
+    def __init__(
+        self,
+        state: TraceState,
+        said: tuple[Said, ...] = (),
+        held: tuple[Said, ...] = (),
+        done: Any = _NOTHING,
+        live: Variable | None = None,
+        computed: bool = False,
+        is_derivative: bool = False,
+    ):
+        self._jax_trace = state._jax_trace
+        self.said, self.held, self.done, self.live = said, held, done, live
+        self.computed, self.is_derivative = computed, is_derivative
+
+    def is_done(self, said: Said, value: Any) -> bool:
+        """Say whether a value is already what a block makes of it."""
+        if self.is_derivative:
+            return True
+        if self.done is not value or said not in self.said and said not in self.held:
+            return False
+        return not (self.computed and said.block.transform.idempotent)
+
+    def of(self, block: OpenBlock) -> Said | None:
+        """Return what a block said."""
+        return next((said for said in self.said if said.block is block), None)
+
+    def __reduce__(self) -> Any:
+        return TraceState, ()
+
+    def __deepcopy__(self, memo: dict) -> Seen:
+        return self
+
+
+def see(variable: Variable, *args: Any, **kwargs: Any) -> None:
+    """Keep beside a Variable what `Seen` holds."""
+    set_trace_state(variable, Seen(trace_state_of(variable), *args, **kwargs))
+
+
+def seen_of(variable: Variable) -> Seen | None:
+    state = trace_state_of(variable)
+    return state if type(state) is Seen else None
+
+
+def live_of(variable: Variable) -> Variable:
+    """Return the Variable whose value one has: itself, but for a mirror's."""
+    seen = seen_of(variable)
+    return live_of(seen.live) if seen is not None and seen.live is not None else variable

@@ -1,0 +1,118 @@
+"""What a transform makes of a module of flax.nnx, of a class, of a method and of trees."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_sg._compat.nnx import Variable, alike
+from flax_sg._filters.unmatched import check_matched
+from flax_sg._jax.block_names import named
+from flax_sg._jax.lines import here
+from flax_sg._transforms.open_blocks import opened
+from flax_sg._transforms.run_inside import run_inside
+from flax_sg._transforms.thread_state import anywhere, state
+from flax_sg.nnx._blocks import ModuleBlock, info_of, leaves_of, met, paths_below
+from flax_sg.nnx._marks import Said, see, seen_of
+
+__all__ = ['in_block', 'mirror_of', 'transformed_class', 'transformed_tree']
+
+
+def mirror_of(transform: Any, module: nnx.Module) -> nnx.Module:
+    """Return a module like another one, whose selected Variables are the live ones, held."""
+    block = ModuleBlock(transform, module)
+    block.of_module = True
+    block.matches.check()
+    graphdef, variables = nnx.split(module)
+    names: dict[int, list] = {}
+    for path, variable in paths_below(module):
+        names.setdefault(id(variable), []).append(path)
+
+    def held(variable: Any) -> Any:
+        if not isinstance(variable, Variable):
+            return variable
+        infos = [info_of(path, variable) for path in names[id(variable)]]
+        if not transform.in_collections(infos[0].collection) or not transform.filter.selects_any(
+            infos
+        ):
+            return variable
+        mirror = alike(variable)
+        before = seen_of(variable)
+        said = Said(block, met(block).key, infos[0].path, infos[0], keep=True)
+        see(mirror, held=(*(before.held if before else ()), said), live=variable)
+        return mirror
+
+    out = nnx.merge(
+        graphdef, jax.tree.map(held, variables, is_leaf=lambda x: isinstance(x, Variable))
+    )
+    anywhere.count(1)
+    return out
+
+
+def in_block(transform: Any, fn: Callable, owner: Any) -> Callable:
+    """Wrap a method to run in a block at its module, but for one that its own module calls."""
+
+    def block(module: Any) -> contextlib.AbstractContextManager[None]:
+        if any(_is_open(each, owner, module) for each in state.stack):
+            return contextlib.nullcontext()
+        return opened(ModuleBlock(transform, module, owner))
+
+    return run_inside(fn, block)
+
+
+def _is_open(block: Any, owner: Any, module: Any) -> bool:
+    """Say whether a block is an owner's at a module, or at what it was in another trace."""
+    if not isinstance(block, ModuleBlock) or block.owner is not owner:
+        return False
+    if block.module is module:
+        return True
+    for path, variable in paths_below(module):
+        seen = seen_of(variable)
+        said = seen.of(block) if seen is not None else None
+        return said is not None and said.path == path
+    return False
+
+
+def transformed_class(transform: Any, base: type) -> type:
+    """Return a subclass of the same name whose methods run in a block at their module."""
+    members: dict[str, Any] = {
+        '__module__': base.__module__,
+        '__qualname__': base.__qualname__,
+        '__doc__': base.__doc__,
+    }
+    cls = type(base)(base.__name__, (base,), members)
+    own = {name for of in nnx.Module.__mro__ for name in vars(of)} - {'__call__'}
+    for of in reversed(base.__mro__):
+        for name, member in vars(of).items() if of not in nnx.Module.__mro__ else ():
+            if name in own:
+                continue
+            if isinstance(member, property) and member.fget is not None:
+                setattr(cls, name, property(in_block(transform, member.fget, cls), member.fset))
+            elif not isinstance(member, (type, staticmethod, classmethod)) and callable(member):
+                setattr(cls, name, in_block(transform, member, cls))
+    return cls
+
+
+def transformed_tree(transform: Any, tree: Any) -> Any:
+    """Return a pytree whose Variables have what a transform makes of their values."""
+    leaves = leaves_of(tree)
+    infos = [info_of(path, leaf) if isinstance(leaf, Variable) else None for path, leaf in leaves]
+    if not transform.allow_unmatched:
+        known = [info for info in infos if info is not None]
+        check_matched(transform.filter.patterns(), known, where=repr(transform), of='the tree')
+
+    def read(info: Any, leaf: Any) -> Any:
+        if info is None:
+            return leaf
+        value = leaf.get_raw_value()
+        if transform.in_collections(info.collection) and transform.filter.selects(info):
+            value = transform.read(info, value, {}.__getitem__)
+        return leaf.copy(value)
+
+    structure = jax.tree.structure(tree, is_leaf=lambda leaf: isinstance(leaf, Variable))
+    with named(transform, here()):
+        return structure.unflatten(map(read, infos, (leaf for _, leaf in leaves)))

@@ -1,0 +1,324 @@
+"""Reads of Variables in blocks, and what becomes of Variables in functions that are traced.
+
+A read of a Variable that a block selects gives what the block makes of its value, whoever reads
+it; the Variable itself stays as it is. There are two exceptions, where what is read is the value
+as it lies there: a Variable that is handed on to a function that is traced, which reads in there;
+and one that is written in part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.typing import MISSING
+
+from flax_sg._compat import jax as jax_compat
+from flax_sg._compat import nnx as nnx_compat
+from flax_sg._compat.nnx import Pytree, Variable, store, stored
+from flax_sg._errors import UsageError
+from flax_sg._jax.block_names import named
+from flax_sg._transforms.block import OpenBlock
+from flax_sg._transforms.cache_keys import note_read
+from flax_sg._transforms.thread_state import anywhere, state
+from flax_sg.nnx._blocks import answer, blocks_about, met, paths_below, refuse_hijax
+from flax_sg.nnx._marks import MARK, Copied, Mark, Said, live_of, see, seen_of
+
+__all__ = ['reading_as_it_lies', 'said_of', 'thread']
+
+
+class _Thread(threading.local):
+    as_it_lies = False  # NNX takes Variables apart for a function, or puts them together
+    marking = False  # it takes apart what it gives to a function
+    merging = False  # it puts them together
+    writing: Variable | None = None  # in part, so that the rest is read as it lies
+
+
+thread = _Thread()
+
+
+@contextlib.contextmanager
+def reading_as_it_lies() -> Iterator[None]:
+    before, thread.as_it_lies = thread.as_it_lies, True
+    try:
+        yield
+    finally:
+        thread.as_it_lies = before
+
+
+class _Values:
+    """What stands before the slot in which the value of a Variable lies."""
+
+    def __get__(self, variable: Variable | None, owner: Any = None) -> Any:
+        if variable is None:
+            return self
+        return _read(variable) if anywhere.threads else stored(variable)
+
+    def __set__(self, variable: Variable, value: Any) -> None:
+        if anywhere.threads:
+            _store(variable, value)
+        else:
+            store(variable, value)
+
+
+def _store(variable: Variable, value: Any) -> None:
+    seen = seen_of(variable)
+    if seen is None or seen.live is None:
+        store(variable, value)
+    elif not thread.merging:  # what NNX gives back of a mirror's is older than of the live one
+        seen.live._raw_value = value
+
+
+def _read(variable: Variable) -> Any:
+    """Return what a Variable is read as."""
+    value = stored(live_of(variable))
+    if thread.as_it_lies or thread.writing is variable:
+        return value
+    if nnx_compat.is_ref(value):
+        _refuse_ref(variable)
+        return value
+    return _read_as(variable, value)
+
+
+def _read_as(variable: Variable, value: Any) -> Any:
+    live, seen = value, seen_of(variable)
+    for block, said in said_of(variable):
+        if seen is None or said not in seen.said and said not in seen.held:
+            note_read(None)
+        if said.info is not None and not (seen is not None and seen.is_done(said, live)):
+            value = _read_in(block, variable, said, value)
+    return value
+
+
+def _refuse_ref(variable: Variable) -> None:
+    """Raise UsageError where somebody takes the Ref of a Variable, to read it by himself."""
+    for block, said in said_of(variable):
+        if said.info is not None:
+            raise UsageError(
+                f'{block.transform!r}: the Ref of a {type(variable).__name__} was taken in a block '
+                'that selects it. What is read of it by itself cannot be held: read variable[...].'
+            )
+
+
+def _get_value(original, self, *, index=MISSING):
+    """Read a Variable whose value lies in a Ref."""
+    if not anywhere.threads or not nnx_compat.is_ref(stored(live_of(self))):
+        return original(self, index=index)
+    with reading_as_it_lies():
+        value = original(self)
+    value = _read_as(self, value)
+    return value if index is MISSING else value[index]
+
+
+def said_of(variable: Variable) -> list[tuple[OpenBlock, Said]]:
+    """Return what open blocks say of a Variable, outermost first, and the mirrors that it is of."""
+    seen = seen_of(variable)
+    if seen is None:
+        return [(block, answer(block, variable)) for block in blocks_about()]
+    return [
+        *((block, seen.of(block) or answer(block, variable)) for block in blocks_about()),
+        *((said.block, said) for said in seen.held),
+    ]
+
+
+def _read_in(block: OpenBlock, variable: Variable, said: Said, value: Any) -> Any:
+    """Return what a block makes of a value, once in the trace in which it was opened."""
+    here = jax_compat.trace_state() == block.trace
+    reads = met(block).reads
+    found = reads.get(id(variable))
+    if found is not None and found[1] is value and here:
+        return found[2]
+    with named(block.transform, block.line):
+        out = block.transform.read(said.info, value, _no_other)
+    reads[id(variable)] = (variable, value, out) if here else (variable, None, None)
+    return out
+
+
+def _no_other(collection: str) -> Any:
+    raise KeyError(collection)
+
+
+def _mark(variable: Variable, *, read: bool = False, differentiated: bool = False) -> Mark | None:
+    """Return what goes along with a Variable that is handed on."""
+    seen = seen_of(variable)
+    held = seen.held if seen is not None else ()
+    said = tuple(said for _, said in said_of(variable) if said not in held)
+    if not said and not held:
+        return None
+    read = read or seen is not None and seen.done is stored(variable)
+    changed = [each.block.transform for each in (*said, *held) if each.info is not None]
+    if all(transform.idempotent for transform in changed):
+        read = False  # it may be read again
+    return Mark(
+        said,
+        held,
+        read=read,
+        differentiated=differentiated,
+        is_derivative=seen is not None and seen.is_derivative,
+    )
+
+
+# JAX takes Variables apart, and puts them together.
+
+
+def _flatten(original: Any, variable: Variable) -> tuple:
+    if not anywhere.threads:
+        return original(variable)
+    handed = nnx_compat.handed_on()
+    if handed.on and not handed.rule:
+        with reading_as_it_lies():
+            children, metadata = original(variable)
+        mark: Any = _mark(variable, differentiated=handed.differentiated)
+    else:
+        children, metadata = original(variable)
+        if handed.on:  # a rule says what becomes of the derivative, and the block would not
+            mark = _mark(variable, read=True)
+        elif state.stack:
+            value = children[0][1] if isinstance(children[0], tuple) else children[0]
+            mark = Copied(tuple(said for _, said in said_of(variable)), value)
+        else:
+            mark = None
+    return children, metadata if mark is None else (*metadata, (MARK, mark))
+
+
+def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
+    mark = metadata.pop(MARK, None)
+    variable = original(cls, value, metadata)
+    if isinstance(mark, Copied):
+        see(variable, mark.said, done=value, computed=not mark.is_of(value))
+    elif mark is not None and (
+        mark.is_derivative or mark.differentiated and mark.trace == jax_compat.trace_state()
+    ):
+        see(variable, mark.said, mark.held, is_derivative=True)
+    elif mark is not None:
+        if mark.read:
+            value = _as_it_comes_in(mark, value)
+            store(variable, value)
+            see(variable, mark.said, mark.held, value)
+        else:
+            see(variable, mark.said, mark.held)
+    return variable
+
+
+def _as_it_comes_in(mark: Mark, value: Any) -> Any:
+    """Read a copy, where the function that it is handed to is differentiated.
+
+    What the blocks made of it lies outside of that derivative; so it is read for this one alone.
+    """
+    trace = jax_compat.derivative_trace()
+    if trace is None or jax_compat.trace_state() == mark.trace:
+        return value
+    for said in (*mark.said, *mark.held):
+        if said.block is None or said.info is None:
+            continue
+        if said.block.transform.changes_values and not said.block.transform.idempotent:
+            raise UsageError(
+                f'{said.block.transform!r}: a function was differentiated with respect to a copy '
+                f'of {said.info.name!r} that was made in the block, and has the changed value. '
+                'Copy the model outside of the block, or open the block in the function.'
+            )
+        read = functools.partial(said.block.transform.read, said.info, other=_no_other)
+        value = jax.tree.map(
+            lambda leaf, read=read: (
+                _for_one_derivative(lambda x: read(value=x), leaf)
+                if jax_compat.is_of_trace(leaf, trace) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+                else leaf
+            ),
+            value,
+        )
+    return value
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _for_one_derivative(read: Any, value: Any) -> Any:
+    """Return the value, as a read of it for the innermost derivative alone."""
+    return value
+
+
+@_for_one_derivative.defjvp
+def _(read, primals, tangents):
+    (value,), (tangent,) = primals, tangents
+    return value, jax.jvp(read, (value,), (tangent,))[1]
+
+
+# NNX does, and copies them.
+
+
+def _handing_on(original, self, *args, **kwargs):
+    if not anywhere.threads:
+        return original(self, *args, **kwargs)
+    if blocks_about() and nnx_compat.is_cached(self):
+        raise UsageError(
+            'a function of nnx.cached_partial was called in a block: it knows its models from '
+            'before, and nothing of the block. Use nnx.jit, or open the block in the function.'
+        )
+    before, thread.marking = thread.marking, not nnx_compat.gives_back(self)
+    try:
+        with reading_as_it_lies():
+            return original(self, *args, **kwargs)
+    finally:
+        thread.marking = before
+
+
+def _merging(original, *args, **kwargs):
+    before, thread.merging = thread.merging, True
+    try:
+        with reading_as_it_lies():
+            return original(*args, **kwargs)
+    finally:
+        thread.merging = before
+
+
+def _get_metadata(original, self, *args, **kwargs):
+    found = original(self, *args, **kwargs)
+    if (thread.marking or thread.merging) and not args and not kwargs:
+        mark = _mark(self)
+        if mark is not None:
+            found[MARK] = mark
+    return found
+
+
+def _copy(original, self, *args, **kwargs):
+    out = original(self, *args, **kwargs)
+    if anywhere.threads and type(out) is type(self):
+        seen, said = seen_of(self), tuple(said for _, said in said_of(self))
+        held = seen.held if seen is not None else ()
+        if seen is not None and seen.is_derivative:
+            see(out, seen.said, held, is_derivative=True)
+        elif not thread.as_it_lies or seen is not None and seen.done is stored(self):
+            see(out, said, done=stored(out))
+        else:
+            see(out, tuple(each for each in said if each not in held), held)
+    return out
+
+
+def _deepcopy(original, self, memo=None):
+    """NNX makes the Variables of the copy anew, of what these are read as."""
+    out = original(self, memo)
+    if anywhere.threads:
+        for (_, variable), (_, copy) in zip(paths_below(self), paths_below(out), strict=True):
+            see(copy, tuple(said for _, said in said_of(variable)), done=stored(copy))
+    return out
+
+
+def _read_hijax(original, variable):
+    if blocks_about():
+        refuse_hijax(variable)
+    return original(variable)
+
+
+nnx_compat.tap_values(_Values())
+nnx_compat.tap_flattening(_flatten)
+nnx_compat.tap_new(_new)
+nnx_compat.tap_hijax(_read_hijax)
+nnx_compat.tap_handing_on(_handing_on, _merging)
+jax_compat.tap(Variable, 'get_metadata')(_get_metadata)
+jax_compat.tap(Variable, 'get_value')(_get_value)
+for _name in ('copy', 'replace', 'to_state'):  # names of one method
+    jax_compat.tap(Variable, _name)(_copy)
+jax_compat.tap(Pytree, '__deepcopy__')(_deepcopy)
