@@ -35,6 +35,7 @@ __all__ = [
     'is_hijax',
     'is_ref',
     'set_trace_state',
+    'slot',
     'store',
     'stored',
     'tap_bridges',
@@ -49,16 +50,16 @@ __all__ = [
 
 TraceState = _tracers.TraceState
 
-_slot = vars(Variable)['_raw_value']
-_slot = getattr(_slot, '_flax_sg_original', _slot)  # importing twice taps once
+slot = vars(Variable)['_raw_value']
+slot = getattr(slot, '_flax_sg_original', slot)  # importing twice taps once
 
-stored: Callable[[Variable], Any] = _slot.__get__
-store: Callable[[Variable, Any], None] = _slot.__set__
+stored: Callable[[Variable], Any] = slot.__get__
+store: Callable[[Variable, Any], None] = slot.__set__
 
 
 def tap_values(tap: Any) -> None:
     """Let every read and write of a Variable's value pass a data descriptor."""
-    tap._flax_sg_original = _slot
+    tap._flax_sg_original = slot
     Variable._raw_value = tap
 
 
@@ -67,9 +68,8 @@ def alike(variable: Variable) -> Variable:
     return type(variable)._new(stored(variable), variable.get_metadata())
 
 
-def trace_state_of(variable: Variable) -> Any:
-    """Return the object by which NNX knows in which trace a Variable was made."""
-    return variable._trace_state
+# The object by which NNX knows in which trace a Variable was made.
+trace_state_of: Callable[[Variable], Any] = vars(Variable)['_trace_state'].__get__
 
 
 def set_trace_state(variable: Variable, state: Any) -> None:

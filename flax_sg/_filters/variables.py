@@ -79,22 +79,22 @@ class VariableInfo:
 class IdentifiedInfo(VariableInfo):
     """What is known of a variable that modules are asked about, which know it by identity."""
 
-    variable: Any = dataclasses.field(default=None, compare=False, repr=False)
-    live: Callable[[Any], Any] = dataclasses.field(default=id, compare=False, repr=False)
+    within: Callable[[tuple], bool] = dataclasses.field(default=bool, compare=False, repr=False)
 
     @classmethod
     def of_variable(
-        cls, path: Path, variable: Any, value: Any, live: Callable[[Any], Any] = lambda v: v
+        cls, path: Path, variable: Any, value: Any, within: Callable[[tuple], bool] | None = None
     ) -> IdentifiedInfo:
-        """Describe a Variable of flax.nnx; ``live`` says which one another stands for."""
+        """Describe a Variable of flax.nnx; ``within`` says whether it lies below some modules."""
         shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
-        return cls(path, path, collection_of(type(variable)), shape, dtype, variable, live)
+        if within is None:
+            below = lambda objects: (each for node in objects for _, each in paths_below(node))
+            within = lambda objects: any(each is variable for each in below(objects))
+        return cls(path, path, collection_of(type(variable)), shape, dtype, within)
 
     def lies_in(self, objects: tuple[Any, ...]) -> bool:
         """Say whether it is one of some Variables, or below one of some modules."""
-        return any(
-            self.live(each) is self.variable for node in objects for _, each in paths_below(node)
-        )
+        return self.within(objects)
 
 
 def walk(

@@ -41,12 +41,15 @@ class _Anywhere:
       threads: how many have blocks open.
     """
 
-    threads = 0
-    lock = threading.Lock()
+    def __init__(self) -> None:
+        self.threads = 0
+        self._lock = threading.Lock()
 
     def count(self, change: int) -> None:
-        with self.lock:
-            self.threads += change
+        """Note that a thread has opened its first block (1), or left its last (-1)."""
+        if change:
+            with self._lock:
+                self.threads += change
 
 
 anywhere = _Anywhere()

@@ -124,11 +124,13 @@ class Transform:
         front_ends.check_once()
         if inspect.ismethod(target):
             return types.MethodType(self(target.__func__), target.__self__)
-        if inspect.isfunction(target) or hasattr(target, '__wrapped__') and callable(target):
+        if inspect.isfunction(target):
             return front_ends.method(self, target)
         made = front_ends.transformed(self, target)
         if made is not NotImplemented:
             return made
+        if callable(target) and hasattr(target, '__wrapped__'):  # as `nnx.jit` makes of one
+            return front_ends.method(self, target)
         tree = {
             'state': 'nnx.state(module)',
             'params': f'{type(target).__name__.lower()}.params',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -59,10 +59,16 @@ def paths_below(node: Any) -> Iterator[tuple[Path, Variable]]:
         yield path, variable
 
 
-def info_of(path: Path, variable: Variable) -> VariableInfo:
+def info_of(path: Path, variable: Variable, ids: Callable | None = None) -> VariableInfo:
     """Describe a Variable, as which a mirror's counts for the live one."""
     live = live_of(variable)
-    return IdentifiedInfo.of_variable(path, live, stored(live), live_of)
+    within = lambda objects: id(live) in (ids or ids_below)(objects)
+    return IdentifiedInfo.of_variable(path, live, stored(live), within)
+
+
+def ids_below(objects: tuple[Any, ...]) -> set[int]:
+    """Return the ids of the Variables below some modules."""
+    return {id(live_of(variable)) for node in objects for _, variable in paths_below(node)}
 
 
 class ModuleBlock(OpenBlock):
@@ -115,9 +121,11 @@ class _Met:
       reads: what each was read as, and of which value.
       names: the paths of Variables in its module.
       key: what it does to what it selects, as a value.
+      ids_of: those of the Variables below some modules, as they were when it first asked.
     """
 
     def __init__(self, block: OpenBlock):
+        self.ids_of: dict[tuple[int, ...], set[int]] = {}
         transform = block.transform
         self.said: dict[int, tuple[Variable, Said]] = {}
         self.reads: dict[int, tuple[Variable, Any, Any]] = {}
@@ -127,6 +135,12 @@ class _Met:
         if self.named:
             for path, variable in paths_below(block.module):
                 self.names.setdefault(id(live_of(variable)), []).append(path)
+
+    def ids(self, objects: tuple[Any, ...]) -> set[int]:
+        key = tuple(map(id, objects))
+        if key not in self.ids_of:
+            self.ids_of[key] = ids_below(objects)
+        return self.ids_of[key]
 
 
 def met(block: OpenBlock) -> _Met:
@@ -164,12 +178,13 @@ def _ask(block: OpenBlock, known: _Met, variable: Variable) -> Said:
     transform = block.transform
     if not known.named:
         _check_named(block, variable)
-    infos = [info_of(path, variable) for path in known.names.get(id(variable), [OUTSIDE])]
+    paths = known.names.get(id(variable), [OUTSIDE])
+    infos = [info_of(path, variable, known.ids) for path in paths]
     selected = transform.in_collections(infos[0].collection) and transform.filter.selects_any(infos)
     if block.matches is not None and not known.named:
         block.matches.note_other(infos[0])
-    path, keep = infos[0].path, block.of_module
-    return Said(block, known.key, path, infos[0] if selected else None, keep=keep)
+    info, keep = infos[0] if selected else None, block.of_module
+    return Said(block, known.key, paths[0], info, keep=keep)
 
 
 def _check_named(block: OpenBlock, variable: Variable) -> None:

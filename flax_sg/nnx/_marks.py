@@ -15,8 +15,20 @@ from flax_sg._compat import jax as jax_compat
 from flax_sg._compat.nnx import TraceState, Variable, set_trace_state, trace_state_of
 from flax_sg._filters.variables import Path, VariableInfo
 from flax_sg._transforms.block import OpenBlock
+from flax_sg._transforms.thread_state import anywhere
 
-__all__ = ['MARK', 'Copied', 'Mark', 'Said', 'Seen', 'live_of', 'see', 'seen_of']
+__all__ = [
+    'MARK',
+    'Copied',
+    'Mark',
+    'Said',
+    'Seen',
+    'concerns',
+    'live_of',
+    'mirrors',
+    'see',
+    'seen_of',
+]
 
 MARK = 'flax_sg'  # its name in the metadata
 
@@ -182,3 +194,18 @@ def live_of(variable: Variable) -> Variable:
     """Return the Variable whose value one has: itself, but for a mirror's."""
     seen = seen_of(variable)
     return live_of(seen.live) if seen is not None and seen.live is not None else variable
+
+
+class _Mirrors:
+    """Attributes: made: there is one, so that Variables have to be asked whether they are of it."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+
+mirrors = _Mirrors()
+
+
+def concerns(variable: Variable) -> bool:
+    """Say whether anything is to be said of a Variable: a block is open, or it is a mirror's."""
+    return bool(anywhere.threads) or mirrors.made and type(trace_state_of(variable)) is Seen

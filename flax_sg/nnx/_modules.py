@@ -15,9 +15,9 @@ from flax_sg._jax.block_names import named
 from flax_sg._jax.lines import here
 from flax_sg._transforms.open_blocks import opened
 from flax_sg._transforms.run_inside import run_inside
-from flax_sg._transforms.thread_state import anywhere, state
+from flax_sg._transforms.thread_state import state
 from flax_sg.nnx._blocks import ModuleBlock, info_of, leaves_of, met, paths_below
-from flax_sg.nnx._marks import Said, see, seen_of
+from flax_sg.nnx._marks import Said, mirrors, see, seen_of
 
 __all__ = ['in_block', 'mirror_of', 'transformed_class', 'transformed_tree']
 
@@ -49,7 +49,7 @@ def mirror_of(transform: Any, module: nnx.Module) -> nnx.Module:
     out = nnx.merge(
         graphdef, jax.tree.map(held, variables, is_leaf=lambda x: isinstance(x, Variable))
     )
-    anywhere.count(1)
+    mirrors.made = True
     return out
 
 

@@ -16,18 +16,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.typing import MISSING
 
 from flax_sg._compat import jax as jax_compat
 from flax_sg._compat import nnx as nnx_compat
-from flax_sg._compat.nnx import Pytree, Variable, store, stored
+from flax_sg._compat.nnx import Pytree, Variable, store, stored, trace_state_of
 from flax_sg._errors import UsageError
 from flax_sg._jax.block_names import named
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.cache_keys import note_read
 from flax_sg._transforms.thread_state import anywhere, state
 from flax_sg.nnx._blocks import answer, blocks_about, met, paths_below, refuse_hijax
-from flax_sg.nnx._marks import MARK, Copied, Mark, Said, live_of, see, seen_of
+from flax_sg.nnx._marks import (
+    MARK,
+    Copied,
+    Mark,
+    Said,
+    Seen,
+    concerns,
+    live_of,
+    mirrors,
+    see,
+    seen_of,
+)
 
 __all__ = ['reading_as_it_lies', 'said_of', 'thread']
 
@@ -54,13 +64,14 @@ def reading_as_it_lies() -> Iterator[None]:
 class _Values:
     """What stands before the slot in which the value of a Variable lies."""
 
-    def __get__(self, variable: Variable | None, owner: Any = None) -> Any:
-        if variable is None:
-            return self
-        return _read(variable) if anywhere.threads else stored(variable)
+    def __get__(self, variable: Variable, owner: Any = None) -> Any:
+        # As `concerns` has it; a call of that takes as long as all of this.
+        if anywhere.threads or mirrors.made and type(trace_state_of(variable)) is Seen:
+            return _read(variable)
+        return stored(variable)
 
     def __set__(self, variable: Variable, value: Any) -> None:
-        if anywhere.threads:
+        if concerns(variable):
             _store(variable, value)
         else:
             store(variable, value)
@@ -79,40 +90,14 @@ def _read(variable: Variable) -> Any:
     value = stored(live_of(variable))
     if thread.as_it_lies or thread.writing is variable:
         return value
-    if nnx_compat.is_ref(value):
-        _refuse_ref(variable)
-        return value
-    return _read_as(variable, value)
-
-
-def _read_as(variable: Variable, value: Any) -> Any:
     live, seen = value, seen_of(variable)
     for block, said in said_of(variable):
         if seen is None or said not in seen.said and said not in seen.held:
             note_read(None)
         if said.info is not None and not (seen is not None and seen.is_done(said, live)):
+            value = value[...] if nnx_compat.is_ref(value) else value
             value = _read_in(block, variable, said, value)
     return value
-
-
-def _refuse_ref(variable: Variable) -> None:
-    """Raise UsageError where somebody takes the Ref of a Variable, to read it by himself."""
-    for block, said in said_of(variable):
-        if said.info is not None:
-            raise UsageError(
-                f'{block.transform!r}: the Ref of a {type(variable).__name__} was taken in a block '
-                'that selects it. What is read of it by itself cannot be held: read variable[...].'
-            )
-
-
-def _get_value(original, self, *, index=MISSING):
-    """Read a Variable whose value lies in a Ref."""
-    if not anywhere.threads or not nnx_compat.is_ref(stored(live_of(self))):
-        return original(self, index=index)
-    with reading_as_it_lies():
-        value = original(self)
-    value = _read_as(self, value)
-    return value if index is MISSING else value[index]
 
 
 def said_of(variable: Variable) -> list[tuple[OpenBlock, Said]]:
@@ -167,7 +152,7 @@ def _mark(variable: Variable, *, read: bool = False, differentiated: bool = Fals
 
 
 def _flatten(original: Any, variable: Variable) -> tuple:
-    if not anywhere.threads:
+    if not concerns(variable):
         return original(variable)
     handed = nnx_compat.handed_on()
     if handed.on and not handed.rule:
@@ -250,7 +235,7 @@ def _(read, primals, tangents):
 
 
 def _handing_on(original, self, *args, **kwargs):
-    if not anywhere.threads:
+    if not anywhere.threads and not mirrors.made:
         return original(self, *args, **kwargs)
     if blocks_about() and nnx_compat.is_cached(self):
         raise UsageError(
@@ -285,7 +270,7 @@ def _get_metadata(original, self, *args, **kwargs):
 
 def _copy(original, self, *args, **kwargs):
     out = original(self, *args, **kwargs)
-    if anywhere.threads and type(out) is type(self):
+    if concerns(self) and type(out) is type(self):
         seen, said = seen_of(self), tuple(said for _, said in said_of(self))
         held = seen.held if seen is not None else ()
         if seen is not None and seen.is_derivative:
@@ -300,7 +285,7 @@ def _copy(original, self, *args, **kwargs):
 def _deepcopy(original, self, memo=None):
     """NNX makes the Variables of the copy anew, of what these are read as."""
     out = original(self, memo)
-    if anywhere.threads:
+    if anywhere.threads or mirrors.made:
         for (_, variable), (_, copy) in zip(paths_below(self), paths_below(out), strict=True):
             see(copy, tuple(said for _, said in said_of(variable)), done=stored(copy))
     return out
@@ -318,7 +303,6 @@ nnx_compat.tap_new(_new)
 nnx_compat.tap_hijax(_read_hijax)
 nnx_compat.tap_handing_on(_handing_on, _merging)
 jax_compat.tap(Variable, 'get_metadata')(_get_metadata)
-jax_compat.tap(Variable, 'get_value')(_get_value)
 for _name in ('copy', 'replace', 'to_state'):  # names of one method
     jax_compat.tap(Variable, _name)(_copy)
 jax_compat.tap(Pytree, '__deepcopy__')(_deepcopy)

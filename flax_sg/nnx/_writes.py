@@ -12,7 +12,7 @@ from flax_sg._compat.nnx import Variable
 from flax_sg._errors import FrozenVariableError, UsageError
 from flax_sg._transforms.thread_state import anywhere
 from flax_sg.nnx._blocks import leaves_of, met, paths_below
-from flax_sg.nnx._marks import seen_of
+from flax_sg.nnx._marks import concerns, seen_of
 from flax_sg.nnx._reads import reading_as_it_lies, said_of, thread
 
 __all__: list[str] = []  # it taps writes
@@ -56,7 +56,7 @@ def _gives_back(variable: Variable, value: Any) -> bool:
 
 
 def _set_value(original, self, value, **kwargs):
-    if not anywhere.threads:
+    if not concerns(self):
         return original(self, value, **kwargs)
     if kwargs.get('index', ...) is ... and _gives_back(self, value):
         return None
@@ -69,7 +69,7 @@ def _set_value(original, self, value, **kwargs):
 
 
 def _set_raw_value(original, self, value, **kwargs):
-    if anywhere.threads and not thread.merging:
+    if concerns(self) and not thread.merging:
         if _gives_back(self, value):
             return None
         _check(self)
@@ -78,7 +78,7 @@ def _set_raw_value(original, self, value, **kwargs):
 
 def _take(original, self, other):
     """Take the value of another Variable, as it lies: NNX does so with what functions give back."""
-    if not anywhere.threads:
+    if not concerns(self) and not concerns(other):
         return original(self, other)
     with reading_as_it_lies():
         return original(self, other)

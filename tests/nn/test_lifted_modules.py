@@ -768,8 +768,9 @@ def test_a_decorated_function_wants_a_module_first():
     with pytest.raises(
         sg.UsageError,
         match=(
-            r"stop_gradient\('a'\) decorates 'f', whose first argument should be a flax.linen "
-            'Module; got float. Decorate a method of a Module, or open a block with `with`.'
+            r"stop_gradient\('a'\) decorates 'f', whose first argument should be a "
+            'flax.linen.Module( or flax.nnx.Module)?; got float. Decorate a method of a Module, or '
+            'open a block with `with`.'
         ),
     ):
         f(1.0)

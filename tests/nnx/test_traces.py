@@ -126,21 +126,21 @@ def program(name, mode):
     return functools.partial({**TRANSFORMS, **ONLY_TREES}[name], Lift(mode))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('naming', NAMINGS)
 @pytest.mark.parametrize(('name', 'mode'), CASES)
 def test_around(name, mode, naming):
     around_and_live('stop', naming, program(name, mode), by_hand(name))
 
 
-@pytest.mark.thinned(15)
+@pytest.mark.thinned(61)
 @pytest.mark.parametrize(('kind', 'naming'), SIBLINGS)
 @pytest.mark.parametrize(('name', 'mode'), CASES)
 def test_around_by_siblings(name, mode, kind, naming):
     around_and_live(kind, naming, program(name, mode), by_hand(name))
 
 
-@pytest.mark.thinned(15)
+@pytest.mark.thinned(61)
 @pytest.mark.parametrize(('kind', 'naming'), [('stop', 'path'), *SIBLINGS])
 @pytest.mark.parametrize(('name', 'mode'), CASES)
 def test_second_order(name, mode, kind, naming):
@@ -192,7 +192,7 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('name', DERIVATIVES)
 @pytest.mark.parametrize(('kind', 'naming'), [*(('stop', naming) for naming in NAMINGS), *SIBLINGS])
 def test_around_a_derivative(kind, naming, name):
