@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -33,8 +34,10 @@ from jax.interpreters import ad
 __all__ = [
     'batched',
     'checked',
+    'current_trace',
     'derivative_trace',
     'flattening',
+    'is_around',
     'is_of_trace',
     'is_ref',
     'operation_of',
@@ -94,6 +97,22 @@ def derivative_trace() -> Any:
     return trace if isinstance(trace, (_ad.JVPTrace, _ad.LinearizeTrace)) else None
 
 
+def current_trace() -> Any:
+    """Return a weak reference to the current trace, or None while JAX goes from one to the next."""
+    trace = _core.trace_ctx.trace
+    return None if trace is None else weakref.ref(trace)
+
+
+def is_around(trace: Any) -> bool:
+    """Say whether the current trace began, at some remove, in another; see `current_trace`."""
+    wanted, now = trace and trace(), _core.trace_ctx.trace
+    while wanted is not None and hasattr(now, 'parent_trace'):
+        now = now.parent_trace
+        if now is wanted:
+            return True
+    return False
+
+
 def is_of_trace(value: Any, trace: Any) -> bool:
     """Say whether a value is a tracer of a trace."""
     return isinstance(value, _core.Tracer) and value._trace is trace
@@ -101,6 +120,7 @@ def is_of_trace(value: Any, trace: Any) -> bool:
 
 _TREES = {'jax._src.tree', 'jax._src.flattree', 'jax._src.tree_util', 'jax._src.flatten_util'}
 _READERS = ('block_until', 'device_', '_device_')  # functions that take a tree for its leaves
+_READING = {'jax._src.callback', 'jax._src.debugging', 'jax._src.lax.parallel'}  # and modules
 
 
 def flattening(frame: FrameType | None) -> tuple[str, bool]:
@@ -119,7 +139,7 @@ def flattening(frame: FrameType | None) -> tuple[str, bool]:
         return '', True
     module, code = frame.f_globals.get('__name__', ''), frame.f_code
     if module.startswith('jax._src.'):
-        return module, code.co_name.startswith(_READERS)
+        return module, module in _READING or code.co_name.startswith(_READERS)
     return module, called or 'flatten_up_to' in code.co_names
 
 

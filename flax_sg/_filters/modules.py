@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 from flax_sg._errors import PredicateError
-from flax_sg._filters.callables import callable_key, identity_key
+from flax_sg._filters.callables import callable_key
 from flax_sg._filters.filters import Filter, also_accepted
-from flax_sg._filters.of_nnx import is_module, is_variable
+from flax_sg._filters.of_nnx import is_module, is_variable, paths_below
 from flax_sg._filters.slips import kind_of
 from flax_sg._filters.variables import VariableInfo
 
@@ -62,11 +62,11 @@ class Within(Filter):
 
 
 def _key(each: Any) -> Hashable:
-    try:
-        hash(each)
-    except TypeError:  # a Variable, or a list of modules
-        return id(each)
-    return identity_key(each)
+    """Return what is in a module now, by which JAX's caches know it; nothing of it is kept.
+
+    A trace holds the Variables that it has read, so that no other one has the id of such a one.
+    """
+    return tuple(sorted(id(variable) for _, variable in paths_below(each)))
 
 
 def within(*objects: Any) -> Filter:

@@ -29,6 +29,7 @@ __all__ = [
     'met',
     'paths_below',
     'refuse_hijax',
+    'selects_others',
     'thread',
 ]
 
@@ -84,7 +85,7 @@ class ModuleBlock(OpenBlock):
         self.module = module
         super().__init__(transform, (), self)
         self.owner = owner
-        self.key = (*self.key, id(module))
+        self.key = (*self.key, *sorted(ids_below((module,))))
         self.matches = _Matches(transform, module)
 
 
@@ -121,10 +122,12 @@ class _Met:
       reads: what each was read as, and of which value.
       names: the paths of Variables in its module.
       key: what it does to what it selects, as a value.
+      others: whether it selects Variables of a type that it does not know.
       ids_of: those of the Variables below some modules, as they were when it first asked.
     """
 
     def __init__(self, block: OpenBlock):
+        self.others: dict[type, bool] = {}
         self.ids_of: dict[tuple[int, ...], set[int]] = {}
         transform = block.transform
         self.said: dict[int, tuple[Variable, Said]] = {}
@@ -185,6 +188,17 @@ def _ask(block: OpenBlock, known: _Met, variable: Variable) -> Said:
         block.matches.note_other(infos[0])
     info, keep = infos[0] if selected else None, block.of_module
     return Said(block, known.key, paths[0], info, keep=keep)
+
+
+def selects_others(block: OpenBlock, variable: Variable) -> bool:
+    """Say whether a block selects a Variable like one, of which it knows nothing."""
+    known, kind = met(block), type(variable)
+    if kind not in known.others:
+        info = info_of(OUTSIDE, variable, lambda objects: set())
+        known.others[kind] = block.transform.in_collections(
+            info.collection
+        ) and block.transform.filter.selects(info)
+    return known.others[kind]
 
 
 def _check_named(block: OpenBlock, variable: Variable) -> None:

@@ -38,23 +38,35 @@ class Said:
 
     Attributes:
       block: it; only a mirror's is kept by this.
+      means: what the block does to what it selects, as a value.
       path: the Variable's, in the block's module.
       info: the Variable's names, or None if the block does not select it.
     """
 
-    __slots__ = ('_block', 'info', 'key', 'path')
+    __slots__ = ('_block', 'info', 'key', 'means', 'path')
 
     def __init__(
-        self, block: OpenBlock, key: Hashable, path: Path, info: VariableInfo | None, *, keep: bool
+        self,
+        block: OpenBlock,
+        means: Hashable,
+        path: Path,
+        info: VariableInfo | None,
+        *,
+        keep: bool,
     ):
         self._block: Any = (lambda: block) if keep else weakref.ref(block)
-        self.path, self.info = path, info
+        self.path, self.info, self.means = path, info, means
         # A function may look at names; that of an equal Variable elsewhere is as good otherwise.
-        self.key = key if info is None else (key, info if block.transform.uses_names else True)
+        named = block.transform.uses_names
+        self.key = means if info is None else (means, info if named else True)
 
     @property
     def block(self) -> OpenBlock | None:
         return self._block()
+
+    def by(self, block: OpenBlock) -> Said:
+        """Return the same, said by an equal block."""
+        return Said(block, self.means, self.path, self.info, keep=False)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Said) and self.key == other.key
@@ -72,10 +84,10 @@ class Mark:
       read: its value is what these make of it, as it is a copy that was made there.
       differentiated: what comes back with this mark may be a derivative.
       is_derivative: the Variable is one.
-      trace: the trace in which it was handed on.
+      trace, began: the trace in which it was handed on, as a value and a weak reference.
     """
 
-    __slots__ = ('differentiated', 'held', 'is_derivative', 'read', 'said', 'trace')
+    __slots__ = ('began', 'differentiated', 'held', 'is_derivative', 'read', 'said', 'trace')
 
     def __init__(
         self,
@@ -88,7 +100,7 @@ class Mark:
     ):
         self.said, self.held, self.read, self.differentiated = said, held, read, differentiated
         self.is_derivative = is_derivative
-        self.trace = jax_compat.trace_state()
+        self.trace, self.began = jax_compat.trace_state(), jax_compat.current_trace()
 
     def _key(self) -> Hashable:
         # JAX caches nothing of what is differentiated, and takes a derivative for an argument.
@@ -140,7 +152,7 @@ class Seen(TraceState):
       said: what blocks said.
       held: what mirrors say, for good.
       done: a value that is what all these make of it, or was computed from that.
-      computed: it was; then what is stopped is stopped again, as nothing else of it is.
+      computed: it was, so that a block about whatever is read is about it too.
       is_derivative: it is a gradient or tangent, which goes by the names of the Variable.
       live: the Variable whose value it has, of a mirror's.
     """
@@ -165,9 +177,7 @@ class Seen(TraceState):
         """Say whether a value is already what a block makes of it."""
         if self.is_derivative:
             return True
-        if self.done is not value or said not in self.said and said not in self.held:
-            return False
-        return not (self.computed and said.block.transform.idempotent)
+        return self.done is value and (said in self.said or said in self.held)
 
     def of(self, block: OpenBlock) -> Said | None:
         """Return what a block said."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,14 @@ def transformed_class(transform: Any, base: type) -> type:
         for name, member in vars(of).items() if of not in nnx.Module.__mro__ else ():
             if name in own:
                 continue
-            if isinstance(member, property) and member.fget is not None:
+            if isinstance(member, functools.partialmethod):
+                fn = in_block(transform, member.func, cls)
+                setattr(cls, name, functools.partialmethod(fn, *member.args, **member.keywords))
+            elif isinstance(member, functools.cached_property):
+                made = functools.cached_property(in_block(transform, member.func, cls))
+                made.__set_name__(cls, name)
+                setattr(cls, name, made)
+            elif isinstance(member, property) and member.fget is not None:
                 setattr(cls, name, property(in_block(transform, member.fget, cls), member.fset))
             elif not isinstance(member, (type, staticmethod, classmethod)) and callable(member):
                 setattr(cls, name, in_block(transform, member, cls))

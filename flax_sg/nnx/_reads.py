@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from flax_sg._jax.block_names import named
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.cache_keys import note_read
 from flax_sg._transforms.thread_state import anywhere, state
-from flax_sg.nnx._blocks import answer, blocks_about, met, paths_below, refuse_hijax
+from flax_sg.nnx._blocks import answer, blocks_about, met, paths_below, refuse_hijax, selects_others
 from flax_sg.nnx._marks import (
     MARK,
     Copied,
@@ -46,6 +47,7 @@ class _Thread(threading.local):
     as_it_lies = False  # NNX takes Variables apart for a function, or puts them together
     marking = False  # it takes apart what it gives to a function
     merging = False  # it puts them together
+    updated: frozenset[int] = frozenset()  # the ids of all that `nnx.update` is given
     writing: Variable | None = None  # in part, so that the rest is read as it lies
 
 
@@ -81,8 +83,8 @@ def _store(variable: Variable, value: Any) -> None:
     seen = seen_of(variable)
     if seen is None or seen.live is None:
         store(variable, value)
-    elif not thread.merging:  # what NNX gives back of a mirror's is older than of the live one
-        seen.live._raw_value = value
+    elif not thread.merging and id(live_of(variable)) not in thread.updated:
+        seen.live._raw_value = value  # and else it is older than what the live one gets
 
 
 def _read(variable: Variable) -> Any:
@@ -94,7 +96,10 @@ def _read(variable: Variable) -> Any:
     for block, said in said_of(variable):
         if seen is None or said not in seen.said and said not in seen.held:
             note_read(None)
-        if said.info is not None and not (seen is not None and seen.is_done(said, live)):
+        done = seen is not None and seen.is_done(said, live)
+        if done and seen.computed and block.transform.idempotent:
+            done = not selects_others(block, variable)  # it is a new Variable, by whatever name
+        if said.info is not None and not done:
             value = value[...] if nnx_compat.is_ref(value) else value
             value = _read_in(block, variable, said, value)
     return value
@@ -116,12 +121,20 @@ def _read_in(block: OpenBlock, variable: Variable, said: Said, value: Any) -> An
     here = jax_compat.trace_state() == block.trace
     reads = met(block).reads
     found = reads.get(id(variable))
-    if found is not None and found[1] is value and here:
+    if here and found is not None and _same(found[1], value):
         return found[2]
     with named(block.transform, block.line):
         out = block.transform.read(said.info, value, _no_other)
-    reads[id(variable)] = (variable, value, out) if here else (variable, None, None)
+    kept = jax.tree.map(lambda leaf: leaf, value)  # a dict may be changed in place
+    reads[id(variable)] = (variable, kept, out) if here else (variable, None, None)
     return out
+
+
+def _same(kept: Any, value: Any) -> bool:
+    if kept is value:
+        return True
+    (a, kind_a), (b, kind_b) = jax.tree.flatten(kept), jax.tree.flatten(value)
+    return kind_a == kind_b and all(map(operator.is_, a, b))
 
 
 def _no_other(collection: str) -> Any:
@@ -171,22 +184,40 @@ def _flatten(original: Any, variable: Variable) -> tuple:
     return children, metadata if mark is None else (*metadata, (MARK, mark))
 
 
+def _by_open_blocks(said: tuple[Said, ...]) -> tuple[Said, ...]:
+    """Return what blocks have said as said by those that are open.
+
+    JAX keeps the structure of what a function returns, marks included, and uses it in a later block
+    that is equal. Which Variables are selected there is the same, as the arguments' marks are.
+    """
+    now = blocks_about()
+    if all(each.block in now for each in said):
+        return said
+    if len(now) != len(said):
+        return ()
+    means = [met(block).key for block in now]
+    if means != [each.means for each in said]:
+        return ()
+    return tuple(each.by(block) for each, block in zip(said, now, strict=True))
+
+
 def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
     mark = metadata.pop(MARK, None)
     variable = original(cls, value, metadata)
+    if mark is None:
+        return variable
     if isinstance(mark, Copied):
         see(variable, mark.said, done=value, computed=not mark.is_of(value))
-    elif mark is not None and (
-        mark.is_derivative or mark.differentiated and mark.trace == jax_compat.trace_state()
-    ):
-        see(variable, mark.said, mark.held, is_derivative=True)
-    elif mark is not None:
-        if mark.read:
-            value = _as_it_comes_in(mark, value)
-            store(variable, value)
-            see(variable, mark.said, mark.held, value)
-        else:
-            see(variable, mark.said, mark.held)
+        return variable
+    said = _by_open_blocks(mark.said)
+    if mark.is_derivative or mark.differentiated and mark.trace == jax_compat.trace_state():
+        see(variable, said, mark.held, is_derivative=True)
+    elif mark.read:
+        value = _as_it_comes_in(mark, value)
+        store(variable, value)
+        see(variable, said, mark.held, value)
+    else:
+        see(variable, said, mark.held)
     return variable
 
 
@@ -196,7 +227,7 @@ def _as_it_comes_in(mark: Mark, value: Any) -> Any:
     What the blocks made of it lies outside of that derivative; so it is read for this one alone.
     """
     trace = jax_compat.derivative_trace()
-    if trace is None or jax_compat.trace_state() == mark.trace:
+    if trace is None or not jax_compat.is_around(mark.began):
         return value
     for said in (*mark.said, *mark.held):
         if said.block is None or said.info is None:

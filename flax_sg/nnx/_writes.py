@@ -8,17 +8,18 @@ from flax import nnx
 
 from flax_sg._compat import jax as jax_compat
 from flax_sg._compat import nnx as nnx_compat
-from flax_sg._compat.nnx import Variable
+from flax_sg._compat.nnx import Variable, stored
 from flax_sg._errors import FrozenVariableError, UsageError
 from flax_sg._transforms.thread_state import anywhere
+from flax_sg._transforms.thread_state import state as state_of_thread
 from flax_sg.nnx._blocks import leaves_of, met, paths_below
-from flax_sg.nnx._marks import concerns, seen_of
+from flax_sg.nnx._marks import concerns, live_of, mirrors, seen_of
 from flax_sg.nnx._reads import reading_as_it_lies, said_of, thread
 
 __all__: list[str] = []  # it taps writes
 
 
-def _check(variable: Variable) -> None:
+def _check(variable: Variable, *, whole: bool = False) -> None:
     """Raise an error if a block is against a change of a Variable."""
     seen = seen_of(variable)
     if seen is not None and seen.is_derivative:
@@ -42,7 +43,7 @@ def _check(variable: Variable) -> None:
                 'replace what is stored. Write it outside of the block, or narrow the predicate '
                 'or collections=.'
             )
-    if seen is not None and seen.held and seen.live is None:
+    if seen is not None and seen.held and seen.live is None and not whole:
         raise UsageError(
             f'a {type(variable).__name__} of a mirror was written in a function that is traced, '
             'where it is another one than the live one. Write the live one there.'
@@ -50,9 +51,16 @@ def _check(variable: Variable) -> None:
 
 
 def _gives_back(variable: Variable, value: Any) -> bool:
-    """Say whether a value is what the Variable was read as, so that there is nothing to store."""
-    reads = (met(block).reads.get(id(variable)) for block, _ in said_of(variable))
-    return any(found is not None and found[2] is value is not None for found in reads)
+    """Say whether a value is what the Variable is read as now: then there is nothing to store."""
+    live = stored(live_of(variable))
+    for block, _ in said_of(variable):
+        found = met(block).reads.get(id(variable))
+        if found is None or found[1] is not live:
+            return False
+        if found[2] is value:
+            return True
+        live = found[2]  # which the next block reads
+    return False
 
 
 def _set_value(original, self, value, **kwargs):
@@ -72,7 +80,7 @@ def _set_raw_value(original, self, value, **kwargs):
     if concerns(self) and not thread.merging:
         if _gives_back(self, value):
             return None
-        _check(self)
+        _check(self, whole=bool(thread.updated))
     return original(self, value, **kwargs)
 
 
@@ -85,12 +93,20 @@ def _take(original, self, other):
 
 
 def _update(original, node, state, /, *states):
-    if anywhere.threads and not thread.merging:
+    """Update all or nothing; what a mirror would get is what its live Variable gets."""
+    if not anywhere.threads and not mirrors.made or thread.merging:
+        return original(node, state, *states)
+    below = list(paths_below(node))
+    if state_of_thread.stack:
         new = dict(pair for each in (state, *states) for pair in leaves_of(each))
-        for path, variable in paths_below(node):
+        for path, variable in below:
             if path in new and new[path] is not variable:
-                _check(variable)
-    return original(node, state, *states)
+                _check(variable, whole=True)
+    before, thread.updated = thread.updated, frozenset(id(variable) for _, variable in below)
+    try:
+        return original(node, state, *states)
+    finally:
+        thread.updated = before
 
 
 jax_compat.tap(Variable, 'set_value')(_set_value)
