@@ -1,4 +1,4 @@
-"""Block-scoped gradient masks for Flax Linen: train some parameters with a loss, and not others."""
+"""Block-scoped gradient masks for Flax: train some parameters with a loss, and not others."""
 
 import importlib as _importlib
 

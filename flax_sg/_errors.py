@@ -38,7 +38,7 @@ class UnmatchedPathError(ValueError):
 class UnreadBlockWarning(UserWarning):
     """A block outside of all modules has ended, and no model was read in it: it did nothing.
 
-    Blocks act on reads of Flax Linen variables. Around plain functions of parameters, the models
+    Blocks act on reads of variables of Flax. Around plain functions of parameters, the models
     of other libraries, and a step that was compiled before, there is none. An equal block in which
     a model was read before may find its traces in JAX's caches, and does not warn; nor does one
     with ``allow_unmatched=True``.

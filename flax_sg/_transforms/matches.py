@@ -156,7 +156,7 @@ class Matches:
 
     def _warn(self) -> None:
         message = (
-            f'{self.transform!r}: no variable of a Flax Linen model was read in this block, so '
+            f'{self.transform!r}: no variable of a Flax model was read in this block, so '
             "that it did nothing. It has no effect on plain functions, on other libraries' models "
             'and on a step that was compiled before; hand a tree of parameters to the transform, '
             'open the block where the model is applied, or pass allow_unmatched=True.'

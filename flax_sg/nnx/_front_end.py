@@ -35,7 +35,7 @@ class _NNX:
         return ModuleBlock(transform, module) if _is_node(module) else NotImplemented
 
     def transformed(self, transform: Transform, target: Any) -> Any:
-        if inspect.isclass(target) and issubclass(target, nnx.Module):
+        if inspect.isclass(target) and issubclass(target, nnx.Pytree):
             return transformed_class(transform, target)
         if isinstance(target, nnx.Pytree):
             return mirror_of(transform, target)

@@ -1,6 +1,8 @@
 """Programs that people write with flax.nnx: layers, stacks, bridges, rules; and what is refused."""
 
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -395,3 +397,73 @@ def test_filters_of_a_module_are_filters_of_nnx():
     assert [*nnx.grad(lambda m: m(X), argnums=wrt)(model)] == ['b']
     labels = sg.labels({'a': 'a'}, nnx.state(model, nnx.Param), default='rest')
     assert isinstance(labels, nnx.State) and labels['b']['w'] == 'rest'
+
+
+def test_dataclasses():
+    @nnx.dataclass
+    class Scale(nnx.Pytree):
+        w: nnx.Param = nnx.data()
+        by: int = nnx.static(default=3)
+
+        def __call__(self, x):
+            return self.w[...] * x * self.by
+
+    def program(model):
+        scale = Scale(w=nnx.Param(model.a.w.get_raw_value()))
+        held = sg.stop_gradient('w')(Scale)(w=nnx.Param(model.b.w.get_raw_value()))
+        with sg.stop_gradient(scale):
+            out = scale(X)
+        return out + scale(X) + held(X)
+
+    compare(program, lambda p: 3 * X * (stop(p[0]) + p[0] + stop(p[1])))
+
+
+def test_an_implicit_layer():
+    def program(model):
+        solve = lambda run, x: model.a.w[...] / model.b.w[...]
+        with sg.stop_gradient(model.a):
+            return jax.lax.custom_root(
+                lambda x: x * model.b.w[...] - model.a.w[...],
+                0.1,
+                solve,
+                lambda run, y: y / run(1.0),
+            )
+
+    compare(program, lambda p: stop(p[0]) / p[1])
+
+
+def test_metadata_of_shardings():
+    make = nnx.with_partitioning(nnx.initializers.ones, (None, None))
+    with nnx.use_eager_sharding(False):
+        model = nnx.Linear(2, 2, kernel_init=make, rngs=rngs())
+    before = model.kernel.get_metadata()
+    with nnx.stop_gradient('kernel').on(model):
+        grads = nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(model)
+    assert not grads['kernel'][...].any() and grads['bias'][...].all()
+    assert grads['kernel'].get_metadata() == model.kernel.get_metadata() == before
+
+
+def test_a_loop_of_steps_keeps_nothing():
+    models, traced = [], []
+
+    @nnx.jit
+    def step(model):
+        traced.append(1)
+        return model(X)
+
+    for _ in range(6):
+        model = Net()
+        models.append(weakref.ref(model))
+        for block in (
+            sg.stop_gradient(model.a),
+            sg.stop_gradient(lambda info: info.name == 'a/w').on(model),
+            sg.stop_gradient(~sg.within(model.a)),
+        ):
+            with block:
+                step(model)
+        sg.stop_gradient('a')(model)(X)
+        nnx.grad(lambda m: sg.stop_gradient('a')(m)(X))(model)
+    del model, block
+    gc.collect()
+    assert not any(ref() for ref in models)
+    assert len(traced) <= 3
