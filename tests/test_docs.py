@@ -108,7 +108,7 @@ def test_the_page_on_gradient_flow(capsys):
 def test_the_page_on_nnx():
     from flax import nnx
 
-    program, uses, optimiser = blocks('docs/nnx.md', 'python')
+    program, uses, views, optimiser = blocks('docs/nnx.md', 'python')
     names = {}
     exec(program, names)
     model, x = names['model'], jnp.ones((2, 3))
@@ -129,4 +129,6 @@ def test_the_page_on_nnx():
         )
     exec(uses, names)
     assert names['held'].head.kernel is model.head.kernel
+    exec(views, names)
+    assert [*names['out']] == ['encoder', 'head']
     exec(optimiser, names | {'optax': optax})

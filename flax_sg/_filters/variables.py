@@ -59,6 +59,11 @@ class VariableInfo:
         return '/'.join(self.path)
 
     @property
+    def names(self) -> tuple[VariableInfo, ...]:
+        """All that it goes by: a variable of flax.nnx may lie at several paths."""
+        return (self,)
+
+    @property
     def absolute_name(self) -> str:
         """The absolute path, joined by '/', without a leading one."""
         return '/'.join(self.absolute_path)
@@ -80,6 +85,11 @@ class IdentifiedInfo(VariableInfo):
     """What is known of a variable that modules are asked about, which know it by identity."""
 
     within: Callable[[tuple], bool] = dataclasses.field(default=bool, compare=False, repr=False)
+    others: tuple[VariableInfo, ...] = ()
+
+    @property
+    def names(self) -> tuple[VariableInfo, ...]:
+        return (self, *self.others)
 
     @classmethod
     def of_variable(

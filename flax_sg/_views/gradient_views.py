@@ -34,15 +34,16 @@ class Marked(Transform):
     views: GradientViews
     nesting: int
     name = 'gradient_views'
+    uses_names = True
 
     def read(self, info: VariableInfo, value: Any, other: Callable[[str], Any]) -> Any:
-        views = tuple(filter.selects(info) for _, filter in self.views.entries)
+        views = self.says(info)
         if not any(views):
             return map_traced(jax.lax.stop_gradient, value)
         return map_traced(lambda leaf: view_mask(leaf, views, self.nesting), value)
 
     def says(self, info: VariableInfo) -> Hashable:
-        return tuple(filter.selects(info) for _, filter in self.views.entries)
+        return tuple(filter.selects_any(info.names) for _, filter in self.views.entries)
 
     def asks(self) -> bool:
         return any(filter.asks for _, filter in self.views.entries)

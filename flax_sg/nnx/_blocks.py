@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from flax_sg.nnx._marks import Said, live_of
 
 __all__ = [
     'ModuleBlock',
+    'also_of',
     'answer',
     'blocks_about',
     'info_of',
@@ -177,6 +179,13 @@ def answer(block: OpenBlock, variable: Variable) -> Said:
     return found[1]
 
 
+def also_of(block: OpenBlock, pairs: list[tuple[Variable, Variable]]) -> None:
+    """Let a block say of some Variables what it says of others, of which they are copies."""
+    known = met(block)
+    for variable, copy in pairs:
+        known.said[id(copy)] = copy, answer(block, variable)
+
+
 def _ask(block: OpenBlock, known: _Met, variable: Variable) -> Said:
     transform = block.transform
     if not known.named:
@@ -186,7 +195,8 @@ def _ask(block: OpenBlock, known: _Met, variable: Variable) -> Said:
     selected = transform.in_collections(infos[0].collection) and transform.filter.selects_any(infos)
     if block.matches is not None and not known.named:
         block.matches.note_other(infos[0])
-    info, keep = infos[0] if selected else None, block.of_module
+    info = dataclasses.replace(infos[0], others=tuple(infos[1:])) if selected else None
+    keep = block.of_module
     return Said(block, known.key, paths[0], info, keep=keep)
 
 

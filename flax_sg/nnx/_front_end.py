@@ -15,6 +15,7 @@ from flax_sg._transforms import front_ends
 from flax_sg._transforms.transform import Transform
 from flax_sg.nnx._blocks import ModuleBlock, info_of, paths_below
 from flax_sg.nnx._modules import in_block, mirror_of, transformed_class, transformed_tree
+from flax_sg.nnx._views import views_of, views_of_call
 
 __all__: list[str] = []  # it enters itself
 
@@ -50,10 +51,10 @@ class _NNX:
         return in_block(transform, fn, object())
 
     def viewed(self, views: Any, target: Any) -> Any:
-        return NotImplemented
+        return views_of(views, target)
 
     def viewed_call(self, views: Any, fn: Callable, args: tuple, kwargs: dict) -> Any:
-        return NotImplemented
+        return views_of_call(views, fn, args, kwargs)
 
 
 def _is_node(value: Any) -> bool:

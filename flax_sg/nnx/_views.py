@@ -1,0 +1,67 @@
+"""Views of modules: what `gradient_views` makes of a class, an instance and a method of flax.nnx.
+
+The target runs on a copy of its module that is made in its trace, and what it has written is
+written to the live one once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from flax_sg._compat.nnx import Variable, stored
+from flax_sg._transforms.open_blocks import opened
+from flax_sg._views.gradient_views import GradientViews
+from flax_sg.nnx._blocks import ModuleBlock, also_of
+
+__all__ = ['views_of', 'views_of_call']
+
+
+def views_of(views: GradientViews, target: Any) -> Any:
+    """Return a class, an instance or a method of modules with views; NotImplemented for others."""
+    if inspect.isclass(target) and issubclass(target, nnx.Pytree):
+        members = {
+            name: getattr(target, name) for name in ('__module__', '__qualname__', '__doc__')
+        }
+        members['__call__'] = views.of_function(target.__call__)
+        return type(target)(target.__name__, (target,), members)
+    if isinstance(target, nnx.Pytree):
+        return functools.partial(views.of_function(type(target).__call__), target)
+    if inspect.ismethod(target) and isinstance(target.__self__, nnx.Pytree):
+        return functools.partial(views.of_function(target.__func__), target.__self__)
+    return NotImplemented
+
+
+def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict) -> Any:
+    """Return the views of what a function of a module returns; NotImplemented for others."""
+    module = args[0] if args else None
+    if not isinstance(module, nnx.Pytree):
+        return NotImplemented
+    graph, state = nnx.split(module)
+    live = dict(nnx.to_flat_state(state))
+    made: list[tuple[Any, Variable]] = []
+
+    def call() -> tuple[Any, list[Any]]:
+        inner = nnx.merge(graph, state, copy=True)
+        copies = dict(nnx.to_flat_state(nnx.state(inner)))
+        before = {path: stored(copy) for path, copy in copies.items()}
+        block = ModuleBlock(views.marked(), module)
+        also_of(block, [(live[path], copy) for path, copy in copies.items()])
+        with opened(block):
+            out = fn(inner, *args[1:], **kwargs)
+        after = nnx.to_flat_state(nnx.state(inner))
+        made[:] = [(path, v) for path, v in after if stored(v) is not before.get(path, made)]
+        return out, [stored(variable) for _, variable in made]
+
+    outs, written = views.in_views(call)
+    for (path, variable), value in zip(made, written, strict=True):
+        if path in live:
+            live[path].set_raw_value(value)
+        else:
+            new = type(variable).from_metadata(value, variable.get_metadata())
+            nnx.update(module, nnx.from_flat_state([(path, new)]))
+    return outs
