@@ -148,6 +148,8 @@ def _mark(variable: Variable, *, read: bool = False, differentiated: bool = Fals
     said = tuple(said for _, said in said_of(variable) if said not in held)
     if not said and not held:
         return None
+    if seen is None or any(each not in seen.said for each in said):
+        note_read(None)  # JAX may keep the mark, in the structure of what a function returns
     read = read or seen is not None and seen.done is stored(variable)
     changed = [each.block.transform for each in (*said, *held) if each.info is not None]
     if all(transform.idempotent for transform in changed):

@@ -68,6 +68,15 @@ def test_a_chain_of_calls_that_return_the_model():
     assert [grads_of(loss, Pair()) for _ in range(3)] == [(0, 3)] * 3
 
 
+def test_a_captured_model_that_a_function_returns():
+    model = Pair()
+    same = jax.jit(lambda: model)
+    for name in 'abbaab':
+        with sg.map_values(name, lambda info, v: v + 100).on(model):
+            out = same()
+            assert (out.a[...], out.b[...]) == ((102, 3) if name == 'a' else (2, 103))
+
+
 def test_values_and_writes_of_what_comes_back():
     model, same = Pair(), jax.jit(lambda m: m)
     for _ in range(2):
