@@ -148,16 +148,17 @@ def filled(variable: Any, value: Any) -> Any:
 def names_of(tree: Any) -> tuple[list[VariableInfo], list[Any], Any]:
     """Return the names of the leaves of any pytree, the leaves, and the tree's structure.
 
-    Names do not show boxes, nor the variables of flax.nnx.
+    Names do not show boxes, nor the variables of flax.nnx; these say their collection.
     """
     boxed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
     infos = []
     for keys, box in boxed:
         path = tuple(map(key_name, keys))
+        collection = collection_of(type(box)) if is_variable(box) else 'params'
         inner, _ = jax.tree_util.tree_flatten_with_path(box)
         for more, leaf in inner:
             names = path if len(inner) == 1 else (*path, *map(key_name, more))
-            infos.append(VariableInfo.of(names, names, 'params', leaf))
+            infos.append(VariableInfo.of(names, names, collection, leaf))
     leaves, treedef = jax.tree.flatten(tree)
     return infos, leaves, treedef
 

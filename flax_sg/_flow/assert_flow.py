@@ -66,7 +66,7 @@ def assert_flow(
     flow_of = gradient_flow(losses, norms=norms)
 
     def check(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
-        infos = names_of(params)[0]
+        infos = [info for info in names_of(params)[0] if info.collection == 'params']
         for loss, filter in filters.items():
             check_matched(filter.patterns(), infos, where=f'assert_flow[{loss!r}]', of='params')
         flow = flow_of(params, *args, **kwargs)

@@ -49,8 +49,9 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
 
     Returns:
       A function of ``(params, *args, **kwargs)`` as the losses take them, that returns a
-      :class:`Flow` of records. ``params`` is any pytree; its arrays, and those of the arguments,
-      may be ``jax.ShapeDtypeStruct`` unless ``norms``.
+      :class:`Flow` of records. ``params`` is any pytree, a module or State of flax.nnx too, of
+      which ``nnx.Param`` counts; its arrays, and those of the arguments, may be
+      ``jax.ShapeDtypeStruct`` unless ``norms``.
 
     Raises:
       UsageError: ``losses`` are none, a loss does not return a real scalar, or two parameters have
@@ -68,6 +69,9 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
 
     def flow(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
         infos, leaves, treedef = names_of(params)
+        # Of a module of flax.nnx, whose other Variables are state.
+        ours = {info.name for info in infos if info.collection == 'params'}
+        shown = [info for info in infos if info.name in ours or not ours]
         twice = [name for name, n in Counter(info.name for info in infos).items() if n > 1]
         if twice:
             raise UsageError(f'gradient_flow: params has two leaves named {twice[0]!r}.')
@@ -75,8 +79,9 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
         records: list[FlowRecord] = []
         for name, fn in programs.items():
             program = Program.trace(name, fn, leaves, treedef, args, kwargs)
-            records += _records(program, infos, leaves if norms else None)
-        return Flow(tuple(records), infos)
+            found = _records(program, infos, leaves if norms else None)
+            records += [record for record in found if record.name in ours or not ours]
+        return Flow(tuple(records), shown)
 
     return flow
 
