@@ -120,12 +120,15 @@ class Copied:
 
     Attributes:
       said: what the open blocks have said of it.
+      held: nothing, as the value is what mirrors make of it.
+      began: the trace in which it was taken apart.
     """
 
-    __slots__ = ('_value', 'said')
+    __slots__ = ('_value', 'began', 'said')
+    held = ()
 
     def __init__(self, said: tuple[Said, ...], value: Any):
-        self.said = said
+        self.said, self.began = said, jax_compat.current_trace()
         try:
             self._value: Any = weakref.ref(value)
         except TypeError:

@@ -209,7 +209,10 @@ def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
     if mark is None:
         return variable
     if isinstance(mark, Copied):
-        see(variable, mark.said, done=value, computed=not mark.is_of(value))
+        computed = not mark.is_of(value)
+        value = _as_it_comes_in(mark, value)
+        store(variable, value)
+        see(variable, mark.said, done=value, computed=computed)
         return variable
     said = _by_open_blocks(mark.said)
     if mark.is_derivative or mark.differentiated and mark.trace == jax_compat.trace_state():
@@ -223,7 +226,7 @@ def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
     return variable
 
 
-def _as_it_comes_in(mark: Mark, value: Any) -> Any:
+def _as_it_comes_in(mark: Mark | Copied, value: Any) -> Any:
     """Read a copy, where the function that it is handed to is differentiated.
 
     What the blocks made of it lies outside of that derivative; so it is read for this one alone.

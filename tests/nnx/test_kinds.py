@@ -231,6 +231,28 @@ def test_fast_weights_in_a_block_about_all_that_is_read():
     compare(program, lambda p: stop(p[0] - p[1]) + 0 * f(*map(stop, p), X))
 
 
+def by_somebody_else(fn):
+    """Take arguments apart and put them together again, as libraries around JAX do."""
+
+    def run(model):
+        leaves, structure = jax.tree.flatten(model)
+        return jax.jit(jax.grad(lambda leaves: fn(structure.unflatten(leaves))))(leaves)
+
+    return run
+
+
+@pytest.mark.parametrize('block', HELD.values(), ids=HELD)
+def test_a_derivative_that_another_library_takes(block):
+    """A function that reads the model reads it in the block, whoever has put it together."""
+    model = Pair()
+    with block(model):
+        by_a, by_b = by_somebody_else(lambda m: m.a[...] * 5 + m.b[...] * 7)(model)
+        flat, back = jax.flatten_util.ravel_pytree(model)
+        by_flat = jax.grad(lambda flat: back(flat)(2.0))(flat)
+    assert (by_a, by_b) == (0, 7)
+    np.testing.assert_array_equal(by_flat, [0, 1])
+
+
 # JAX hands some on to be read when the program runs.
 
 
