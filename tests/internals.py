@@ -158,3 +158,22 @@ def misjudge(monkeypatch, name):
         '_ask',
         lambda eqn, context: nothing if eqn.primitive.name == name else ask(eqn, context),
     )
+
+
+# flax.nnx.
+
+
+def self_check_of_nnx(transform):
+    """Check with a transform's blocks at the module."""
+    from flax_sg.nnx import _self_check
+
+    _self_check.check(transform.on)
+
+
+def pass_by_value(monkeypatch):
+    """Let reads of Variables pass by the library."""
+    from flax import nnx
+
+    from flax_sg._compat import nnx as nnx_compat
+
+    monkeypatch.setattr(nnx.Variable, '_raw_value', nnx_compat.slot)

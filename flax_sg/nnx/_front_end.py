@@ -12,7 +12,10 @@ from flax import nnx
 
 from flax_sg._filters import modules
 from flax_sg._transforms import front_ends
+from flax_sg._transforms.open_blocks import opened
+from flax_sg._transforms.stop_gradient import stop_gradient
 from flax_sg._transforms.transform import Transform
+from flax_sg.nnx import _self_check
 from flax_sg.nnx._blocks import ModuleBlock, info_of, paths_below
 from flax_sg.nnx._modules import in_block, mirror_of, transformed_class, transformed_tree
 from flax_sg.nnx._views import views_of, views_of_call
@@ -24,7 +27,7 @@ class _NNX:
     module = 'flax.nnx.Module'
 
     def check(self) -> None:
-        pass
+        _self_check.check(lambda module: opened(ModuleBlock(stop_gradient('held'), module)))
 
     def is_running(self) -> bool:
         return False

@@ -66,7 +66,9 @@ def reading_as_it_lies() -> Iterator[None]:
 class _Values:
     """What stands before the slot in which the value of a Variable lies."""
 
-    def __get__(self, variable: Variable, owner: Any = None) -> Any:
+    def __get__(self, variable: Variable | None, owner: Any = None) -> Any:
+        if variable is None:
+            return self
         # As `concerns` has it; a call of that takes as long as all of this.
         if anywhere.threads or mirrors.made and type(trace_state_of(variable)) is Seen:
             return _read(variable)
