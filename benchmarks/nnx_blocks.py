@@ -118,7 +118,7 @@ def traces(depth: int, width: int, repeats: int) -> str:
     return table('First traces over that by hand', ['way', 'time', 'Python calls'], rows)
 
 
-def reads(repeats: int) -> str:
+def reads(repeats: int, when: str) -> str:
     """Compare reads outside of blocks with those of flax.nnx as it is."""
     variable, model = nnx.Param(jnp.ones(3)), Net(4, 4)
     tapped, plain = vars(nnx.Variable)['_raw_value'], nnx_compat.slot
@@ -140,7 +140,9 @@ def reads(repeats: int) -> str:
         ratio = ratio_of(times['tapped'], times['plain'])
         rows.append([name, f'{statistics.median(times["plain"]):.2f}', ratio, f'{ratio.least:.2f}'])
     return table(
-        'Reads outside of blocks', ['read', 'plain, µs', 'tapped / plain', 'of the least'], rows
+        f'Reads outside of blocks, {when}',
+        ['read', 'plain, µs', 'tapped / plain', 'of the least'],
+        rows,
     )
 
 
@@ -150,9 +152,10 @@ def main() -> None:
     args = parser.parse_args()
     depth, repeats = (4, 3) if args.quick else (12, 5)
     print(f'jax {jax.__version__}\n')
+    print(reads(repeats, 'before there is a mirror'), flush=True)
     print(steps(depth, 16), flush=True)
     print(traces(depth, 16, repeats), flush=True)
-    print(reads(repeats))
+    print(reads(repeats, 'once there is one'))
 
 
 if __name__ == '__main__':
