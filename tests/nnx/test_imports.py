@@ -29,7 +29,7 @@ def run(code):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('order', ORDERS.values(), ids=ORDERS)
 def test_whichever_is_imported_first(order):
     run(f'{order}\nimport jax\n{BLOCK}')

@@ -68,7 +68,7 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize('where', ['around', 'inside', 'mirror'])
 @pytest.mark.parametrize('name', LAYERS)
 def test_layers_of_flax(name, where):

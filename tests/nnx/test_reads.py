@@ -90,7 +90,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize('naming', NAMINGS)
 @pytest.mark.parametrize('form', FORMS)
 def test_reads(form, naming):
@@ -98,7 +98,7 @@ def test_reads(form, naming):
     around_and_live('stop', naming, FORMS[form], by_hand)
 
 
-@pytest.mark.thinned(29)
+@pytest.mark.thinned(59)
 @pytest.mark.parametrize(('kind', 'naming'), SIBLINGS)
 @pytest.mark.parametrize('form', FORMS)
 def test_reads_by_siblings(form, kind, naming):

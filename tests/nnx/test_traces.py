@@ -126,14 +126,14 @@ def program(name, mode):
     return functools.partial({**TRANSFORMS, **ONLY_TREES}[name], Lift(mode))
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(13)
 @pytest.mark.parametrize('naming', NAMINGS)
 @pytest.mark.parametrize(('name', 'mode'), CASES)
 def test_around(name, mode, naming):
     around_and_live('stop', naming, program(name, mode), by_hand(name))
 
 
-@pytest.mark.thinned(61)
+@pytest.mark.thinned(101)
 @pytest.mark.parametrize(('kind', 'naming'), SIBLINGS)
 @pytest.mark.parametrize(('name', 'mode'), CASES)
 def test_around_by_siblings(name, mode, kind, naming):
@@ -143,7 +143,7 @@ def test_around_by_siblings(name, mode, kind, naming):
 SECOND = [each for each in SIBLINGS if each[1] in ('path', 'complement of a module', 'mirror')]
 
 
-@pytest.mark.thinned(31)
+@pytest.mark.thinned(79)
 @pytest.mark.parametrize(('kind', 'naming'), [('stop', 'path'), *SECOND])
 @pytest.mark.parametrize(('name', 'mode'), CASES)
 def test_second_order(name, mode, kind, naming):

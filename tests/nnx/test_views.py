@@ -50,6 +50,7 @@ def of_views(params):
     return losses({'a': f(a, stop(b), X), 'b': f(stop(a), b, X)})
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('lift', ['plain', *MODES, 'jax.jit', 'jax.checkpoint'])
 @pytest.mark.parametrize('target', TARGETS.values(), ids=TARGETS)
 def test_views(target, lift):
