@@ -120,6 +120,10 @@ SIBLINGS = [
 ]
 
 
+# Those of one naming of each sort, for long tables.
+FEW = [each for each in SIBLINGS if each[1] in ('path', 'complement of a module', 'mirror')]
+
+
 def compare(program, oracle, *, orders=1):
     """Compare a function of a model with one of a and b: the value, and derivatives."""
 

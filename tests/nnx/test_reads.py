@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from flax_sg import nnx
-from nnx_programs import NAMINGS, SIBLINGS, XS, X, around_and_live, f
+from nnx_programs import FEW, NAMINGS, XS, X, around_and_live, f
 
 
 def leaves(tree):
@@ -99,7 +99,7 @@ def test_reads(form, naming):
 
 
 @pytest.mark.thinned(59)
-@pytest.mark.parametrize(('kind', 'naming'), SIBLINGS)
+@pytest.mark.parametrize(('kind', 'naming'), FEW)
 @pytest.mark.parametrize('form', FORMS)
 def test_reads_by_siblings(form, kind, naming):
     by_hand = BY_HAND.get(form, lambda a, b: f(a, b, X))

@@ -10,6 +10,7 @@ import pytest
 import flax_sg as sg
 from flax_sg import nnx
 from nnx_programs import (
+    FEW,
     KINDS,
     MODES,
     NAMINGS,
@@ -134,17 +135,14 @@ def test_around(name, mode, naming):
 
 
 @pytest.mark.thinned(101)
-@pytest.mark.parametrize(('kind', 'naming'), SIBLINGS)
+@pytest.mark.parametrize(('kind', 'naming'), FEW)
 @pytest.mark.parametrize(('name', 'mode'), CASES)
 def test_around_by_siblings(name, mode, kind, naming):
     around_and_live(kind, naming, program(name, mode), by_hand(name))
 
 
-SECOND = [each for each in SIBLINGS if each[1] in ('path', 'complement of a module', 'mirror')]
-
-
 @pytest.mark.thinned(79)
-@pytest.mark.parametrize(('kind', 'naming'), [('stop', 'path'), *SECOND])
+@pytest.mark.parametrize(('kind', 'naming'), [('stop', 'path'), *FEW])
 @pytest.mark.parametrize(('name', 'mode'), CASES)
 def test_second_order(name, mode, kind, naming):
     around_and_live(kind, naming, program(name, mode), by_hand(name), orders=2)
