@@ -120,7 +120,8 @@ def is_of_trace(value: Any, trace: Any) -> bool:
 
 _TREES = {'jax._src.tree', 'jax._src.flattree', 'jax._src.tree_util', 'jax._src.flatten_util'}
 _READERS = ('block_until', 'device_', '_device_')  # functions that take a tree for its leaves
-_READING = {'jax._src.callback', 'jax._src.debugging', 'jax._src.lax.parallel'}  # and modules
+# And modules, some of which compute with the leaves.
+_READING = ('jax._src.callback', 'jax._src.debugging', 'jax._src.lax.parallel', 'jax._src.scipy')
 
 
 def flattening(frame: FrameType | None) -> tuple[str, bool]:
@@ -139,7 +140,7 @@ def flattening(frame: FrameType | None) -> tuple[str, bool]:
         return '', True
     module, code = frame.f_globals.get('__name__', ''), frame.f_code
     if module.startswith('jax._src.'):
-        return module, module in _READING or code.co_name.startswith(_READERS)
+        return module, module.startswith(_READING) or code.co_name.startswith(_READERS)
     return module, called or 'flatten_up_to' in code.co_names
 
 

@@ -98,8 +98,8 @@ def handed_on() -> HandedOn:
     return HandedOn(own or not leaves, rule, module == 'jax._src.api')
 
 
-def tap_flattening(tap: Callable[[Variable, tuple, Any], tuple]) -> None:
-    """Let ``tap(variable, children, metadata)`` say what JAX sees of a Variable.
+def tap_flattening(tap: Callable[[Callable, Variable], tuple]) -> None:
+    """Let ``tap(original, variable)`` say what JAX sees of a Variable.
 
     JAX holds the functions that flatten a Variable, so that their code is replaced.
     """
@@ -109,7 +109,7 @@ def tap_flattening(tap: Callable[[Variable, tuple, Any], tuple]) -> None:
             original = types.FunctionType(fn.__code__, fn.__globals__, name)
             fn.__code__ = _call.__code__
         else:
-            original = fn.__defaults__[0].args[1]
+            original = fn.__defaults__[0].args[0]
         fn.__defaults__ = (functools.partial(tap, original),)
 
 

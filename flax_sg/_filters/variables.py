@@ -91,6 +91,11 @@ class IdentifiedInfo(VariableInfo):
     def names(self) -> tuple[VariableInfo, ...]:
         return (self, *self.others)
 
+    @property
+    def plain(self) -> VariableInfo:
+        """The same without the variable, for what is kept."""
+        return VariableInfo(self.path, self.absolute_path, self.collection, self.shape, self.dtype)
+
     @classmethod
     def of_variable(
         cls, path: Path, variable: Any, value: Any, within: Callable[[tuple], bool] | None = None

@@ -200,9 +200,13 @@ class OpenBlock:
         """Return what the transform says of a variable, and note it for JAX's caches."""
         answer = self.transform.says(info)
         if self.answers is not None:
-            for said in (self.said, self.answers.said):
-                note(said, info, answer, self.transform)
+            self.note_answer(info, answer)
         return answer
+
+    def note_answer(self, info: VariableInfo, answer: Hashable) -> None:
+        """Note what the transform said of a variable, for JAX's caches."""
+        for said in (self.said, self.answers.said):
+            note(said, info, answer, self.transform)
 
     def resume(self) -> bool:
         """Return whether it takes up its answers again: a rule of the user's opens it once more.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -85,9 +86,9 @@ class ModuleBlock(OpenBlock):
 
     def __init__(self, transform: Any, module: Any, owner: Any = None):
         self.module = module
-        super().__init__(transform, (), self)
+        super().__init__(transform, (), module)
         self.owner = owner
-        self.key = (*self.key, *sorted(ids_below((module,))))
+        self.key = (*self.key, *((path, id(live_of(v))) for path, v in paths_below(module)))
         self.matches = _Matches(transform, module)
 
 
@@ -188,16 +189,21 @@ def also_of(block: OpenBlock, pairs: list[tuple[Variable, Variable]]) -> None:
 
 def _ask(block: OpenBlock, known: _Met, variable: Variable) -> Said:
     transform = block.transform
+    paths = known.names.get(id(variable), [OUTSIDE])
+    first, *others = (info_of(path, variable, known.ids) for path in paths)
+    say = functools.partial(Said, block, known.key, paths[0], keep=block.of_module)
+    if not transform.in_collections(first.collection):
+        return say(None)
+    info = dataclasses.replace(first, others=tuple(others))
     if not known.named:
         _check_named(block, variable)
-    paths = known.names.get(id(variable), [OUTSIDE])
-    infos = [info_of(path, variable, known.ids) for path in paths]
-    selected = transform.in_collections(infos[0].collection) and transform.filter.selects_any(infos)
-    if block.matches is not None and not known.named:
-        block.matches.note_other(infos[0])
-    info = dataclasses.replace(infos[0], others=tuple(infos[1:])) if selected else None
-    keep = block.of_module
-    return Said(block, known.key, paths[0], info, keep=keep)
+        if block.matches is not None:
+            block.matches.note_other(info)
+    selected = transform.filter.selects_any(info.names)
+    if block.answers is not None:
+        for name in (first, *others):
+            block.note_answer(name.plain, transform.says(name))
+    return say(info if selected else None)
 
 
 def selects_others(block: OpenBlock, variable: Variable) -> bool:

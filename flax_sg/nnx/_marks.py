@@ -24,6 +24,7 @@ __all__ = [
     'Said',
     'Seen',
     'concerns',
+    'is_among',
     'live_of',
     'mirrors',
     'see',
@@ -81,7 +82,7 @@ class Mark:
     Attributes:
       said: what the open blocks have said of it, outermost first.
       held: what the mirrors say that it belongs to.
-      read: its value is what these make of it, as it is a copy that was made there.
+      read: for each of these, whether the value is what it makes of it: a copy that was made there.
       differentiated: what comes back with this mark may be a derivative.
       is_derivative: the Variable is one.
       trace, began: the trace in which it was handed on, as a value and a weak reference.
@@ -94,13 +95,19 @@ class Mark:
         said: tuple[Said, ...],
         held: tuple[Said, ...],
         *,
-        read: bool,
+        read: tuple[bool, ...],
         differentiated: bool = False,
         is_derivative: bool = False,
     ):
         self.said, self.held, self.read, self.differentiated = said, held, read, differentiated
         self.is_derivative = is_derivative
         self.trace, self.began = jax_compat.trace_state(), jax_compat.current_trace()
+
+    def read_by(self, said: tuple[Said, ...]) -> tuple[Said, ...]:
+        """Return which of some have made the value, where these and `held` stand for its own."""
+        return tuple(
+            each for each, read in zip((*said, *self.held), self.read, strict=True) if read
+        )
 
     def _key(self) -> Hashable:
         # JAX caches nothing of what is differentiated, and takes a derivative for an argument.
@@ -154,13 +161,14 @@ class Seen(TraceState):
     Attributes:
       said: what blocks said.
       held: what mirrors say, for good.
-      done: a value that is what all these make of it, or was computed from that.
-      computed: it was, so that a block about whatever is read is about it too.
+      done: a value that is what some of these make of it, or was computed from that.
+      by: which.
+      computed: it was computed, so that a block about whatever is read is about it too.
       is_derivative: it is a gradient or tangent, which goes by the names of the Variable.
       live: the Variable whose value it has, of a mirror's.
     """
 
-    __slots__ = ('computed', 'done', 'held', 'is_derivative', 'live', 'said')
+    __slots__ = ('by', 'computed', 'done', 'held', 'is_derivative', 'live', 'said')
 
     def __init__(
         self,
@@ -168,19 +176,20 @@ class Seen(TraceState):
         said: tuple[Said, ...] = (),
         held: tuple[Said, ...] = (),
         done: Any = _NOTHING,
+        by: tuple[Said, ...] = (),
         live: Variable | None = None,
         computed: bool = False,
         is_derivative: bool = False,
     ):
         self._jax_trace = state._jax_trace
         self.said, self.held, self.done, self.live = said, held, done, live
-        self.computed, self.is_derivative = computed, is_derivative
+        self.by, self.computed, self.is_derivative = by, computed, is_derivative
 
     def is_done(self, said: Said, value: Any) -> bool:
         """Say whether a value is already what a block makes of it."""
         if self.is_derivative:
             return True
-        return self.done is value and (said in self.said or said in self.held)
+        return self.done is value and is_among(said, self.by)
 
     def of(self, block: OpenBlock) -> Said | None:
         """Return what a block said."""
@@ -191,6 +200,11 @@ class Seen(TraceState):
 
     def __deepcopy__(self, memo: dict) -> Seen:
         return self
+
+
+def is_among(said: Said, others: tuple[Said, ...]) -> bool:
+    """Say whether it is one of some; equal ones may be another block's."""
+    return any(each is said for each in others)
 
 
 def see(variable: Variable, *args: Any, **kwargs: Any) -> None:

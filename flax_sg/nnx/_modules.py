@@ -17,10 +17,10 @@ from flax_sg._jax.lines import here
 from flax_sg._transforms.open_blocks import opened
 from flax_sg._transforms.run_inside import run_inside
 from flax_sg._transforms.thread_state import state
-from flax_sg.nnx._blocks import ModuleBlock, info_of, leaves_of, met, paths_below
-from flax_sg.nnx._marks import Said, mirrors, see, seen_of
+from flax_sg.nnx._blocks import ModuleBlock, answer, info_of, leaves_of, paths_below
+from flax_sg.nnx._marks import mirrors, see, seen_of
 
-__all__ = ['in_block', 'mirror_of', 'transformed_class', 'transformed_tree']
+__all__ = ['in_block', 'mirror_of', 'subclass_named_alike', 'transformed_class', 'transformed_tree']
 
 
 def mirror_of(transform: Any, module: nnx.Module) -> nnx.Module:
@@ -29,21 +29,12 @@ def mirror_of(transform: Any, module: nnx.Module) -> nnx.Module:
     block.of_module = True
     block.matches.check()
     graphdef, variables = nnx.split(module)
-    names: dict[int, list] = {}
-    for path, variable in paths_below(module):
-        names.setdefault(id(variable), []).append(path)
 
     def held(variable: Any) -> Any:
-        if not isinstance(variable, Variable):
+        said = answer(block, variable) if isinstance(variable, Variable) else None
+        if said is None or said.info is None:
             return variable
-        infos = [info_of(path, variable) for path in names[id(variable)]]
-        if not transform.in_collections(infos[0].collection) or not transform.filter.selects_any(
-            infos
-        ):
-            return variable
-        mirror = alike(variable)
-        before = seen_of(variable)
-        said = Said(block, met(block).key, infos[0].path, infos[0], keep=True)
+        mirror, before = alike(variable), seen_of(variable)
         see(mirror, held=(*(before.held if before else ()), said), live=variable)
         return mirror
 
@@ -78,14 +69,17 @@ def _is_open(block: Any, owner: Any, module: Any) -> bool:
     return False
 
 
+def subclass_named_alike(base: type, **members: Any) -> type:
+    """Make a subclass that goes by the name of its base, with more members."""
+    names = ('__module__', '__qualname__', '__doc__')
+    return type(base)(
+        base.__name__, (base,), {**{name: getattr(base, name) for name in names}, **members}
+    )
+
+
 def transformed_class(transform: Any, base: type) -> type:
     """Return a subclass of the same name whose methods run in a block at their module."""
-    members: dict[str, Any] = {
-        '__module__': base.__module__,
-        '__qualname__': base.__qualname__,
-        '__doc__': base.__doc__,
-    }
-    cls = type(base)(base.__name__, (base,), members)
+    cls = subclass_named_alike(base)
     own = {name for of in nnx.Module.__mro__ for name in vars(of)} - {'__call__'}
     for of in reversed(base.__mro__):
         for name, member in vars(of).items() if of not in nnx.Module.__mro__ else ():
@@ -99,7 +93,7 @@ def transformed_class(transform: Any, base: type) -> type:
                 made.__set_name__(cls, name)
                 setattr(cls, name, made)
             elif isinstance(member, property) and member.fget is not None:
-                setattr(cls, name, property(in_block(transform, member.fget, cls), member.fset))
+                setattr(cls, name, member.getter(in_block(transform, member.fget, cls)))
             elif not isinstance(member, (type, staticmethod, classmethod)) and callable(member):
                 setattr(cls, name, in_block(transform, member, cls))
     return cls

@@ -34,6 +34,7 @@ from flax_sg.nnx._marks import (
     Said,
     Seen,
     concerns,
+    is_among,
     live_of,
     mirrors,
     see,
@@ -96,7 +97,7 @@ def _read(variable: Variable) -> Any:
         return value
     live, seen = value, seen_of(variable)
     for block, said in said_of(variable):
-        if seen is None or said not in seen.said and said not in seen.held:
+        if seen is None or not is_among(said, (*seen.said, *seen.held)):
             note_read(None)
         done = seen is not None and seen.is_done(said, live)
         if done and seen.computed and block.transform.idempotent:
@@ -110,12 +111,17 @@ def _read(variable: Variable) -> Any:
 def said_of(variable: Variable) -> list[tuple[OpenBlock, Said]]:
     """Return what open blocks say of a Variable, outermost first, and the mirrors that it is of."""
     seen = seen_of(variable)
-    if seen is None:
-        return [(block, answer(block, variable)) for block in blocks_about()]
-    return [
-        *((block, seen.of(block) or answer(block, variable)) for block in blocks_about()),
-        *((said.block, said) for said in seen.held),
-    ]
+    held = seen.held if seen is not None else ()
+    return [*zip(blocks_about(), _said(variable), strict=True), *((s.block, s) for s in held)]
+
+
+def _said(variable: Variable) -> tuple[Said, ...]:
+    """Return what the open blocks say of a Variable."""
+    seen = seen_of(variable)
+    return tuple(
+        (seen.of(block) if seen is not None else None) or answer(block, variable)
+        for block in blocks_about()
+    )
 
 
 def _read_in(block: OpenBlock, variable: Variable, said: Said, value: Any) -> Any:
@@ -144,22 +150,23 @@ def _no_other(collection: str) -> Any:
 
 
 def _mark(variable: Variable, *, read: bool = False, differentiated: bool = False) -> Mark | None:
-    """Return what goes along with a Variable that is handed on."""
-    seen = seen_of(variable)
+    """Return what goes along with a Variable that is handed on; `read` says that it was read."""
+    seen, said, value = seen_of(variable), _said(variable), stored(variable)
     held = seen.held if seen is not None else ()
-    said = tuple(said for _, said in said_of(variable) if said not in held)
     if not said and not held:
         return None
-    if seen is None or any(each not in seen.said for each in said):
+    if not all(seen is not None and is_among(each, seen.said) for each in said):
         note_read(None)  # JAX may keep the mark, in the structure of what a function returns
-    read = read or seen is not None and seen.done is stored(variable)
-    changed = [each.block.transform for each in (*said, *held) if each.info is not None]
-    if all(transform.idempotent for transform in changed):
-        read = False  # it may be read again
+
+    def done(each: Said) -> bool:
+        if each.info is None or each.block.transform.idempotent:
+            return False  # it may be read again
+        return read or seen is not None and seen.is_done(each, value)
+
     return Mark(
         said,
         held,
-        read=read,
+        read=tuple(map(done, (*said, *held))),
         differentiated=differentiated,
         is_derivative=seen is not None and seen.is_derivative,
     )
@@ -182,7 +189,7 @@ def _flatten(original: Any, variable: Variable) -> tuple:
             mark = _mark(variable, read=True)
         elif state.stack:
             value = children[0][1] if isinstance(children[0], tuple) else children[0]
-            mark = Copied(tuple(said for _, said in said_of(variable)), value)
+            mark = Copied(_said(variable), value)
         else:
             mark = None
     return children, metadata if mark is None else (*metadata, (MARK, mark))
@@ -195,14 +202,12 @@ def _by_open_blocks(said: tuple[Said, ...]) -> tuple[Said, ...]:
     that is equal. Which Variables are selected there is the same, as the arguments' marks are.
     """
     now = blocks_about()
-    if all(each.block in now for each in said):
-        return said
-    if len(now) != len(said):
-        return ()
-    means = [met(block).key for block in now]
-    if means != [each.means for each in said]:
-        return ()
-    return tuple(each.by(block) for each, block in zip(said, now, strict=True))
+    if len(now) != len(said) or [met(block).key for block in now] != [s.means for s in said]:
+        return tuple(each for each in said if each.block in now)
+    return tuple(
+        each if each.block is block else each.by(block)
+        for each, block in zip(said, now, strict=True)
+    )
 
 
 def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
@@ -212,40 +217,41 @@ def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
         return variable
     if isinstance(mark, Copied):
         computed = not mark.is_of(value)
-        value = _as_it_comes_in(mark, value)
+        value = _as_it_comes_in(mark, mark.said, value)
         store(variable, value)
-        see(variable, mark.said, done=value, computed=computed)
+        see(variable, mark.said, done=value, by=mark.said, computed=computed)
         return variable
     said = _by_open_blocks(mark.said)
     if mark.is_derivative or mark.differentiated and mark.trace == jax_compat.trace_state():
         see(variable, said, mark.held, is_derivative=True)
-    elif mark.read:
-        value = _as_it_comes_in(mark, value)
-        store(variable, value)
-        see(variable, said, mark.held, value)
-    else:
-        see(variable, said, mark.held)
+        return variable
+    by = mark.read_by(said) if len(said) == len(mark.said) else ()
+    value = _as_it_comes_in(mark, by, value)
+    store(variable, value)
+    see(variable, said, mark.held, value, by)
     return variable
 
 
-def _as_it_comes_in(mark: Mark | Copied, value: Any) -> Any:
-    """Read a copy, where the function that it is handed to is differentiated.
+def _as_it_comes_in(mark: Mark | Copied, by: tuple[Said, ...], value: Any) -> Any:
+    """Read what was read already, where the function that it is handed to is differentiated.
 
     What the blocks made of it lies outside of that derivative; so it is read for this one alone.
     """
     trace = jax_compat.derivative_trace()
     if trace is None or not jax_compat.is_around(mark.began):
         return value
-    for said in (*mark.said, *mark.held):
-        if said.block is None or said.info is None:
+    now = blocks_about()
+    for said in by:
+        if said.info is None or said.block not in now and not is_among(said, mark.held):
             continue
-        if said.block.transform.changes_values and not said.block.transform.idempotent:
+        transform = said.block.transform
+        if transform.changes_values and not transform.idempotent:
             raise UsageError(
-                f'{said.block.transform!r}: a function was differentiated with respect to a copy '
-                f'of {said.info.name!r} that was made in the block, and has the changed value. '
+                f'{transform!r}: a function was differentiated with respect to a copy of '
+                f'{said.info.name!r} that was made in the block, and has the changed value. '
                 'Copy the model outside of the block, or open the block in the function.'
             )
-        read = functools.partial(said.block.transform.read, said.info, other=_no_other)
+        read = functools.partial(transform.read, said.info, other=_no_other)
         value = jax.tree.map(
             lambda leaf, read=read: (
                 _for_one_derivative(lambda x: read(value=x), leaf)
@@ -299,7 +305,7 @@ def _merging(original, *args, **kwargs):
 
 def _get_metadata(original, self, *args, **kwargs):
     found = original(self, *args, **kwargs)
-    if (thread.marking or thread.merging) and not args and not kwargs:
+    if thread.marking and not args and not kwargs:
         mark = _mark(self)
         if mark is not None:
             found[MARK] = mark
@@ -309,14 +315,16 @@ def _get_metadata(original, self, *args, **kwargs):
 def _copy(original, self, *args, **kwargs):
     out = original(self, *args, **kwargs)
     if concerns(self) and type(out) is type(self):
-        seen, said = seen_of(self), tuple(said for _, said in said_of(self))
+        seen, said = seen_of(self), _said(self)
         held = seen.held if seen is not None else ()
         if seen is not None and seen.is_derivative:
             see(out, seen.said, held, is_derivative=True)
-        elif not thread.as_it_lies or seen is not None and seen.done is stored(self):
-            see(out, said, done=stored(out))
+        elif not thread.as_it_lies:
+            see(out, said, done=stored(out), by=said)
+        elif seen is not None and seen.done is stored(self):
+            see(out, said, held, stored(out), seen.by, computed=seen.computed)
         else:
-            see(out, tuple(each for each in said if each not in held), held)
+            see(out, said, held)
     return out
 
 
@@ -325,7 +333,8 @@ def _deepcopy(original, self, memo=None):
     out = original(self, memo)
     if anywhere.threads or mirrors.made:
         for (_, variable), (_, copy) in zip(paths_below(self), paths_below(out), strict=True):
-            see(copy, tuple(said for _, said in said_of(variable)), done=stored(copy))
+            said = _said(variable)
+            see(copy, said, done=stored(copy), by=said)
     return out
 
 

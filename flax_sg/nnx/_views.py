@@ -17,6 +17,7 @@ from flax_sg._compat.nnx import Variable, stored
 from flax_sg._transforms.open_blocks import opened
 from flax_sg._views.gradient_views import GradientViews
 from flax_sg.nnx._blocks import ModuleBlock, also_of
+from flax_sg.nnx._modules import subclass_named_alike
 
 __all__ = ['views_of', 'views_of_call']
 
@@ -24,11 +25,7 @@ __all__ = ['views_of', 'views_of_call']
 def views_of(views: GradientViews, target: Any) -> Any:
     """Return a class, an instance or a method of modules with views; NotImplemented for others."""
     if inspect.isclass(target) and issubclass(target, nnx.Pytree):
-        members = {
-            name: getattr(target, name) for name in ('__module__', '__qualname__', '__doc__')
-        }
-        members['__call__'] = views.of_function(target.__call__)
-        return type(target)(target.__name__, (target,), members)
+        return subclass_named_alike(target, __call__=views.of_function(target.__call__))
     if isinstance(target, nnx.Pytree):
         return functools.partial(views.of_function(type(target).__call__), target)
     if inspect.ismethod(target) and isinstance(target.__self__, nnx.Pytree):

@@ -13,7 +13,7 @@ from flax_sg._errors import FrozenVariableError, UsageError
 from flax_sg._transforms.thread_state import anywhere
 from flax_sg._transforms.thread_state import state as state_of_thread
 from flax_sg.nnx._blocks import leaves_of, met, paths_below
-from flax_sg.nnx._marks import concerns, live_of, mirrors, seen_of
+from flax_sg.nnx._marks import concerns, is_among, live_of, mirrors, seen_of
 from flax_sg.nnx._reads import reading_as_it_lies, said_of, thread
 
 __all__: list[str] = []  # it taps writes
@@ -37,7 +37,7 @@ def _check(variable: Variable, *, whole: bool = False) -> None:
                 f'{what}in which it is constant. Write it outside of the block, or narrow the '
                 'predicate or collections=.'
             )
-        if id(variable) in met(block).reads or seen is not None and said in seen.said:
+        if id(variable) in met(block).reads or seen is not None and is_among(said, seen.said):
             raise UsageError(
                 f'{what}which reads something else in its place: what was made of that would '
                 'replace what is stored. Write it outside of the block, or narrow the predicate '

@@ -288,3 +288,147 @@ def test_partial_methods_and_cached_properties_of_a_class():
     assert jax.grad(loss, (0, 1))(2.0, 3.0) == (0, 1)
     assert Held().twice() == 4 and Held().square == 4
     assert Net()(X) == f(Net().a.w[...], Net().b.w[...], X)
+
+
+# What is done is done by one block, and another one that is equal has still to do it.
+
+
+def clone_in_a_block(model):
+    with sg.scale_gradient(model, 0.5):
+        return nnx.clone(model)
+
+
+@pytest.mark.parametrize('factor', [0.5, 0.25])
+@pytest.mark.parametrize('run', [lambda fn: fn, *INNER.values()])
+def test_a_copy_of_one_block_in_another_one(run, factor):
+    """Equal blocks are two."""
+    read = run(lambda m: m)
+
+    def loss(m):
+        copy = clone_in_a_block(m)
+        with sg.scale_gradient(copy, factor):
+            return read(copy).a[...]
+
+    assert grads_of(loss, Pair()) == (0.5 * factor, 0)
+
+
+@pytest.mark.parametrize('run', [lambda fn: fn, *INNER.values()])
+def test_a_mirror_in_an_equal_block(run):
+    read = run(lambda m: m)
+
+    def loss(m):
+        with sg.scale_gradient(m, 0.5):
+            return read(sg.scale_gradient(True, 0.5)(m)).a[...]
+
+    assert grads_of(loss, Pair()) == (0.25, 0)
+
+
+def test_a_copy_is_differentiated_in_another_block():
+    copy = clone_in_a_block(Pair())
+    with sg.scale_gradient(copy, 0.25):
+        assert grads_of(lambda m: m.a[...], copy) == (0.25, 0)
+
+
+# Names are part of what a block is, and so is what a callable says.
+
+
+def test_a_block_knows_which_name_is_whose():
+    model = Pair()
+    run = jax.jit(lambda: model.a[...] * 5 + model.b[...] * 7)
+    for one, other in ['ab', 'ba'] * 2:
+        holder = nnx.Dict(x=getattr(model, one), y=getattr(model, other))
+        want = 5 * (2 + 200 * (one == 'a')) + 7 * (3 + 200 * (one == 'b'))
+        with sg.map_values('x', lambda info, v: v + 200).on(holder):
+            assert run() == want
+
+
+def test_a_callable_that_changes_its_mind():
+    model, held = Pair(), {'a'}
+    run = jax.jit(lambda: (model.a[...], model.b[...]))
+    for name in 'abab':
+        held.clear(), held.add(name)
+        t = sg.map_values(lambda info: info.name in held, lambda info, v: v + 100)
+        with t.on(model):
+            assert run() == ((102, 3) if name == 'a' else (2, 103))
+
+
+# A block that has ended does nothing.
+
+
+def test_a_structure_that_is_used_after_its_block():
+    model = Pair()
+    with sg.stop_gradient('a').on(model) as _:
+        flat, back = jax.flatten_util.ravel_pytree(model)
+    assert (jax.grad(lambda flat: back(flat)(2.0))(flat) == jnp.array([2, 1])).all()
+
+
+@pytest.mark.parametrize('lift', [nnx.jit, nnx.remat, nnx.vmap, nnx.grad])
+def test_metadata_that_a_function_changes(lift):
+    """NNX takes it over, or does not, as without a block."""
+
+    def changed(block):
+        model = Pair()
+
+        def run(model):
+            model.a.set_metadata('tag', 'changed')
+            return model.a[...] * 1.0
+
+        with block(model):
+            (nnx.vmap(run, in_axes=None, axis_size=1) if lift is nnx.vmap else lift(run))(model)
+        return model.a.get_metadata()
+
+    assert changed(lambda m: sg.stop_gradient('a').on(m)) == changed(
+        lambda m: sg.stop_gradient(sg.nothing, allow_unmatched=True)
+    )
+    assert 'flax_sg' not in changed(lambda m: sg.stop_gradient('a').on(m))
+
+
+# What is no parameter has nothing to say to a block by name.
+
+
+def test_other_variables_in_a_block_by_name():
+    state, rngs = nnx.BatchStat(jnp.float32(1)), nnx.Rngs(0)
+    with sg.stop_gradient('encoder', allow_unmatched=True):
+        assert state[...] == 1
+        rngs.params()
+    with pytest.warns(sg.UnreadBlockWarning), sg.scale_gradient(True, 0.375):
+        state[...] + 1
+
+
+# JAX's own solvers compute with what they take apart.
+
+
+def test_a_solver_of_jax_with_a_state():
+    def solve(model):
+        state = nnx.state(model)
+        system = lambda s: jax.tree.map(lambda v: 2 * v, s)
+        return jax.scipy.sparse.linalg.cg(system, state, maxiter=3)[0]
+
+    def loss(model):
+        with sg.stop_gradient('a').on(model):
+            out = solve(model)
+        return out['a'][...] * 5 + out['b'][...] * 7
+
+    assert grads_of(loss, Pair()) == (0, 3.5)
+
+
+def test_a_property_keeps_its_other_parts():
+    class Model(Pair):
+        @property
+        def first(self):
+            """The first."""
+            return self.a[...]
+
+        @first.setter
+        def first(self, value):
+            self.a[...] = value
+
+        @first.deleter
+        def first(self):
+            self.a[...] = 0.0
+
+    model = sg.stop_gradient('a')(Model)()
+    model.first = jnp.float32(4)
+    assert model.first == 4 and type(model).first.__doc__ == 'The first.'
+    del model.first
+    assert model.a[...] == 0
