@@ -466,7 +466,8 @@ def as_filter(predicate: Predicate, *, name: str = 'predicate') -> Filter:
         return _where(predicate, name)
     raise PredicateError(
         f'{name}: got {kind_of(predicate)}; expected a string (a glob), a compiled regex, a '
-        'callable of a VariableInfo, a bool, a filter, or a tuple or list of these.'
+        'callable of a VariableInfo, a bool, a filter, a module or Variable of flax.nnx, or a '
+        'tuple or list of these.'
         f'{order(predicate, name)}'
     )
 

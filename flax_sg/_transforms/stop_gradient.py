@@ -59,7 +59,8 @@ def stop_gradient(
 
     Args:
       predicate: what is stopped: a filter, a glob over '/'-joined paths, a compiled regex, a
-        callable of a :class:`flax_sg.VariableInfo`, a bool, or a list or tuple of these (any).
+        callable of a :class:`flax_sg.VariableInfo`, a bool, a module or Variable of flax.nnx, or a
+        list or tuple of these (any). Around modules of flax.nnx names need :meth:`Transform.on`.
         "Only gln trains here" is ``~flax_sg.path('gln')``.
       collections: a Flax collection filter, the collections in which it selects.
       allow_unmatched: accept a glob, regex or callable that selects nothing.

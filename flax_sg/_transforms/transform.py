@@ -162,7 +162,29 @@ class Transform:
             return map_tree(read, tree)
 
     def on(self, module: Any) -> OnModule:
-        """Return a block at a module: names are those below it."""
+        """Return a block at a module of one's choice: names in the predicate are those below it.
+
+        >>> import jax.numpy as jnp
+        >>> from flax_sg import nnx
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu)
+        >>> def loss(model, x):
+        ...     with nnx.stop_gradient('layers/0/kernel').on(model):
+        ...         return model(x).sum()
+        >>> bool(nnx.grad(loss)(model, jnp.ones((1, 2)))['layers'][0]['kernel'][...].any())
+        False
+
+        Args:
+          module: a module of flax.nnx.
+
+        Returns:
+          An object for ``with``, which can be entered again and again.
+
+        Raises:
+          UnmatchedPathError: at the end of the block, when a pattern selects nothing in the module.
+          UsageError: at the ``with``, for what is no such module.
+
+        Source: google/flax issue 1857.
+        """
         return OnModule(self, module)
 
     def __enter__(self) -> None:
