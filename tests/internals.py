@@ -119,6 +119,13 @@ def front_end_entered(front_end):
         front_ends._entered.remove(front_end)
 
 
+@contextlib.contextmanager
+def library_expected(monkeypatch, library, front_end):
+    """Expect a library, and its front end."""
+    monkeypatch.setattr(front_ends, '_expected', {library: front_end})
+    yield
+
+
 # Views.
 
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ['collection_of', 'is_module', 'is_state', 'is_variable', 'paths_below']
+import jax
+import numpy as np
+
+__all__ = ['collection_of', 'key_name', 'is_module', 'is_state', 'is_variable', 'paths_below']
+
+
+# What modules hold most, and is no tree.
+_LEAVES = (str, bytes, int, float, complex, type, types.FunctionType, np.ndarray, jax.Array)
 
 
 def _is_a(value: Any, name: str) -> bool:
@@ -57,4 +65,15 @@ def _children(node: Any) -> Iterator[tuple[Any, Any]]:
         return iter([(k, v) for k, v in vars(node).items() if not k.startswith('_pytree__')])
     if isinstance(node, Mapping):
         return iter(node.items())
-    return enumerate(node if isinstance(node, (list, tuple)) else ())
+    if isinstance(node, _LEAVES):
+        return iter(())
+    found, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda each: each is not node)
+    return ((key_name(keys[0]), child) for keys, child in found if keys)  # a leaf has no key
+
+
+def key_name(key: Any) -> str:
+    """Return a key of JAX's paths as text."""
+    for attribute in ('key', 'name', 'idx'):  # of a dict, of a dataclass, of a sequence
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

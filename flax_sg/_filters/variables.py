@@ -13,14 +13,13 @@ import jax
 from flax.core import meta
 
 from flax_sg._filters.mappings import children_of, rebuilt
-from flax_sg._filters.of_nnx import collection_of, is_variable, paths_below
+from flax_sg._filters.of_nnx import collection_of, is_variable, key_name, paths_below
 
 __all__ = [
     'IdentifiedInfo',
     'Path',
     'VariableInfo',
     'filled',
-    'key_name',
     'map_tree',
     'names_of',
     'relative',
@@ -170,14 +169,6 @@ def names_of(tree: Any) -> tuple[list[VariableInfo], list[Any], Any]:
 
 def _is_box(node: Any) -> bool:
     return isinstance(node, meta.AxisMetadata) or is_variable(node)
-
-
-def key_name(key: Any) -> str:
-    """Return a key of JAX's paths as text."""
-    for attribute in ('key', 'name', 'idx'):  # of a dict, of a dataclass, of a sequence
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def relative(path: Path, start: Path) -> Path:

@@ -87,7 +87,8 @@ def expect(library: str, front_end: str) -> None:
 def check_once() -> None:
     """Raise UnsupportedVersionError if blocks do not work with the libraries at hand."""
     for library in [library for library in _expected if library in sys.modules]:
-        importlib.import_module(_expected.pop(library))
+        importlib.import_module(_expected[library])  # which may fail, and is tried again then
+        _expected.pop(library, None)
     for front_end in _entered:
         _check(front_end)
 

@@ -17,7 +17,7 @@ from flax_sg._filters import of_nnx
 from flax_sg._filters.callables import value_key
 from flax_sg._filters.modules import Within
 from flax_sg._filters.unmatched import check_matched
-from flax_sg._filters.variables import IdentifiedInfo, Path, VariableInfo, key_name
+from flax_sg._filters.variables import IdentifiedInfo, Path, VariableInfo
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.thread_state import state
 from flax_sg.nnx._marks import Said, live_of
@@ -53,7 +53,7 @@ def leaves_of(tree: Any) -> list[tuple[Path, Any]]:
     found, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda leaf: isinstance(leaf, Variable)
     )
-    return [(tuple(map(key_name, keys)), leaf) for keys, leaf in found]
+    return [(tuple(map(of_nnx.key_name, keys)), leaf) for keys, leaf in found]
 
 
 def paths_below(node: Any) -> Iterator[tuple[Path, Variable]]:

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import struct
 
 import flax_sg as sg
 from flax_sg import nnx
+from internals import library_expected
 from nnx_programs import MODES, Net, X, compare, f, stop
 
 
@@ -432,3 +434,44 @@ def test_a_property_keeps_its_other_parts():
     assert model.first == 4 and type(model).first.__doc__ == 'The first.'
     del model.first
     assert model.a[...] == 0
+
+
+# A module may hold Variables in trees of any kind.
+
+
+class Box(struct.PyTreeNode):
+    w: nnx.Param
+
+
+@pytest.mark.parametrize(
+    'block',
+    [
+        sg.stop_gradient,
+        lambda m: sg.stop_gradient('part').on(m),
+        lambda m: sg.stop_gradient('part/w').on(m),
+        lambda m: sg.stop_gradient(~sg.within(m.other)),
+    ],
+)
+def test_variables_in_a_tree_that_jax_knows(block):
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.part = nnx.data(Box(nnx.Param(jnp.float32(2))))
+            self.other = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+
+        def __call__(self):
+            return self.part.w[...] ** 2
+
+    def loss(model):
+        with block(model):
+            return nnx.jit(lambda m: m())(model)
+
+    grads = nnx.grad(loss)(Holder())
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+def test_a_front_end_that_could_not_be_imported_is_tried_again(monkeypatch):
+    """A block would be about nothing of its library, without a word."""
+    with library_expected(monkeypatch, 'json', 'flax_sg.no_such_front_end'):
+        for _ in range(2):
+            with pytest.raises(ModuleNotFoundError), sg.stop_gradient():
+                pass
