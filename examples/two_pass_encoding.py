@@ -390,7 +390,7 @@ def make_optimizer(params: Params) -> optax.GradientTransformation:
 
 
 def train(
-    world: World, params: Params, digits: Digits, *, steps: int, seed: int, batch: int = 128
+    world: World, params: Params, digits: Digits, *, steps: int, seed: int
 ) -> tuple[Params, dict[str, np.ndarray]]:
     """Train with the sum of all losses; return parameters and the course of each loss."""
     optimizer = make_optimizer(params)
@@ -406,19 +406,37 @@ def train(
         changes, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, changes), state, losses
 
+    def step(pixels: np.ndarray, rng: jax.Array) -> dict[str, jax.Array]:
+        nonlocal params, state
+        params, state, losses = update(params, state, pixels, rng)
+        return losses
+
+    course = follow(step, digits, steps=steps, seed=seed)
+    return params, course
+
+
+def follow(
+    step: Callable[[np.ndarray, jax.Array], dict[str, jax.Array]],
+    digits: Digits,
+    *,
+    steps: int,
+    seed: int,
+    batch: int = 128,
+) -> dict[str, np.ndarray]:
+    """Make steps on random digits, print what becomes of the losses, and return their course."""
     choose, key = np.random.default_rng(seed), jax.random.key(seed)
     course, start, live = [], time.perf_counter(), sys.stdout.isatty()
-    for step in range(1, steps + 1):
+    for number in range(1, steps + 1):
         pixels = digits.pixels[choose.integers(len(digits.pixels), size=batch)]
-        params, state, losses = update(params, state, pixels, jax.random.fold_in(key, step))
+        losses = step(pixels, jax.random.fold_in(key, number))
         course.append(losses)
-        lasting = step in (1, steps) or step % max(steps // 8, 1) == 0
-        if lasting or live and step % 20 == 0:
+        lasting = number in (1, steps) or number % max(steps // 8, 1) == 0
+        if lasting or live and number % 20 == 0:
             shown = '  '.join(f'{name} {losses[name]:.4f}' for name in LOSSES)
-            line = f'step {step:5d}  {shown}  {time.perf_counter() - start:5.1f} s'
+            line = f'step {number:5d}  {shown}  {time.perf_counter() - start:5.1f} s'
             print('\r' * live + line, end='\n' if lasting else '', flush=True)
     course = jax.device_get(course)
-    return params, {name: np.array([losses[name] for losses in course]) for name in LOSSES}
+    return {name: np.array([losses[name] for losses in course]) for name in LOSSES}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -490,10 +508,14 @@ def infer_codes(
     return world.apply({'params': params}, pixels, rng, method=World.codes)
 
 
-def probe_codes(world: World, params: Params, train: Digits, held_out: Digits) -> dict[str, float]:
-    """Return the probe's accuracy on the codes of each pass."""
+def probe_codes(
+    infer: Callable[[np.ndarray, jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+    train: Digits,
+    held_out: Digits,
+) -> dict[str, float]:
+    """Return the probe's accuracy on the codes of each pass, which `infer` makes of pixels."""
     pixels = np.concatenate((train.pixels, held_out.pixels))
-    first, second, _ = jax.device_get(infer_codes(world, params, pixels, jax.random.key(1)))
+    first, second, _ = jax.device_get(infer(pixels, jax.random.key(1)))
     return {
         'first pass': probe(first, train, held_out),
         'second pass': probe(second, train, held_out),
@@ -553,10 +575,12 @@ def main(argv: Sequence[str] | None = None) -> Result:
     if args.shared:
         world = world.clone(element=SharedElement, remat=args.remat)
     params = init(world, jax.random.key(args.seed))
-    accuracy = {'untrained': probe_codes(world, params, digits, held_out)}
+    infer = functools.partial(infer_codes, world, params)
+    accuracy = {'untrained': probe_codes(infer, digits, held_out)}
 
     params, course = train(world, params, digits, steps=steps, seed=args.seed)
-    accuracy['trained'] = probe_codes(world, params, digits, held_out)
+    infer = functools.partial(infer_codes, world, params)
+    accuracy['trained'] = probe_codes(infer, digits, held_out)
 
     example = digits.pixels[:128], jax.random.key(0)
     norms = gradient_norms(gradients(world, params, *example))
@@ -585,7 +609,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     )
 
     shown = held_out.pixels[:10]
-    _, _, drawings = infer_codes(world, params, shown, jax.random.key(1))
+    _, _, drawings = infer(shown, jax.random.key(1))
     save_picture(args.output, course, shown + mean, drawings + mean)
     print(f'\nLoss curves and drawings: {args.output}')
     return Result(course, norms, accuracy, costs)

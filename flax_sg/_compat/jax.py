@@ -83,12 +83,13 @@ def trace_context() -> tuple:
 def staging_trace() -> Any:
     """Return a value that is equal as long as the same function is being traced to a jaxpr.
 
-    Traces of derivatives and batches inside it do not count: JAX keeps nothing of these.
+    Traces of derivatives and batches inside it do not count: JAX keeps nothing of these. It is None
+    while JAX goes from one trace to the next.
     """
     trace = _core.trace_ctx.trace  # no public name as of 0.12
     while not isinstance(trace, _partial_eval.DynamicJaxprTrace) and hasattr(trace, 'parent_trace'):
         trace = trace.parent_trace
-    return trace._weakref
+    return None if trace is None else trace._weakref
 
 
 def derivative_trace() -> Any:
@@ -119,9 +120,26 @@ def is_of_trace(value: Any, trace: Any) -> bool:
 
 
 _TREES = {'jax._src.tree', 'jax._src.flattree', 'jax._src.tree_util', 'jax._src.flatten_util'}
-_READERS = ('block_until', 'device_', '_device_')  # functions that take a tree for its leaves
-# And modules, some of which compute with the leaves.
-_READING = ('jax._src.callback', 'jax._src.debugging', 'jax._src.lax.parallel', 'jax._src.scipy')
+# What JAX traces functions with; all else of it takes a tree for its leaves, or to compute.
+_TRACING = tuple(
+    f'jax._src.{name}'
+    for name in (
+        *(
+            'ad_checkpoint',
+            'api',
+            'checkify',
+            'config',
+            'core',
+            'custom_',
+            'export',
+            'interpreters',
+        ),
+        *('lax.control_flow', 'linear_util', 'pjit', 'pmap', 'profiler', 'shard_map', 'stages'),
+        *('traceback_util', 'util'),
+    )
+)
+# And functions there that do not trace.
+_READERS = ('block_until', 'device_', '_device_', 'with_sharding_constraint', 'reshard')
 
 
 def flattening(frame: FrameType | None) -> tuple[str, bool]:
@@ -140,7 +158,7 @@ def flattening(frame: FrameType | None) -> tuple[str, bool]:
         return '', True
     module, code = frame.f_globals.get('__name__', ''), frame.f_code
     if module.startswith('jax._src.'):
-        return module, module.startswith(_READING) or code.co_name.startswith(_READERS)
+        return module, not module.startswith(_TRACING) or code.co_name.startswith(_READERS)
     return module, called or 'flatten_up_to' in code.co_names
 
 

@@ -9,6 +9,7 @@ Checked with flax 0.12.8 and 0.12.12.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
@@ -20,6 +21,7 @@ from flax.nnx import tracers as _tracers
 from flax.nnx import variablelib as _variablelib
 from flax.nnx.bridge import wrappers as _wrappers
 from flax.nnx.pytreelib import Pytree
+from flax.nnx.transforms import autodiff as _autodiff
 from flax.nnx.variablelib import Variable
 
 from flax_sg._compat import jax as jax_compat
@@ -29,21 +31,26 @@ __all__ = [
     'TraceState',
     'Variable',
     'alike',
+    'given_back',
     'gives_back',
     'handed_on',
     'is_cached',
     'is_hijax',
+    'is_pytree',
     'is_ref',
     'set_trace_state',
     'slot',
     'store',
     'stored',
+    'takes_back',
     'tap_bridges',
+    'tap_custom_vjp',
     'tap_flattening',
     'tap_handing_on',
     'tap_hijax',
     'tap_in_place',
     'tap_new',
+    'tap_shallow_copies',
     'tap_values',
     'trace_state_of',
 ]
@@ -93,9 +100,17 @@ class HandedOn(NamedTuple):
 def handed_on() -> HandedOn:
     """Say how the Variable is taken apart whose flattening is tapped by the caller."""
     module, leaves = jax_compat.flattening(sys._getframe(3))  # past the two taps
-    own = module == 'flax.nnx.extract' or module.startswith('flax.nnx.transforms')
+    own = module.startswith(_TRANSFORMS)
     rule = module == 'jax._src.custom_derivatives'
     return HandedOn(own or not leaves, rule, module == 'jax._src.api')
+
+
+_TRANSFORMS = ('flax.nnx.extract', 'flax.nnx.transforms')
+
+
+def takes_back() -> bool:
+    """Say whether it is for a function that it traced that NNX calls what a tap stands for."""
+    return sys._getframe(3).f_globals.get('__name__', '').startswith(_TRANSFORMS)
 
 
 def tap_flattening(tap: Callable[[Callable, Variable], tuple]) -> None:
@@ -130,9 +145,25 @@ def tap_handing_on(split: Callable, merge: Callable) -> None:
             jax_compat.tap(owner, name)(tap)
 
 
+def given_back(context: Any, graphdef: Any) -> list[tuple[Variable, Any]]:
+    """Return the Variables that NNX updates with what a function gives back, and their metadata."""
+    tag = context.ctxtag
+    outer = None if tag is None else _graphlib.current_update_context(tag).outer_index_outer_ref
+    if not outer:
+        return []
+    kinds = (node for node in graphdef.nodes if isinstance(node, _graphlib.VariableDef))
+    found = ((outer.get(node.outer_index), node.metadata) for node in kinds)
+    return [(variable, dict(metadata)) for variable, metadata in found if variable is not None]
+
+
 def is_ref(value: Any) -> bool:
     """Say whether a value lies in a Ref, or is one that is traced."""
     return _variablelib.is_array_ref(value)
+
+
+def is_pytree(cls: type) -> bool:
+    """Say whether JAX takes the modules of a class apart."""
+    return cls._pytree__is_pytree
 
 
 def is_cached(context: Any) -> bool:
@@ -142,9 +173,12 @@ def is_cached(context: Any) -> bool:
     return known is not None
 
 
-def gives_back(context: Any) -> bool:
-    """Say whether NNX takes apart what a function gives back, rather than what it is given."""
-    return bool(context.is_inner)
+def gives_back(context: Any) -> bool | None:
+    """Say whether NNX takes apart what a function gives back, rather than what it is given.
+
+    None says that it does so for neither, as for the rule of a custom_vjp.
+    """
+    return context.is_inner
 
 
 def tap_hijax(tap: Callable) -> None:
@@ -174,6 +208,17 @@ def tap_in_place(fn: Any, tap: Callable) -> None:
 
 def _call_any(*args, _tap=None):
     return _tap(*args)
+
+
+def tap_shallow_copies(tap: Callable[[Callable, Variable], Variable]) -> None:
+    """Let ``tap(original, variable)`` be what `copy.copy` makes of a Variable."""
+    as_ever = lambda variable: copy._reconstruct(variable, None, *variable.__reduce_ex__(4))
+    Variable.__copy__ = lambda variable: tap(as_ever, variable)
+
+
+def tap_custom_vjp(tap: Callable) -> None:
+    """Tap the calls of functions with a rule of the user's that hand back what they write."""
+    jax_compat.tap(_autodiff.CustomVjp, '__call__')(tap)
 
 
 def tap_new(tap: Callable) -> None:

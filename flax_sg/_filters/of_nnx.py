@@ -11,7 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ['collection_of', 'key_name', 'is_module', 'is_state', 'is_variable', 'paths_below']
+__all__ = [
+    'child_of',
+    'children_of',
+    'collection_of',
+    'is_collection',
+    'is_module',
+    'is_state',
+    'is_variable',
+    'key_name',
+    'paths_below',
+]
 
 
 # What modules hold most, and is no tree.
@@ -43,8 +53,25 @@ def collection_of(kind: type) -> str:
     name_of = sys.modules['flax.nnx'].variable_name_from_type
     for base in kind.__mro__:
         with contextlib.suppress(ValueError):
-            return name_of(base)
-    return kind.__name__  # as NNX would register it
+            name = name_of(base)
+            # NNX registers a type by its own name when it happens to meet it, which says nothing.
+            if name != base.__name__:
+                return name
+    return kind.__name__
+
+
+def is_collection(name: str) -> bool:
+    """Say whether there is a type of Variable whose collection has a name."""
+    nnx = sys.modules['flax.nnx']
+    with contextlib.suppress(ValueError):
+        nnx.variable_type_from_name(name)
+        return True
+    kinds = [nnx.Variable]
+    while kinds:
+        kinds += kinds.pop().__subclasses__()
+        if kinds and kinds[-1].__name__ == name:
+            return True
+    return False
 
 
 def paths_below(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -54,13 +81,25 @@ def paths_below(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         if is_variable(node):
             yield path, node
         elif id(node) not in above:
-            for key, child in _children(node):
+            for key, child in children_of(node):
                 yield from visit(child, (*path, str(key)), (*above, id(node)))
 
     return visit(node, (), ())
 
 
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+def child_of(node: Any, name: str) -> Any:
+    """Return what lies at a name in a module, a State or another tree, or raise KeyError."""
+    if isinstance(node, Mapping) and name in node:
+        return node[name]
+    if not is_variable(node):
+        for key, child in children_of(node):
+            if str(key) == name:
+                return child
+    raise KeyError(name)
+
+
+def children_of(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what lies in a module, or a tree, one level below."""
     if is_module(node):
         return iter([(k, v) for k, v in vars(node).items() if not k.startswith('_pytree__')])
     if isinstance(node, Mapping):

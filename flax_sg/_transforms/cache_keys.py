@@ -89,5 +89,5 @@ def note_read(trace: Any) -> None:
       trace: the trace of the lifted body that the variable's scope was made for, or None.
     """
     now = jax_compat.staging_trace()
-    if trace != now and _stagings()[0] != now:
+    if now is None or trace != now and _stagings()[0] != now:
         own_cache_key()

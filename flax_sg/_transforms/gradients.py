@@ -21,6 +21,7 @@ from flax_sg._compat.jax import varying
 from flax_sg._errors import UsageError
 from flax_sg._filters.callables import value_key
 from flax_sg._filters.filters import Predicate
+from flax_sg._filters.of_nnx import is_variable
 from flax_sg._filters.slips import kind_of, swapped
 from flax_sg._filters.variables import VariableInfo
 from flax_sg._jax.jaxprs import closed_over, evaluate, varied
@@ -110,6 +111,8 @@ def scale_gradient(
 
     Source: google/flax issue 1857; Ganin et al., arXiv 1505.07818.
     """
+    if is_variable(factor):
+        factor = factor.get_value()  # as it is now
     real = (
         isinstance(factor, (int, float))
         or getattr(factor, 'shape', None) == ()

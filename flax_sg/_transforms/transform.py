@@ -120,7 +120,8 @@ class Transform:
     def __call__(self, target: Any) -> Any:
         """Transform a Module class or instance, a method, or a tree of parameters."""
         if isinstance(target, Mapping):
-            return self._map(target)
+            made = front_ends.transformed(self, target)
+            return self._map(target) if made is NotImplemented else made
         front_ends.check_once()
         if inspect.ismethod(target):
             return types.MethodType(self(target.__func__), target.__self__)
@@ -270,7 +271,11 @@ def map_arrays(fn: Callable[[Any], Any], value: Any) -> Any:
 
 def map_traced(fn: Callable[[Any], Any], value: Any) -> Any:
     """Do so for the arrays that may be differentiated: what is no tracer is a constant already."""
-    return map_arrays(lambda leaf: fn(leaf) if isinstance(leaf, jax.core.Tracer) else leaf, value)
+
+    def of_leaf(leaf: Any) -> Any:
+        return jnp.asarray(fn(leaf)) if isinstance(leaf, jax.core.Tracer) else leaf
+
+    return map_arrays(of_leaf, value)  # of a Python number JAX makes no array
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from flax_sg._errors import UsageError
+from flax_sg._filters import of_nnx
 from flax_sg._filters.callables import value_key
 from flax_sg._filters.filters import Predicate
 from flax_sg._filters.slips import kind_of, swapped
@@ -83,7 +84,7 @@ def map_values(
 class ReplaceValues(Transform):
     """The transform that :func:`replace_values` makes."""
 
-    source: str | Mapping[str, Any]
+    source: Any  # a collection's name, a mapping, or a module of flax.nnx
     name = 'replace_values'
     changes_values = uses_names = needs_names = idempotent = True
     at_init = False  # when there may be nothing yet to read instead
@@ -105,9 +106,11 @@ class ReplaceValues(Transform):
                 return other(self.source)
             found: Any = self.source
             for name in info.path:
-                found = found[name]
+                found = of_nnx.child_of(found, name)
         except (KeyError, TypeError):
             found = None
+        if of_nnx.is_variable(found):
+            found = found.get_raw_value()
         if found is None or isinstance(found, Mapping):
             raise UsageError(
                 f'{self!r}: the source has no variable {self._path(info)!r} to read instead of '
@@ -126,7 +129,8 @@ class ReplaceValues(Transform):
                 f'Pass a collection {self.source!r} with it to the model, and let the lifted '
                 'transforms on the way hand it on, or narrow the predicate.'
             )
-        names = ', '.join(map(repr, list(self.source)[:5]))
+        named = vars(self.source) if of_nnx.is_module(self.source) else self.source
+        names = ', '.join(map(repr, list(named)[:5]))
         return (
             f'It has: {names}. Its paths are those of the module that opens the block, without '
             "a collection's name; or narrow the predicate."
@@ -140,8 +144,9 @@ class ReplaceValues(Transform):
             return (self.source,)
         if of_function is not value_key:
             return (of_function(self.source),)
-        leaves, structure = jax.tree.flatten(self.source)
-        return (structure, tuple(map(value_key, leaves)))
+        leaves, structure = jax.tree.flatten(self.source, is_leaf=of_nnx.is_variable)
+        values = (x.get_raw_value() if of_nnx.is_variable(x) else x for x in leaves)
+        return (structure, tuple(map(value_key, values)))
 
     def shown_arguments(self) -> tuple[str, ...]:
         return (repr(self.source) if isinstance(self.source, str) else '<tree>',)
@@ -177,9 +182,10 @@ def replace_values(
     Args:
       predicate: what is replaced; see :func:`flax_sg.stop_gradient`.
       source: a nested dict or FrozenDict of values, with paths as the module that opens the block
-        sees them (a tree of parameters, not ``{'params': ...}``); or the name of a collection of
-        the same model, with the same paths. A block that a jitted function opens takes a tree that
-        is an argument of it; a tree from outside would be compiled in as a constant.
+        sees them (a tree of parameters, not ``{'params': ...}``); a State or a module of flax.nnx;
+        or the name of a collection of the same model, with the same paths. A block that a jitted
+        function opens takes a tree that is an argument of it; a tree from outside would be compiled
+        in as a constant.
       collections: a Flax collection filter, the collections in which it selects.
       allow_unmatched: accept a glob, regex or callable that selects nothing.
 
@@ -194,10 +200,10 @@ def replace_values(
 
     Source: google/flax issue 1857.
     """
-    if not isinstance(source, (str, Mapping)):
+    if not isinstance(source, (str, Mapping)) and not of_nnx.is_module(source):
         raise UsageError(
             f'replace_values: got {kind_of(source)} as source; expected a '
-            'nested dict of values or the name of a collection.'
+            'nested dict of values, a module of flax.nnx, or the name of a collection.'
             f'{swapped("replace_values", predicate, source)}'
         )
     if isinstance(predicate, Mapping):

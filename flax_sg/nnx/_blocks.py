@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -16,7 +17,7 @@ from flax_sg._errors import UsageError
 from flax_sg._filters import of_nnx
 from flax_sg._filters.callables import value_key
 from flax_sg._filters.modules import Within
-from flax_sg._filters.unmatched import check_matched
+from flax_sg._filters.unmatched import check_matched, unmatched_collection
 from flax_sg._filters.variables import IdentifiedInfo, Path, VariableInfo
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.thread_state import state
@@ -26,6 +27,7 @@ __all__ = [
     'ModuleBlock',
     'also_of',
     'answer',
+    'asking',
     'blocks_about',
     'info_of',
     'leaves_of',
@@ -63,16 +65,15 @@ def paths_below(node: Any) -> Iterator[tuple[Path, Variable]]:
         yield path, variable
 
 
-def info_of(path: Path, variable: Variable, ids: Callable | None = None) -> VariableInfo:
+def info_of(path: Path, variable: Variable, is_below: Callable | None = None) -> VariableInfo:
     """Describe a Variable, as which a mirror's counts for the live one."""
     live = live_of(variable)
-    within = lambda objects: id(live) in (ids or ids_below)(objects)
+    within = lambda objects: (is_below or _is_below)(live, objects)
     return IdentifiedInfo.of_variable(path, live, stored(live), within)
 
 
-def ids_below(objects: tuple[Any, ...]) -> set[int]:
-    """Return the ids of the Variables below some modules."""
-    return {id(live_of(variable)) for node in objects for _, variable in paths_below(node)}
+def _is_below(variable: Variable, objects: tuple[Any, ...]) -> bool:
+    return any(live_of(each) is variable for node in objects for _, each in paths_below(node))
 
 
 class ModuleBlock(OpenBlock):
@@ -106,13 +107,19 @@ class _Matches:
 
     def check(self) -> None:
         """Raise UnmatchedPathError if a pattern selects nothing in the module."""
-        if self.transform.allow_unmatched:
+        transform = self.transform
+        if transform.allow_unmatched:
             return
+        where = f'{transform!r}.on({type(self.module).__name__})'
+        for name in transform.named_collections():
+            if not of_nnx.is_collection(name):
+                there = {info_of(*found).collection for found in paths_below(self.module)}
+                raise unmatched_collection(name, sorted(there), where=where, of='the module')
         infos = (info_of(path, variable) for path, variable in paths_below(self.module))
         check_matched(
-            self.transform.filter.patterns(),
-            (info for info in infos if self.transform.in_collections(info.collection)),
-            where=f'{self.transform!r}.on({type(self.module).__name__})',
+            transform.filter.patterns(),
+            (info for info in infos if transform.in_collections(info.collection)),
+            where=where,
             of='the module',
         )
 
@@ -123,43 +130,74 @@ class _Met:
     Attributes:
       said: its answers, by the Variable's id; it holds the Variable, so that ids last.
       reads: what each was read as, and of which value.
-      names: the paths of Variables in its module.
       key: what it does to what it selects, as a value.
       others: whether it selects Variables of a type that it does not know.
-      ids_of: those of the Variables below some modules, as they were when it first asked.
+      named: whether it has a module, so that Variables have names.
     """
 
     def __init__(self, block: OpenBlock):
-        self.others: dict[type, bool] = {}
-        self.ids_of: dict[tuple[int, ...], set[int]] = {}
         transform = block.transform
+        self.others: dict[type, bool] = {}
         self.said: dict[int, tuple[Variable, Said]] = {}
         self.reads: dict[int, tuple[Variable, Any, Any]] = {}
-        self.names: dict[int, list[Path]] = {}
         self.key: Hashable = (type(transform), *transform.arguments(value_key, value_key))
         self.named = isinstance(block, ModuleBlock)
-        if self.named:
-            for path, variable in paths_below(block.module):
-                self.names.setdefault(id(live_of(variable)), []).append(path)
+        self._module = block.module if self.named else None
+        self._below: dict[tuple[int, ...], _Below] = {}
 
-    def ids(self, objects: tuple[Any, ...]) -> set[int]:
+    def paths(self, variable: Variable) -> list[Path]:
+        """Return the names of a Variable in the block's module."""
+        found = self._found(variable, (self._module,)) if self.named else None
+        return found or [OUTSIDE]
+
+    def is_below(self, variable: Variable, objects: tuple[Any, ...]) -> bool:
+        return self._found(variable, objects) is not None
+
+    def _found(self, variable: Variable, objects: tuple[Any, ...]) -> list[Path] | None:
         key = tuple(map(id, objects))
-        if key not in self.ids_of:
-            self.ids_of[key] = ids_below(objects)
-        return self.ids_of[key]
+        if key not in self._below:
+            self._below[key] = _below(objects)
+        if id(variable) not in self._below[key]:  # or it was put there since
+            self._below[key] = _below(objects) | self._below[key]
+        return self._below[key].get(id(variable), (None, None))[1]
+
+
+# By id, with the Variable, so that the id is not used again.
+_Below = dict[int, tuple[Variable, list[Path]]]
+
+
+def _below(objects: tuple[Any, ...]) -> _Below:
+    found: _Below = {}
+    for node in objects:
+        for path, variable in paths_below(node):
+            live = live_of(variable)
+            found.setdefault(id(live), (live, []))[1].append(path)
+    return found
 
 
 def met(block: OpenBlock) -> _Met:
     if block.kept is None:
-        block.kept = _Met(block)
+        with asking(block):
+            block.kept = _Met(block)
     return block.kept
 
 
 class _Thread(threading.local):
     of_linen: tuple[OpenBlock, ...] = ()  # blocks that Linen has seen to, of a model that it runs
+    asked: tuple[OpenBlock, ...] = ()  # blocks whose functions and sources are looked at
 
 
 thread = _Thread()
+
+
+@contextlib.contextmanager
+def asking(block: OpenBlock) -> Iterator[None]:
+    """Look at a block's function or source: what is read for it is not read in the block."""
+    before, thread.asked = thread.asked, (*thread.asked, block)
+    try:
+        yield
+    finally:
+        thread.asked = before
 
 
 def blocks_about() -> list[OpenBlock]:
@@ -167,7 +205,10 @@ def blocks_about() -> list[OpenBlock]:
     return [
         block
         for block in state.stack
-        if isinstance(block, ModuleBlock) or block.root_id is None and block not in thread.of_linen
+        if (
+            isinstance(block, ModuleBlock) or block.root_id is None and block not in thread.of_linen
+        )
+        and block not in thread.asked
     ]
 
 
@@ -176,7 +217,9 @@ def answer(block: OpenBlock, variable: Variable) -> Said:
     known = met(block)
     found = known.said.get(id(variable))
     if found is None:
-        found = known.said[id(variable)] = variable, _ask(block, known, live_of(variable))
+        with asking(block):
+            said = _ask(block, known, live_of(variable))
+        found = known.said[id(variable)] = variable, said
     return found[1]
 
 
@@ -189,8 +232,8 @@ def also_of(block: OpenBlock, pairs: list[tuple[Variable, Variable]]) -> None:
 
 def _ask(block: OpenBlock, known: _Met, variable: Variable) -> Said:
     transform = block.transform
-    paths = known.names.get(id(variable), [OUTSIDE])
-    first, *others = (info_of(path, variable, known.ids) for path in paths)
+    paths = known.paths(variable)
+    first, *others = (info_of(path, variable, known.is_below) for path in paths)
     say = functools.partial(Said, block, known.key, paths[0], keep=block.of_module)
     if not transform.in_collections(first.collection):
         return say(None)
@@ -210,7 +253,7 @@ def selects_others(block: OpenBlock, variable: Variable) -> bool:
     """Say whether a block selects a Variable like one, of which it knows nothing."""
     known, kind = met(block), type(variable)
     if kind not in known.others:
-        info = info_of(OUTSIDE, variable, lambda objects: set())
+        info = info_of(OUTSIDE, variable, lambda variable, objects: False)
         known.others[kind] = block.transform.in_collections(
             info.collection
         ) and block.transform.filter.selects(info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from types import FrameType
@@ -17,7 +18,13 @@ from flax_sg._transforms.stop_gradient import stop_gradient
 from flax_sg._transforms.transform import Transform
 from flax_sg.nnx import _self_check
 from flax_sg.nnx._blocks import ModuleBlock, info_of, paths_below
-from flax_sg.nnx._modules import in_block, mirror_of, transformed_class, transformed_tree
+from flax_sg.nnx._modules import (
+    bound_by_nnx,
+    in_block,
+    mirror_of,
+    transformed_class,
+    transformed_tree,
+)
 from flax_sg.nnx._views import views_of, views_of_call
 
 __all__: list[str] = []  # it enters itself
@@ -43,6 +50,8 @@ class _NNX:
             return transformed_class(transform, target)
         if isinstance(target, nnx.Pytree):
             return mirror_of(transform, target)
+        if bound_by_nnx(target):
+            return functools.partial(transform(target.func), *target.args, **target.keywords)
         if _has_variables(target):
             return transformed_tree(transform, target)
         return NotImplemented

@@ -19,6 +19,8 @@ from flax_sg._transforms.thread_state import anywhere
 
 __all__ = [
     'MARK',
+    'NOTHING',
+    'Back',
     'Copied',
     'Mark',
     'Said',
@@ -152,7 +154,32 @@ class Copied:
         return hash(Copied)
 
 
-_NOTHING = object()
+class Back:
+    """What goes along with a Variable that a function gives back which NNX traces.
+
+    All are equal, as JAX compares what the branches of a condition give; then it was written if any
+    has written it.
+
+    Attributes:
+      written: it has another value than the one with which it came in.
+    """
+
+    __slots__ = ('written',)
+
+    def __init__(self, written: bool):
+        self.written = written
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Back):
+            return NotImplemented
+        self.written = other.written = self.written or other.written
+        return True
+
+    def __hash__(self) -> int:
+        return hash(Back)
+
+
+NOTHING = object()
 
 
 class Seen(TraceState):
@@ -166,34 +193,41 @@ class Seen(TraceState):
       computed: it was computed, so that a block about whatever is read is about it too.
       is_derivative: it is a gradient or tangent, which goes by the names of the Variable.
       live: the Variable whose value it has, of a mirror's.
+      came: the value with which it came into a function that is traced.
     """
 
-    __slots__ = ('by', 'computed', 'done', 'held', 'is_derivative', 'live', 'said')
+    __slots__ = (*('by', 'came', 'computed', 'done', 'held', 'is_derivative', 'live', 'said'),)
 
     def __init__(
         self,
         state: TraceState,
         said: tuple[Said, ...] = (),
         held: tuple[Said, ...] = (),
-        done: Any = _NOTHING,
+        done: Any = NOTHING,
         by: tuple[Said, ...] = (),
         live: Variable | None = None,
         computed: bool = False,
         is_derivative: bool = False,
+        came: Any = NOTHING,
     ):
         self._jax_trace = state._jax_trace
+        self.came = came
         self.said, self.held, self.done, self.live = said, held, done, live
         self.by, self.computed, self.is_derivative = by, computed, is_derivative
 
     def is_done(self, said: Said, value: Any) -> bool:
         """Say whether a value is already what a block makes of it."""
         if self.is_derivative:
-            return True
+            return is_among(said, (*self.said, *self.held))
         return self.done is value and is_among(said, self.by)
 
     def of(self, block: OpenBlock) -> Said | None:
         """Return what a block said."""
         return next((said for said in self.said if said.block is block), None)
+
+    def gives_back(self, value: Any) -> Back | None:
+        """Return what goes along with the Variable out of the function, if it came into one."""
+        return None if self.came is NOTHING else Back(self.came is not value)
 
     def __reduce__(self) -> Any:
         return TraceState, ()

@@ -22,13 +22,16 @@ from flax_sg._compat import jax as jax_compat
 from flax_sg._compat import nnx as nnx_compat
 from flax_sg._compat.nnx import Pytree, Variable, store, stored, trace_state_of
 from flax_sg._errors import UsageError
+from flax_sg._filters import of_nnx
 from flax_sg._jax.block_names import named
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.cache_keys import note_read
 from flax_sg._transforms.thread_state import anywhere, state
-from flax_sg.nnx._blocks import answer, blocks_about, met, paths_below, refuse_hijax, selects_others
+from flax_sg.nnx._blocks import answer, asking, blocks_about, met, refuse_hijax, selects_others
 from flax_sg.nnx._marks import (
     MARK,
+    NOTHING,
+    Back,
     Copied,
     Mark,
     Said,
@@ -47,7 +50,10 @@ __all__ = ['reading_as_it_lies', 'said_of', 'thread']
 class _Thread(threading.local):
     as_it_lies = False  # NNX takes Variables apart for a function, or puts them together
     marking = False  # it takes apart what it gives to a function
+    giving_back = False  # or what the function returns
     merging = False  # it puts them together
+    given_back: dict[int, Variable]  # what it has written meanwhile
+    of_mirrors: dict[int, tuple[Variable, Any]]  # and what it would write to mirrors
     updated: frozenset[int] = frozenset()  # the ids of all that `nnx.update` is given
     writing: Variable | None = None  # in part, so that the rest is read as it lies
 
@@ -76,7 +82,7 @@ class _Values:
         return stored(variable)
 
     def __set__(self, variable: Variable, value: Any) -> None:
-        if concerns(variable):
+        if anywhere.threads or mirrors.made:
             _store(variable, value)
         else:
             store(variable, value)
@@ -86,21 +92,27 @@ def _store(variable: Variable, value: Any) -> None:
     seen = seen_of(variable)
     if seen is None or seen.live is None:
         store(variable, value)
-    elif not thread.merging and id(live_of(variable)) not in thread.updated:
+        if thread.merging:
+            thread.given_back[id(variable)] = variable
+    elif thread.merging:
+        thread.of_mirrors[id(variable)] = variable, value
+    elif id(live_of(variable)) not in thread.updated:
         seen.live._raw_value = value  # and else it is older than what the live one gets
 
 
 def _read(variable: Variable) -> Any:
     """Return what a Variable is read as."""
-    value = stored(live_of(variable))
+    origin = live_of(variable)
+    value = stored(origin)
     if thread.as_it_lies or thread.writing is variable:
         return value
     live, seen = value, seen_of(variable)
+    of_live = seen if origin is variable else seen_of(origin)
     for block, said in said_of(variable):
         if seen is None or not is_among(said, (*seen.said, *seen.held)):
             note_read(None)
-        done = seen is not None and seen.is_done(said, live)
-        if done and seen.computed and block.transform.idempotent:
+        done = of_live is not None and of_live.is_done(said, live)
+        if done and of_live.computed and _only_stops(block):
             done = not selects_others(block, variable)  # it is a new Variable, by whatever name
         if said.info is not None and not done:
             value = value[...] if nnx_compat.is_ref(value) else value
@@ -117,11 +129,16 @@ def said_of(variable: Variable) -> list[tuple[OpenBlock, Said]]:
 
 def _said(variable: Variable) -> tuple[Said, ...]:
     """Return what the open blocks say of a Variable."""
-    seen = seen_of(variable)
+    origin = live_of(variable)
+    seen = seen_of(origin)
     return tuple(
-        (seen.of(block) if seen is not None else None) or answer(block, variable)
+        (seen.of(block) if seen is not None else None) or answer(block, origin)
         for block in blocks_about()
     )
+
+
+def _only_stops(block: OpenBlock) -> bool:
+    return block.transform.idempotent and not block.transform.changes_values
 
 
 def _read_in(block: OpenBlock, variable: Variable, said: Said, value: Any) -> Any:
@@ -129,9 +146,11 @@ def _read_in(block: OpenBlock, variable: Variable, said: Said, value: Any) -> An
     here = jax_compat.trace_state() == block.trace
     reads = met(block).reads
     found = reads.get(id(variable))
-    if here and found is not None and _same(found[1], value):
+    # A mirror is there for long: its function may draw numbers, and its source may change.
+    once = here and not (block.of_module and block.transform.uses_names)
+    if once and found is not None and _same(found[1], value):
         return found[2]
-    with named(block.transform, block.line):
+    with named(block.transform, block.line), asking(block):
         out = block.transform.read(said.info, value, _no_other)
     kept = jax.tree.map(lambda leaf: leaf, value)  # a dict may be changed in place
     reads[id(variable)] = (variable, kept, out) if here else (variable, None, None)
@@ -159,7 +178,7 @@ def _mark(variable: Variable, *, read: bool = False, differentiated: bool = Fals
         note_read(None)  # JAX may keep the mark, in the structure of what a function returns
 
     def done(each: Said) -> bool:
-        if each.info is None or each.block.transform.idempotent:
+        if each.info is None or _only_stops(each.block):
             return False  # it may be read again
         return read or seen is not None and seen.is_done(each, value)
 
@@ -215,6 +234,8 @@ def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
     variable = original(cls, value, metadata)
     if mark is None:
         return variable
+    if isinstance(mark, Back):
+        return variable
     if isinstance(mark, Copied):
         computed = not mark.is_of(value)
         value = _as_it_comes_in(mark, mark.said, value)
@@ -228,7 +249,7 @@ def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
     by = mark.read_by(said) if len(said) == len(mark.said) else ()
     value = _as_it_comes_in(mark, by, value)
     store(variable, value)
-    see(variable, said, mark.held, value, by)
+    see(variable, said, mark.held, value, by, came=value)
     return variable
 
 
@@ -286,29 +307,52 @@ def _handing_on(original, self, *args, **kwargs):
             'a function of nnx.cached_partial was called in a block: it knows its models from '
             'before, and nothing of the block. Use nnx.jit, or open the block in the function.'
         )
-    before, thread.marking = thread.marking, not nnx_compat.gives_back(self)
+    before = thread.marking, thread.giving_back
+    back = nnx_compat.gives_back(self)
+    thread.giving_back, thread.marking = bool(back), back is False
     try:
         with reading_as_it_lies():
             return original(self, *args, **kwargs)
     finally:
-        thread.marking = before
+        thread.marking, thread.giving_back = before
 
 
-def _merging(original, *args, **kwargs):
-    before, thread.merging = thread.merging, True
+def _merging(original, self, graphdef, *args, **kwargs):
+    if thread.merging or not anywhere.threads and not mirrors.made:
+        return original(self, graphdef, *args, **kwargs)
+    as_they_came = [
+        (variable, stored(live_of(variable)))
+        for variable, metadata in nnx_compat.given_back(self, graphdef)
+        if isinstance(back := metadata.get(MARK), Back) and not back.written
+    ]
+    thread.merging, thread.given_back, thread.of_mirrors = True, {}, {}
     try:
         with reading_as_it_lies():
-            return original(*args, **kwargs)
+            out = original(self, graphdef, *args, **kwargs)
     finally:
-        thread.merging = before
+        thread.merging = False
+    for variable, value in as_they_came:  # so that what is known of the value stays known
+        if thread.of_mirrors.pop(id(variable), None) is None:
+            store(variable, value)
+            thread.given_back.pop(id(variable), None)
+    for variable, value in thread.of_mirrors.values():
+        live = live_of(variable)
+        if id(live) not in thread.given_back:  # which is newer
+            store(live, value)
+    return out
 
 
 def _get_metadata(original, self, *args, **kwargs):
     found = original(self, *args, **kwargs)
     if thread.marking and not args and not kwargs:
-        mark = _mark(self)
+        mark: Any = _mark(self)
         if mark is not None:
             found[MARK] = mark
+    elif thread.giving_back and not args and not kwargs:
+        seen = seen_of(self)
+        back = seen.gives_back(stored(self)) if seen is not None else None
+        if back is not None:
+            found[MARK] = back
     return found
 
 
@@ -321,10 +365,14 @@ def _copy(original, self, *args, **kwargs):
             see(out, seen.said, held, is_derivative=True)
         elif not thread.as_it_lies:
             see(out, said, done=stored(out), by=said)
-        elif seen is not None and seen.done is stored(self):
-            see(out, said, held, stored(out), seen.by, computed=seen.computed)
         else:
-            see(out, said, held)
+            same = seen is not None and seen.done is stored(self)
+            value = stored(out)
+            came = value if seen is not None and seen.came is stored(self) else NOTHING
+            if same:
+                see(out, said, held, value, seen.by, computed=seen.computed, came=came)
+            else:
+                see(out, said, held, came=came)
     return out
 
 
@@ -332,10 +380,35 @@ def _deepcopy(original, self, memo=None):
     """NNX makes the Variables of the copy anew, of what these are read as."""
     out = original(self, memo)
     if anywhere.threads or mirrors.made:
-        for (_, variable), (_, copy) in zip(paths_below(self), paths_below(out), strict=True):
-            said = _said(variable)
-            see(copy, said, done=stored(copy), by=said)
+        pairs = zip(of_nnx.paths_below(self), of_nnx.paths_below(out), strict=True)
+        for (_, variable), (_, copied) in pairs:
+            if not nnx_compat.is_hijax(variable):
+                said = _said(variable)
+                see(copied, said, done=stored(copied), by=said)
     return out
+
+
+def _shallow(original: Any, variable: Variable) -> Variable:
+    """`copy.copy` would take along what is known of the value as it lies, and not lie there."""
+    return variable.copy() if concerns(variable) else original(variable)
+
+
+def _custom_vjp(original, self, *args, **kwargs):
+    """NNX has such a function give back what it got, and the user's rule the derivative of that."""
+    if anywhere.threads or mirrors.made:
+        for _, variable in of_nnx.paths_below((args, kwargs)):
+            if nnx_compat.is_hijax(variable):
+                continue
+            for block, said in said_of(variable):
+                if said.info is not None:
+                    raise UsageError(
+                        f'{block.transform!r}: a function of nnx.custom_vjp was called with the '
+                        f'{type(variable).__name__} {said.info.name!r}, which the block selects. '
+                        'Its rule gives derivatives of all that it got, and of what it writes. '
+                        'Pass graph_updates=False to nnx.custom_vjp, or open the block in the '
+                        'function.'
+                    )
+    return original(self, *args, **kwargs)
 
 
 def _read_hijax(original, variable):
@@ -348,8 +421,10 @@ nnx_compat.tap_values(_Values())
 nnx_compat.tap_flattening(_flatten)
 nnx_compat.tap_new(_new)
 nnx_compat.tap_hijax(_read_hijax)
+nnx_compat.tap_custom_vjp(_custom_vjp)
 nnx_compat.tap_handing_on(_handing_on, _merging)
 jax_compat.tap(Variable, 'get_metadata')(_get_metadata)
 for _name in ('copy', 'replace', 'to_state'):  # names of one method
     jax_compat.tap(Variable, _name)(_copy)
 jax_compat.tap(Pytree, '__deepcopy__')(_deepcopy)
+nnx_compat.tap_shallow_copies(_shallow)

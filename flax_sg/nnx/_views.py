@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
 from flax_sg._compat.nnx import Variable, stored
+from flax_sg._errors import UsageError
+from flax_sg._filters import of_nnx
 from flax_sg._transforms.open_blocks import opened
 from flax_sg._views.gradient_views import GradientViews
 from flax_sg.nnx._blocks import ModuleBlock, also_of
-from flax_sg.nnx._modules import subclass_named_alike
+from flax_sg.nnx._modules import bound_by_nnx, subclass_named_alike
 
 __all__ = ['views_of', 'views_of_call']
 
@@ -30,6 +34,8 @@ def views_of(views: GradientViews, target: Any) -> Any:
         return functools.partial(views.of_function(type(target).__call__), target)
     if inspect.ismethod(target) and isinstance(target.__self__, nnx.Pytree):
         return functools.partial(views.of_function(target.__func__), target.__self__)
+    if bound_by_nnx(target):
+        return functools.partial(views.of_function(target.func), *target.args, **target.keywords)
     return NotImplemented
 
 
@@ -50,6 +56,13 @@ def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict)
         also_of(block, [(live[path], copy) for path, copy in copies.items()])
         with opened(block):
             out = fn(inner, *args[1:], **kwargs)
+        changed = next(_changes(inner, module), None)
+        if changed is not None:
+            raise UsageError(
+                f'{views!r}: its target changes {"/".join(changed)!r}, and views write Variables '
+                'of modules that are there before. Keep it in a Variable, or change it outside of '
+                'the target.'
+            )
         after = nnx.to_flat_state(nnx.state(inner))
         made[:] = [(path, v) for path, v in after if stored(v) is not before.get(path, made)]
         return out, [stored(variable) for _, variable in made]
@@ -62,3 +75,29 @@ def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict)
             new = type(variable).from_metadata(value, variable.get_metadata())
             nnx.update(module, nnx.from_flat_state([(path, new)]))
     return outs
+
+
+_ARRAYS = (jax.Array, np.ndarray)
+
+
+def _changes(inner: Any, live: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield what a target has changed in a copy of its module, but for values and new Variables."""
+    if isinstance(inner, nnx.Variable) or isinstance(inner, _ARRAYS):
+        if type(inner) is not type(live) and not isinstance(live, _ARRAYS):
+            yield path
+        return
+    if not isinstance(inner, nnx.Pytree):
+        if inner is not live and not bool(inner == live):
+            yield path
+        return
+    if type(inner) is not type(live):
+        yield path
+        return
+    new, old = (dict(of_nnx.children_of(node)) for node in (inner, live))
+    for name in old.keys() - new.keys():
+        yield (*path, str(name))
+    for name, child in new.items():
+        if name in old:
+            yield from _changes(child, old[name], (*path, str(name)))
+        elif not isinstance(child, nnx.Variable):
+            yield (*path, str(name))

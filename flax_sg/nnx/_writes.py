@@ -10,9 +10,10 @@ from flax_sg._compat import jax as jax_compat
 from flax_sg._compat import nnx as nnx_compat
 from flax_sg._compat.nnx import Variable, stored
 from flax_sg._errors import FrozenVariableError, UsageError
+from flax_sg._filters import of_nnx
 from flax_sg._transforms.thread_state import anywhere
 from flax_sg._transforms.thread_state import state as state_of_thread
-from flax_sg.nnx._blocks import leaves_of, met, paths_below
+from flax_sg.nnx._blocks import leaves_of, met, refuse_hijax
 from flax_sg.nnx._marks import concerns, is_among, live_of, mirrors, seen_of
 from flax_sg.nnx._reads import reading_as_it_lies, said_of, thread
 
@@ -85,23 +86,26 @@ def _set_raw_value(original, self, value, **kwargs):
 
 
 def _take(original, self, other):
-    """Take the value of another Variable, as it lies: NNX does so with what functions give back."""
-    if not concerns(self) and not concerns(other):
+    """Take the value of another Variable; as it lies, if a function of NNX's has given it back."""
+    if thread.merging or not concerns(self) and not concerns(other):
         return original(self, other)
-    with reading_as_it_lies():
-        return original(self, other)
+    if nnx_compat.takes_back():
+        with reading_as_it_lies():
+            return original(self, other)
+    value = other.get_raw_value()
+    return None if _gives_back(self, value) else original(self, other)
 
 
 def _update(original, node, state, /, *states):
     """Update all or nothing; what a mirror would get is what its live Variable gets."""
     if not anywhere.threads and not mirrors.made or thread.merging:
         return original(node, state, *states)
-    below = list(paths_below(node))
-    if state_of_thread.stack:
-        new = dict(pair for each in (state, *states) for pair in leaves_of(each))
-        for path, variable in below:
-            if path in new and new[path] is not variable:
-                _check(variable, whole=True)
+    new = dict(pair for each in (state, *states) for pair in leaves_of(each))
+    below = [(path, variable) for path, variable in of_nnx.paths_below(node) if path in new]
+    for path, variable in below:
+        if state_of_thread.stack and new[path] is not variable:
+            refuse_hijax(variable)
+            _check(variable, whole=True)
     before, thread.updated = thread.updated, frozenset(id(variable) for _, variable in below)
     try:
         return original(node, state, *states)

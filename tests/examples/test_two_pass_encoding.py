@@ -1,8 +1,5 @@
 """examples/two_pass_encoding.py from end to end, and against four copies of the weights."""
 
-import importlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,34 +7,14 @@ import pytest
 from matplotlib import pyplot as plt
 
 import flax_sg as sg
-from loading import ROOT
-
-# The parameters that each loss may move. All others have to stay exactly where they are.
-MOVES = {
-    'reader': {'retina', 'reader'},
-    'gln': {'encoding/gln'},
-    'code': {'encoding/code_value', 'encoding/code_presence'},
-    'explanation': {'encoding/explanation'},
-}
-PARTS = {
-    'retina',
-    'reader',
-    'encoding/gln',
-    'encoding/code_value',
-    'encoding/code_presence',
-    'encoding/explanation',
-}
+from two_pass import MOVES, PARTS, imported, loops, moved
 
 
 @pytest.fixture(scope='module')
 def modules():
     """Import both programs from the examples folder, wherever the tests are started."""
-    names = 'two_pass_encoding', 'two_pass_encoding_by_hand'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / 'examples'))
-        yield tuple(map(importlib.import_module, names))
-    for name in names:
-        del sys.modules[name]
+    with imported('two_pass_encoding', 'two_pass_encoding_by_hand') as programs:
+        yield programs
 
 
 @pytest.fixture
@@ -58,25 +35,6 @@ def setting(modules):
     digits, _, _ = example.load_data()
     params = example.init(world, jax.random.key(3))
     return world, params, digits.pixels[:64], jax.random.key(4)
-
-
-def moved(norms):
-    """Return for each loss the parts with a gradient that is not exactly zero."""
-    return {loss: {part for part, row in norms.items() if row[loss] != 0} for loss in MOVES}
-
-
-def equations(jaxpr):
-    """Yield all equations of a jaxpr, at any depth."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, 'eqns')):
-            if hasattr(parameter, 'eqns'):
-                yield from equations(getattr(parameter, 'jaxpr', parameter))
-
-
-def loops(fn, *args):
-    names = [equation.primitive.name for equation in equations(jax.make_jaxpr(fn)(*args).jaxpr)]
-    return sum(name in ('scan', 'while') for name in names)
 
 
 def test_quick_run_from_end_to_end(example, tmp_path, monkeypatch, capsys):
