@@ -108,7 +108,7 @@ def test_the_page_on_gradient_flow(capsys):
 def test_the_page_on_nnx():
     from flax import nnx
 
-    program, uses, views, optimiser = blocks('docs/nnx.md', 'python')
+    program, uses, target, views, optimiser = blocks('docs/nnx.md', 'python')
     names = {}
     exec(program, names)
     model, x = names['model'], jnp.ones((2, 3))
@@ -129,6 +129,8 @@ def test_the_page_on_nnx():
         )
     exec(uses, names)
     assert names['held'].head.kernel is model.head.kernel
+    exec(target, names)
+    assert jnp.array_equal(names['goal'], model(x, 0.0))  # of a clone
     exec(views, names)
     assert [*names['out']] == ['encoder', 'head']
     exec(optimiser, names | {'optax': optax})

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from flax_sg._flow.graph import Graph, Step, sweep
+from flax_sg._compat import jax as jax_compat
+from flax_sg._flow.cuts import Cuts
+from flax_sg._flow.graph import Edge, Graph, Step, sweep
 from flax_sg._flow.losses import Program
 from flax_sg._flow.obstacles import NOT_SEEN, obstacle
 from flax_sg._flow.origin import Origin
 from flax_sg._flow.records import Obstacle, Verdict
 from flax_sg._flow.tangents import Differentiation
 from flax_sg._jax.jaxprs import has_tangent
+from flax_sg._jax.lines import owner
 
 __all__ = ['Analysis']
 
@@ -40,18 +44,10 @@ class Analysis:
             if node is not None:
                 outputs[node] = outputs.get(node, 0) | 1 << k
         # Sets of parameters: whose tangents get to a node. Sets of losses: which need a node's
-        # value, and which its tangent.
-        self.live = sweep(graph, {self.params[p]: 1 << p for p in moving}, rules.moved)
+        # value, and to which its tangent gets.
+        self.cuts = Cuts(graph, rules, {self.params[p]: 1 << p for p in moving}, outputs)
+        self.live, self.alive = self.cuts.front(0), self.cuts.tail(0)
         self.need = sweep(graph, outputs, rules.computed, back=True)
-        alive = lambda step: [(i, o) for i, o in rules.moved(step) if self.live[i]]
-        self.alive = sweep(
-            graph,
-            outputs,
-            lambda step: (
-                alive(step) if any(i is not None and self.live[i] for i in step.ins) else ()
-            ),
-            back=True,
-        )
         self.outputs = outputs
         self._origins: dict[int, Origin] = {}
         self.users: dict[int, list[Step]] = {}
@@ -61,6 +57,7 @@ class Analysis:
                     self.users.setdefault(i, []).append(step)
         # By parameter and loss; and whether the tangent goes on past it, see _tangent_escapes.
         self.obstacles: dict[tuple[int, int], dict[tuple[bool, Obstacle], None]] = {}
+        self.rows: dict[tuple[int, int], dict[Obstacle, None]] = {}  # of those in a row
         self._find_obstacles()
         self.lines: dict[tuple[int, int], str] = {}
         self._find_lines()
@@ -72,24 +69,78 @@ class Analysis:
         return self._origins[id(step)]
 
     def _find_obstacles(self) -> None:
-        for step in self.graph.steps:
-            if step.eqn is None:
-                continue
-            edges = [(i, o) for i, o in self.rules.computed(step) if self.live[i] and self.need[o]]
-            if not edges:
-                continue
-            moved, failures = set(self.rules.moved(step)), self.rules.failures(step)
-            for i, o in dict.fromkeys(edges):
-                if (i, o) not in moved:
-                    failure = next((f for at, f in failures.items() if step.ins[at] == i), '')
-                    self._add(step, step.outs.index(o), failure, self.live[i], self.need[o])
+        for step, (i, o) in self.cuts.crossed:
+            alone = self.alive[o]
+            self._add(step, (i, o), self.live[i], self.need[o] & alone, alone=True)
+            self._add(step, (i, o), self.live[i], self.need[o] & ~alone)
+        self._find_rows()
 
-    def _add(self, step: Step, output: int, failure: str, params: int, losses: int) -> None:
-        found = obstacle(self._origin(step), output, failure)
-        past = self._tangent_escapes(step, output)
-        for p in _bits(params):
-            for k in _bits(losses):
-                self.obstacles.setdefault((p, k), {})[bool(past >> p & 1), found] = None
+    def _find_rows(self) -> None:
+        """Find what stands one behind the other, where none alone would let a gradient through."""
+        rows: dict[int, dict[int, int]] = {}  # by the number in a row and the loss: parameters
+        for p, node in enumerate(self.params):
+            for k in _bits(self.need[node] & ~self.alive[node]) if self.live[node] else ():
+                count = self.cuts.needed(node, k)
+                if count is not None and count > 1:
+                    rows.setdefault(count, {}).setdefault(k, 0)
+                    rows[count][k] |= 1 << p
+        for count, of_losses in sorted(rows.items()):
+            for step, edge in self.cuts.crossed:
+                for params, losses in self.cuts.on_the_way(edge, count):
+                    for k in _bits(losses):
+                        self._add(step, edge, params & of_losses.get(k, 0), 1 << k, row=count)
+
+    def _add(
+        self, step: Step, edge: Edge, params: int, losses: int, *, alone: bool = False, row: int = 0
+    ) -> None:
+        if not params or not losses:
+            return
+        i, o = edge
+        failures = self.rules.failures(step)
+        failure = next((f for at, f in failures.items() if step.ins[at] == i), '')
+        past = self._tangent_escapes(step, step.outs.index(o))
+        for found in self._described(step, edge, failure):
+            if row and found.verdict is Verdict.UNKNOWN:
+                continue  # no tangent gets there, so that it need not be known
+            found = dataclasses.replace(found, alone=alone)
+            for p in _bits(params):
+                for k in _bits(losses):
+                    self.obstacles.setdefault((p, k), {})[bool(past >> p & 1), found] = None
+                    if row:
+                        self.rows.setdefault((p, k), {})[found] = None
+
+    def _described(self, step: Step, edge: Edge, failure: str) -> list[Obstacle]:
+        """Describe what is in the way in a step; in a function with a rule, what ends in there."""
+        found = obstacle(self._origin(step), step.outs.index(edge[1]), failure)
+        return (found.verdict is Verdict.CUSTOM_ZERO and self._inside(step, edge)) or [found]
+
+    def _inside(self, step: Step, edge: Edge) -> list[Obstacle]:
+        """Find what ends a gradient in a function, whatever the function's own rule makes of it.
+
+        Returns:
+          Nothing, if it does not end in there without the rule, or if the function is JAX's.
+        """
+        body = step.eqn.params.get('call_jaxpr')
+        if body is None or len(getattr(body, 'jaxpr', body).invars) != len(step.ins):
+            return []
+        if owner(jax_compat.written_at(body)[1]) == 'jax':
+            return []
+        around = (*step.context.around, step.eqn)
+        graph = Graph(body, inside=True, context=dataclasses.replace(step.context, around=around))
+        params = {n: 1 for n, i in zip(graph.inputs, step.ins, strict=True) if i == edge[0]}
+        out = graph.outputs[step.outs.index(edge[1])]
+        if out is None:
+            return []
+        cuts = Cuts(graph, self.rules, params, {out: 1})
+        count = min((n for node in params if (n := cuts.needed(node, 0)) is not None), default=0)
+        found = [
+            obstacle(Origin(step.at, step.context), step.outs.index(o), '')
+            for step, (i, o) in cuts.crossed
+            if cuts.on_the_way((i, o), count)
+        ]
+        if any(o.verdict is Verdict.UNKNOWN for o in found):
+            return []
+        return sorted(found, key=lambda o: _FIRST[o.verdict])
 
     def _tangent_escapes(self, step: Step, output: int) -> int:
         """Return the parameters whose tangents leave the function of JAX that a step is part of.
@@ -130,13 +181,29 @@ class Analysis:
                 if step is not None:
                     self.lines[p, k] = self._origin(step).line
 
+    @property
+    def differentiable(self) -> list[int]:
+        """The parameters with a gradient that `jax.grad` can be asked for."""
+        failed = {p for (p, _), (says, _) in self.checked.items() if says is None}
+        places = range(len(self.params))
+        return [p for p in places if has_tangent(self.avals[p]) and p not in failed]
+
+    def located(self, step: Step | None) -> dict[str, Any]:
+        """Return operation and source of a step."""
+        if step is None:
+            return {'operation': None, 'source': None}
+        origin = self._origin(step)
+        return {'operation': origin.operation, 'source': origin.line or None}
+
     def reached(self, p: int, k: int) -> bool:
         return bool(has_tangent(self.avals[p]) and self.alive[self.params[p]] >> k & 1)
 
     def of(self, p: int, k: int) -> dict[str, Any]:
         """Return verdict, operation, source, reason and obstacles for a parameter and a loss."""
-        found = sorted(self.obstacles.get((p, k), ()), key=lambda o: (o[0], _FIRST[o[1].verdict]))
-        obstacles = tuple(o for _, o in found)
+        rank = lambda o: (not o[1].alone, o[0], _FIRST[o[1].verdict])
+        found = sorted(self.obstacles.get((p, k), ()), key=rank)
+        row = sorted(self.rows.get((p, k), ()), key=lambda o: _FIRST[o.verdict])
+        obstacles = tuple(dict.fromkeys([*row, *(o for _, o in found)]))
         reached = self.reached(p, k)
         unknown = next(
             (
@@ -147,9 +214,11 @@ class Analysis:
             None,
         )
         checked, reason = self.checked.get((p, k), (reached, ''))
-        if unknown is not None:
+        if checked is False and (obstacles or not reached):
+            reached = False  # a proof, whatever is not known
+        elif unknown is not None:
             return _found(Verdict.UNKNOWN, unknown, obstacles)
-        if checked is not reached:
+        elif checked is not reached:
             why = _found(Verdict.UNKNOWN, obstacles[0], obstacles) if obstacles else {}
             return {**why, 'verdict': Verdict.UNKNOWN, 'reason': reason}
         if reached:
@@ -166,7 +235,7 @@ class Analysis:
                 'obstacles': obstacles,
             }
         if obstacles:
-            return _found(obstacles[0].verdict, obstacles[0], obstacles)
+            return _found(obstacles[0].verdict, obstacles[0], obstacles, _in_a_row(row))
         if not self.need[self.params[p]] >> k & 1:
             return {'verdict': Verdict.UNUSED}
         if not has_tangent(self.avals[p]):
@@ -175,6 +244,12 @@ class Analysis:
                 'operation': f'its dtype, {self.avals[p].dtype}',
             }
         return {'verdict': Verdict.UNKNOWN, 'reason': 'no operation was found that stops it'}
+
+
+def _in_a_row(row: list[Obstacle]) -> str:
+    """Say of the first of some obstacles that it is not the only one in the way."""
+    others = ', '.join(o.explain() for o in row[1:])
+    return f'in a row with {others}' if others else ''
 
 
 def _found(

@@ -15,10 +15,10 @@ from flax_sg._errors import UsageError
 from flax_sg._filters.slips import kind_of
 from flax_sg._filters.variables import VariableInfo, names_of
 from flax_sg._flow.analysis import Analysis
-from flax_sg._flow.losses import Program
+from flax_sg._flow.backward import Gradient
+from flax_sg._flow.losses import Program, is_array
 from flax_sg._flow.records import FlowRecord, Verdict
 from flax_sg._flow.report import Flow
-from flax_sg._jax.jaxprs import has_tangent
 
 __all__ = ['gradient_flow']
 
@@ -68,7 +68,12 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
         )
 
     def flow(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
-        infos, leaves, treedef = names_of(params)
+        named = zip(*names_of(params)[:2], strict=True)
+        infos, leaves = map(list, zip(*((i, x) for i, x in named if is_array(x)), strict=True))
+        infos = [
+            info if info.path else VariableInfo.of(('params',), ('params',), 'params', x)
+            for info, x in zip(infos, leaves, strict=True)
+        ]
         # Of a module of flax.nnx, whose other Variables are state.
         ours = {info.name for info in infos if info.collection == 'params'}
         shown = [info for info in infos if info.name in ours or not ours]
@@ -78,7 +83,7 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
         programs = losses if isinstance(losses, Mapping) else {None: losses}
         records: list[FlowRecord] = []
         for name, fn in programs.items():
-            program = Program.trace(name, fn, leaves, treedef, args, kwargs)
+            program = Program.trace(name, fn, params, args, kwargs)
             found = _records(program, infos, leaves if norms else None)
             records += [record for record in found if record.name in ours or not ours]
         return Flow(tuple(records), shown)
@@ -90,24 +95,36 @@ def _records(
     program: Program, infos: list[VariableInfo], values: list[Any] | None
 ) -> Iterator[FlowRecord]:
     findings = Analysis(program)
-    norms = None if values is None else program.norms(values)
+    found_at: dict[int, list[Gradient]] = {}
+    if values is not None:
+        found_at = program.gradients(findings.graph, values, findings.differentiable)
     for k, loss in enumerate(program.losses):
         for p, info in enumerate(infos):
             found = findings.of(p, k)
-            if norms is not None and has_tangent(program.jaxpr.in_avals[p]):
-                found = _with_norm(found, float(norms[k][p]))
+            if p in found_at:
+                found = _with_gradient(found, found_at[p][k], findings)
+            elif values is not None and found['verdict'] is Verdict.UNUSED:
+                found = {**found, 'norm': 0.0}
             yield FlowRecord(loss=loss, name=info.name, **found)
 
 
-def _with_norm(found: dict[str, Any], norm: float) -> dict[str, Any]:
-    verdict = found['verdict']
-    if verdict in (Verdict.REACHED, Verdict.REACHED_PARTLY):
-        if norm == 0:
-            found = {**found, 'verdict': Verdict.NUMERIC_ZERO}
-    elif norm != 0 and verdict is not Verdict.UNKNOWN:
-        found = {
-            **found,
-            'verdict': Verdict.UNKNOWN,
-            'reason': f'the program says {verdict}, and the gradient has the norm {norm}',
-        }
-    return {**found, 'norm': norm}
+def _with_gradient(found: dict[str, Any], gradient: Gradient, findings: Analysis) -> dict[str, Any]:
+    verdict, norm = found['verdict'], gradient.norm
+    found = {**found, 'norm': norm}
+    if verdict not in (Verdict.REACHED, Verdict.REACHED_PARTLY):
+        if not gradient.is_zero and verdict is not Verdict.UNKNOWN:
+            reason = f'the program says {verdict}, and the gradient has the norm {norm}'
+            found |= {'verdict': Verdict.UNKNOWN, 'reason': reason}
+        return found
+    if gradient.infinite is not None or not gradient.is_finite:
+        reason = '' if gradient.is_finite else 'the gradient is not finite'
+        if gradient.is_finite:
+            reason = 'a cotangent on its way is infinite, and is not chosen on this input'
+        return (
+            found
+            | findings.located(gradient.infinite)
+            | {'verdict': Verdict.NOT_FINITE, 'reason': reason}
+        )
+    if gradient.is_zero:
+        return found | findings.located(gradient.zero) | {'verdict': Verdict.NUMERIC_ZERO}
+    return found

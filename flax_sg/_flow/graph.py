@@ -17,7 +17,7 @@ from jax.extend.core import JaxprEqn, Literal
 from flax_sg._compat import jax as jax_compat
 from flax_sg._views.masks import BINDER, NO_VIEW, for_view, inputs_of_views
 
-__all__ = ['Call', 'Context', 'Edge', 'Graph', 'Step', 'sweep']
+__all__ = ['CALLS', 'Call', 'Context', 'Edge', 'Graph', 'Step', 'sweep']
 
 Node = int | None  # None: a literal
 
@@ -46,6 +46,9 @@ class Context:
     entry: str = ''
 
 
+_TOP = Context()
+
+
 @dataclasses.dataclass(slots=True)
 class Step:
     """An equation, or a joint of several values into one.
@@ -53,6 +56,7 @@ class Step:
     Attributes:
       eqn: the equation, or None.
       at: the equation; of a joint that of the loop, branch or reference that it is for.
+      of_nan: the operand that comes out for a NaN alone, as in `where(isnan(x), x, 1.0)`, or None.
     """
 
     ins: tuple[Node, ...]
@@ -60,12 +64,15 @@ class Step:
     eqn: JaxprEqn | None
     at: JaxprEqn
     context: Context
+    of_nan: int | None = None
 
 
 Edge = tuple[int, int]
 
+_MOVED = ('broadcast_in_dim', 'reshape', 'squeeze', 'transpose', 'copy', 'slice')
+
 # Calls of a jaxpr on the equation's operands, and what the parameter is called.
-_CALLS = {
+CALLS = {
     'jit': 'jaxpr',
     'pjit': 'jaxpr',
     'closed_call': 'call_jaxpr',
@@ -87,6 +94,7 @@ class Graph:
     Args:
       jaxpr: closed or not.
       inside: lay open functions with a derivative rule of their own too.
+      context: where it stands.
 
     Attributes:
       inputs: the nodes of its inputs; and ``outputs``, None for a literal.
@@ -94,14 +102,15 @@ class Graph:
       carried: the nodes in the carries of while loops.
     """
 
-    def __init__(self, jaxpr: Any, *, inside: bool):
+    def __init__(self, jaxpr: Any, *, inside: bool, context: Context = _TOP):
         self.steps: list[Step] = []
         self.size = 0
         self.loops = False
         self.carried: list[int] = []
+        self._nan: set[Node] = set()  # what is true of a NaN alone
         self._inside = inside
         self.inputs = self._new(len(_open(jaxpr).invars))
-        self.outputs = self._inline(jaxpr, self.inputs, Context())
+        self.outputs = self._inline(jaxpr, self.inputs, context)
 
     def _new(self, count: int) -> list[int]:
         self.size += count
@@ -124,7 +133,7 @@ class Graph:
 
     def _equation(self, eqn: JaxprEqn, ins: list[Node], context: Context) -> list[Node]:
         name = eqn.primitive.name
-        call = _CALLS.get(name) or (_CUSTOM.get(name) if self._inside else None)
+        call = CALLS.get(name) or (_CUSTOM.get(name) if self._inside else None)
         inner = dataclasses.replace(context, around=(*context.around, eqn))
         if name in ('jit', 'pjit'):
             inner = dataclasses.replace(inner, calls=(*context.calls, Call(eqn)))
@@ -139,7 +148,12 @@ class Graph:
         refs = [n for n, v in zip(ins, eqn.invars, strict=True) if jax_compat.is_ref(v.aval)]
         joined = refs or any(jax_compat.is_ref(v.aval) for v in eqn.outvars)
         self.loops |= bool(joined)
-        self.steps.append(Step(tuple(ins), (*outs, *refs), None if joined else eqn, eqn, context))
+        step = Step(tuple(ins), (*outs, *refs), None if joined else eqn, eqn, context)
+        if name == 'ne' and ins[0] == ins[1] or name in _MOVED and ins[0] in self._nan:
+            self._nan.update(outs)
+        if name == 'select_n' and ins[0] in self._nan and ins[0] is not None:
+            step.of_nan = 2
+        self.steps.append(step)
         return outs
 
     def _scan(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context) -> list[Node]:

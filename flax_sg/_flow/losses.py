@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from flax_sg._errors import UsageError
+from flax_sg._flow.backward import Gradient, gradients
+from flax_sg._flow.graph import Graph
 from flax_sg._flow.tangents import dependence
-from flax_sg._jax.jaxprs import has_tangent
 from flax_sg._views.masks import all_in_sight
 
-__all__ = ['Program']
+__all__ = ['Program', 'is_array']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +40,21 @@ class Program:
 
     @classmethod
     def trace(
-        cls,
-        name: str | None,
-        fn: Callable,
-        leaves: list[Any],
-        treedef: Any,
-        args: tuple,
-        kwargs: dict,
+        cls, name: str | None, fn: Callable, params: Any, args: tuple, kwargs: dict
     ) -> Program:
         others, other_tree = jax.tree.flatten((args, kwargs))
         places = [i for i, x in enumerate(others) if isinstance(x, jax.ShapeDtypeStruct)]
         shapes = [others[i] for i in places]
 
-        def call(leaves: list[Any], more: list[Any]) -> Any:
+        given, rebuilt = _arrays_of(params)
+
+        def call(given: Any, more: list[Any]) -> Any:
             args, kwargs = other_tree.unflatten(_with(others, places, more))
-            return fn(treedef.unflatten(leaves), *args, **kwargs)
+            return fn(rebuilt(given), *args, **kwargs)
 
         with all_in_sight(True):
-            jaxpr, out = jax.make_jaxpr(call, return_shape=True)(leaves, shapes)
+            traced = jax.jit(call).trace(given, shapes)  # which hands on modules as they lie
+        jaxpr, out = traced.jaxpr, traced.out_info
         if name is not None or not isinstance(out, Mapping):
             out = {name or 'loss': out}
         for key, value in out.items():
@@ -68,32 +67,35 @@ class Program:
                     'lambda *args: loss(*args)[0].'
                 )
         names = tuple(str(keys[0].key) for keys, _ in jax.tree_util.tree_leaves_with_path(out))
-        run = lambda leaves, more: jax.tree.leaves(call(leaves, more))
-        return cls(run, jaxpr, names, len(leaves), shapes)
+        count = len(jaxpr.in_avals) - len(shapes)
 
-    def norms(self, values: list[Any]) -> list[list[Any]]:
-        """Run the losses, and return the norm of the gradient of each for each parameter."""
-        moving = [
-            i for i, aval in enumerate(self.jaxpr.in_avals[: self.count]) if has_tangent(aval)
-        ]
+        def run(leaves: list[Any], more: list[Any]) -> list[Any]:
+            args, _ = traced.in_tree.unflatten([*leaves, *more])
+            return jax.tree.leaves(call(*args))
 
-        @jax.jit
-        def run(values: list[Any]) -> list[list[Any]]:
-            of = lambda *moved: self.run(_with(values, moving, moved), [])
-            outs, pull = jax.vjp(of, *(values[i] for i in moving))
-            rows = []
-            for k in range(len(outs)):
-                cts = [jnp.full_like(x, float(i == k)) for i, x in enumerate(outs)]
-                grads = dict(zip(moving, pull(cts), strict=True))
-                rows.append(
-                    [
-                        jnp.sqrt(jnp.sum(jnp.abs(grads[i]) ** 2)) if i in grads else 0.0
-                        for i in range(len(values))
-                    ]
-                )
-            return rows
+        return cls(run, jaxpr, names, count, shapes)
 
-        return run(values)
+    def gradients(
+        self, graph: Graph, values: list[Any], params: list[int], *, tries: int = 16
+    ) -> dict[int, list[Gradient]]:
+        """Run the losses, and return the gradient of each with respect to some parameters.
+
+        Where JAX does not differentiate it is asked of each half, as in `depends`; parameters of
+        which it says nothing are left out.
+        """
+        if not params:
+            return {}
+        try:
+            rows = gradients(self.jaxpr, graph, values, params)
+            return {p: [row[i] for row in rows] for i, p in enumerate(params)}
+        except Exception:  # whatever the rules in the program raise
+            if len(params) == 1 or tries < 2:
+                return {}
+        half = len(params) // 2
+        return {
+            **self.gradients(graph, values, params[:half], tries=tries // 2),
+            **self.gradients(graph, values, params[half:], tries=tries // 2),
+        }
 
     def depends(
         self, params: list[int], *, forward: bool = False, tries: int = 16
@@ -150,6 +152,20 @@ class Program:
         )
         bits = [b >> len(avals) for b in dependence(traced)]
         return [sum(1 << k for k, b in enumerate(bits) if b >> j & 1) for j in range(len(params))]
+
+
+def is_array(leaf: Any) -> bool:
+    """Say whether a leaf of a tree is an array, or what JAX takes for one."""
+    return hasattr(leaf, 'dtype') and hasattr(leaf, 'shape') or isinstance(leaf, numbers.Number)
+
+
+def _arrays_of(params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return the arrays of a tree, and what puts them together with its other leaves."""
+    leaves, treedef = jax.tree.flatten(params)
+    places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    if len(places) == len(leaves):
+        return params, lambda params: params
+    return [leaves[i] for i in places], lambda new: treedef.unflatten(_with(leaves, places, new))
 
 
 def _with(values: list[Any], places: list[int], new: Any) -> list[Any]:

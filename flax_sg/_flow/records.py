@@ -30,7 +30,8 @@ class FlowRecord:
       used_at: of a gradient that comes, the line where the parameter is first used on its way.
       norm: the norm of the gradient, if norms were asked for.
       reason: why it is UNKNOWN, or a remark; '' mostly.
-      obstacles: all the operations at which parts of the gradient end, the one above first.
+      obstacles: all the operations at which parts of the gradient end, the one above first. Each
+        says whether the gradient would get there if it alone let it through.
     """
 
     loss: str
@@ -72,7 +73,8 @@ class Verdict(enum.StrEnum):
     CUSTOM_ZERO: it ends in a custom_jvp or custom_vjp whose rule returns zeros, or in
     ``map_gradient``. PIECEWISE_CONSTANT: it ends at an operation whose derivative is zero, such as
     the indices of a sort, a comparison, a rounding. UNUSED: the loss does not depend on the
-    parameter. NUMERIC_ZERO: it gets there, and is exactly zero on this input; found with norms.
+    parameter. NUMERIC_ZERO: it gets there, and is exactly zero on this input; NOT_FINITE: it, or a
+    cotangent on its way, has a NaN or an infinity on this input. Both are found with norms.
     UNKNOWN: JAX does not differentiate it, or two ways to find out disagree; the record says why.
 
     >>> Verdict('MASKED') is Verdict.MASKED, Verdict.MASKED == 'MASKED'
@@ -86,6 +88,7 @@ class Verdict(enum.StrEnum):
     PIECEWISE_CONSTANT = 'PIECEWISE_CONSTANT'
     UNUSED = 'UNUSED'
     NUMERIC_ZERO = 'NUMERIC_ZERO'
+    NOT_FINITE = 'NOT_FINITE'
     UNKNOWN = 'UNKNOWN'
 
 
@@ -99,12 +102,18 @@ class Obstacle:
       source: the user's line, ``'file:line (function)'``, and where that was called from if it is
         under a jit of the user's own; '' if there is none.
       reason: what JAX says of it, if it is UNKNOWN.
+      alone: whether the gradient would get there if it alone let it through.
     """
 
     verdict: Verdict
     operation: str
     source: str
     reason: str = ''
+    alone: bool = False
+
+    def explain(self) -> str:
+        """Return the operation and the line as a phrase."""
+        return f'{self.operation} at {shortened(self.source)}' if self.source else self.operation
 
 
 class Records:
@@ -166,6 +175,7 @@ class Records:
                         'operation': o.operation,
                         'source': o.source,
                         'reason': o.reason,
+                        'alone': o.alone,
                     }
                     for o in record.obstacles
                 ],

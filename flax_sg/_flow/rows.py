@@ -47,7 +47,7 @@ class Row:
         """How much people look for it: what is unknown, what nothing trains, what ends oddly."""
         cells = [record for cell in self.cells for record in cell]
         trained = {record.name for record in cells if record.reached}
-        if any(record.verdict is Verdict.UNKNOWN for record in cells):
+        if any(record.verdict in (Verdict.UNKNOWN, Verdict.NOT_FINITE) for record in cells):
             return 0
         if len(trained) < len(self.names):
             return 1

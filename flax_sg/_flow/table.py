@@ -21,6 +21,7 @@ COLOURS = {
     Verdict.PIECEWISE_CONSTANT: '#e07b28',
     Verdict.UNUSED: '#8c8c8c',
     Verdict.NUMERIC_ZERO: '#d9b310',
+    Verdict.NOT_FINITE: '#a4133c',
     Verdict.UNKNOWN: '#d62f3c',
 }
 _NOTES = 20  # lines below the table

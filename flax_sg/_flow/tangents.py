@@ -22,7 +22,7 @@ from flax_sg._flow.graph import Context, Edge, Graph, Step, sweep
 from flax_sg._jax.jaxprs import has_tangent
 from flax_sg._views.masks import counts
 
-__all__ = ['Answer', 'Differentiation', 'dependence', 'value_edges']
+__all__ = ['Answer', 'Differentiation', 'dependence', 'evaluated', 'value_edges']
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,13 +71,22 @@ def dependence(jaxpr: Any) -> list[int]:
     """Return from which inputs each output is computed, as bits."""
     graph = Graph(jaxpr, inside=True)
     start = {node: 1 << i for i, node in enumerate(graph.inputs)}
-    sets = sweep(graph, start, lambda step: () if _is_zero(step) else value_edges(step))
+    sets = sweep(graph, start, _tangent_edges)
     return [0 if node is None else sets[node] for node in graph.outputs]
 
 
-def _is_zero(step: Step) -> bool:
-    """Say whether a step is the tangent of what another entry of some views marks."""
-    return step.eqn is not None and counts(step.eqn) is False
+def _tangent_edges(step: Step) -> Iterable[Edge]:
+    """Return from which nodes to which tangents get in a program that computes with tangents."""
+    if step.eqn is not None and counts(step.eqn) is False:
+        return ()  # the tangent of what another entry of some views marks
+    if step.of_nan is None:
+        return value_edges(step)
+    return [
+        (i, o)
+        for place, i in enumerate(step.ins)
+        if place != step.of_nan and i is not None
+        for o in step.outs
+    ]
 
 
 class Differentiation:
@@ -114,7 +123,7 @@ class Differentiation:
             (step.ins[place], o)
             for o, places in zip(step.outs, self._answer(step).live, strict=True)
             for place in places
-            if step.ins[place] is not None
+            if step.ins[place] is not None and place != step.of_nan
         ]
 
     def _answer(self, step: Step) -> Answer:
@@ -186,6 +195,23 @@ def _survive(alone: SingleEquation, context: Context) -> tuple[list[int], str]:
     return [], failures[-1] if context.manual else failures[0]
 
 
+def evaluated(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    """Return the results of an equation."""
+    new = [Var(v.aval) for v in eqn.invars]
+    return jax.core.eval_jaxpr(_alone(eqn.replace(invars=new), new), [], *args)
+
+
+def _alone(eqn: JaxprEqn, inputs: list[Var]) -> Jaxpr:
+    return Jaxpr(
+        constvars=[],
+        invars=inputs,
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=DebugInfo('equation', eqn.primitive.name, None, None),
+    )
+
+
 class SingleEquation:
     """An equation as a function of its inputs, of which some move."""
 
@@ -193,14 +219,7 @@ class SingleEquation:
         self.eqn, self.inputs, self.moving = eqn, inputs, moving
         self.moved = [i for i, v in enumerate(eqn.outvars) if has_tangent(v.aval)]
         self.outputs = eqn.outvars
-        self._jaxpr = Jaxpr(
-            constvars=[],
-            invars=inputs,
-            outvars=list(eqn.outvars),
-            eqns=[eqn],
-            effects=eqn.effects,
-            debug_info=DebugInfo('equation', eqn.primitive.name, None, None),
-        )
+        self._jaxpr = _alone(eqn, inputs)
 
     def of(self, xs: list[Any]) -> Callable[..., list]:
         """Return the equation as a function of what moves to what may move."""

@@ -375,9 +375,9 @@ def loop_whose_length_is_learned(p, x):
     return jax.lax.while_loop(more, step, x).sum()
 
 
-@program('a', a=partly('lt', 'turns', 'beside'))
+@program('a', a=partly('round', 'beside', 'beside'))
 def loop_whose_result_is_rounded(p, x):
-    out = jax.lax.while_loop(lambda s: s.sum() < 9, lambda s: s + jnp.exp(s), p['a'])  # <- turns
+    out = jax.lax.while_loop(lambda s: s.sum() < 9, lambda s: s + jnp.exp(s), p['a'])
     return (jnp.round(out) * x).sum() + (p['a'] * x).sum()  # <- beside
 
 
