@@ -187,7 +187,7 @@ def explain_zero(
 
     losses = {'f': hard, **{name: each.loss for name, each in smoothed.items()}}
     expected = {name: sg.nothing if name == 'f' else 'theta' for name in losses}
-    flow = sg.assert_flow(losses, expected, norms=True)(params, rows, key)
+    flow = sg.assert_flow(losses, expected, params, rows, key, norms=True)
     record = flow['f', 'theta']
     print(
         f'\n{flow}\n\n{record.name} is {record.verdict} for {record.loss}: {record.operation} '

@@ -141,10 +141,10 @@ def lines_of(source, fn):
 
 
 def same_operation(operation, expected):
-    """Compare operations; a star at the end stands for anything."""
+    """Compare operations, or primitives; a star at the end stands for anything."""
     if expected and expected.endswith('*'):
         return operation.startswith(expected[:-1])
-    return operation == expected
+    return operation == expected or bool(operation) and operation.endswith(f' ({expected})')
 
 
 def check_lines(source, mark, fn):

@@ -181,12 +181,18 @@ class Analysis:
                 if step is not None:
                     self.lines[p, k] = self._origin(step).line
 
-    @property
-    def differentiable(self) -> list[int]:
-        """The parameters with a gradient that `jax.grad` can be asked for."""
-        failed = {p for (p, _), (says, _) in self.checked.items() if says is None}
-        places = range(len(self.params))
-        return [p for p in places if has_tangent(self.avals[p]) and p not in failed]
+    def differentiable(self, k: int) -> list[int]:
+        """Return the parameters with a gradient that `jax.grad` can be asked for, of a loss."""
+        return [
+            p
+            for p, aval in enumerate(self.avals)
+            if has_tangent(aval)
+            and self.checked.get((p, k), (True, ''))[0] is not None
+            and not any(
+                o.verdict is Verdict.UNKNOWN and o.reason != NOT_SEEN
+                for _, o in self.obstacles.get((p, k), ())
+            )
+        ]
 
     def located(self, step: Step | None) -> dict[str, Any]:
         """Return operation and source of a step."""

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from flax_sg._errors import UsageError
 from flax_sg._filters.filters import Filter, Predicate, as_filter, written
 from flax_sg._filters.slips import kind_of
 from flax_sg._filters.unmatched import check_matched
-from flax_sg._filters.variables import names_of
-from flax_sg._flow.gradient_flow import gradient_flow
+from flax_sg._flow.gradient_flow import arrays_of, gradient_flow
 from flax_sg._flow.records import FlowRecord, Verdict, shortened
 from flax_sg._flow.report import Flow
 
 __all__ = ['assert_flow']
 
 
+_MISSING = object()
+
+
 def assert_flow(
-    losses: Any, spec: Mapping[str, Predicate], *, norms: bool = False
-) -> Callable[..., Flow]:
+    losses: Any,
+    spec: Mapping[str, Predicate],
+    params: Any = _MISSING,
+    /,
+    *args: Any,
+    norms: bool = False,
+    **kwargs: Any,
+) -> Flow:
     """Assert that each loss reaches the parameters its predicate selects, and nothing else.
 
     Use it in tests and before a long training. It needs no run of the losses.
@@ -30,8 +38,8 @@ def assert_flow(
     ...     code = x * jax.lax.stop_gradient(params['gln']) * params['code']
     ...     return {'gln': (x * params['gln']).sum(), 'code': code.sum()}
     >>> params = {'gln': jnp.ones(3), 'code': jnp.ones(3)}
-    >>> flow = sg.assert_flow(losses, {'gln': 'gln', 'code': 'code'})(params, jnp.ones(3))
-    >>> sg.assert_flow(losses, {'code': ('gln', 'code')})(params, jnp.ones(3))
+    >>> flow = sg.assert_flow(losses, {'gln': 'gln', 'code': 'code'}, params, jnp.ones(3))
+    >>> sg.assert_flow(losses, {'code': ('gln', 'code')}, params, jnp.ones(3))
     Traceback (most recent call last):
     ...
     AssertionError: assert_flow: 1 gradient is not as expected.
@@ -41,16 +49,19 @@ def assert_flow(
       losses: as for :func:`gradient_flow`.
       spec: for each loss a predicate, as of :func:`stop_gradient`, of what it should reach. Losses
         that it does not name are not checked. Paths count from the root of ``params``.
-      norms: run the losses too, and count a gradient that is zero on this input as not reached.
+      params, args, kwargs: what the losses take, as for :func:`gradient_flow`.
+      norms: run the losses too, and count a gradient that is zero or not finite on this input as
+        not reached.
 
     Returns:
-      A function of ``(params, *args, **kwargs)`` that returns the :class:`Flow`.
+      The :class:`Flow`.
 
     Raises:
       AssertionError: lists each LEAK, a parameter that is reached and should not be, each that is
         not reached and should be, and each of which it is not known, with the lines.
       UnmatchedPathError: a glob or a regex of the spec selects no parameter.
-      PredicateError, UsageError: the spec holds no predicates, or names no loss.
+      PredicateError, UsageError: the spec holds no predicates, or names no loss; or there are no
+        parameters.
 
     Source: google/flax issue 1857; ray pull request 65125, a freeze that was forgotten.
     """
@@ -64,36 +75,37 @@ def assert_flow(
         for loss, predicate in spec.items()
     }
     flow_of = gradient_flow(losses, norms=norms)
-
-    def check(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
-        infos = [info for info in names_of(params)[0] if info.collection == 'params']
-        for loss, filter in filters.items():
-            check_matched(filter.patterns(), infos, where=f'assert_flow[{loss!r}]', of='params')
-        flow = flow_of(params, *args, **kwargs)
-        for loss in filters:
-            if loss not in flow.losses:
-                raise UsageError(
-                    f'assert_flow: there is no loss {loss!r}; there is '
-                    f'{", ".join(map(repr, flow.losses))}.'
-                )
-        wrong = [
-            line
-            for loss, filter in filters.items()
-            for info in infos
-            for line in _wrong(flow[loss, info.name], filter, filter.selects(info))
-        ]
-        if wrong:
-            count = '1 gradient is' if len(wrong) == 1 else f'{len(wrong)} gradients are'
-            raise AssertionError('\n  '.join([f'assert_flow: {count} not as expected.', *wrong]))
-        return flow
-
-    return check
+    if params is _MISSING:
+        raise UsageError(
+            'assert_flow was given no parameters, and has asserted nothing; expected '
+            'assert_flow(losses, spec, params, *args), with what the losses take.'
+        )
+    infos = [info for info, _ in arrays_of(params) if info.collection == 'params']
+    for loss, filter in filters.items():
+        check_matched(filter.patterns(), infos, where=f'assert_flow[{loss!r}]', of='params')
+    flow = flow_of(params, *args, **kwargs)
+    for loss in filters:
+        if loss not in flow.losses:
+            raise UsageError(
+                f'assert_flow: there is no loss {loss!r}; there is '
+                f'{", ".join(map(repr, flow.losses))}.'
+            )
+    wrong = [
+        line
+        for loss, filter in filters.items()
+        for info in infos
+        for line in _wrong(flow[loss, info.name], filter, filter.selects(info))
+    ]
+    if wrong:
+        count = '1 gradient is' if len(wrong) == 1 else f'{len(wrong)} gradients are'
+        raise AssertionError('\n  '.join([f'assert_flow: {count} not as expected.', *wrong]))
+    return flow
 
 
 def _wrong(record: FlowRecord, filter: Filter, expected: bool) -> list[str]:
     start, why = f'loss {record.loss!r}: {record.name}', record.explain()
-    if record.verdict is Verdict.UNKNOWN:
-        return [f'{start} is UNKNOWN, {why}.']
+    if record.verdict in (Verdict.UNKNOWN, Verdict.NOT_FINITE):
+        return [f'{start} is {record.verdict}, {why}.']
     if expected and not record.reached:
         return [f'{start} is {record.verdict}{", " + why if why else ""}.']
     if record.reached and not expected:

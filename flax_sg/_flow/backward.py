@@ -1,21 +1,23 @@
 """The backward pass as it runs: norms of gradients, and where a cotangent becomes zero or infinite.
 
 The losses are run as their jaxpr says, each equation under a name, which JAX hands on to what it
-makes of the equation's derivative. The pullback is run one operation at a time too, inside one
-compiled program, and each result that depends on the losses' cotangents is asked two things:
+makes of the equation's derivative. The pullback is run one equation at a time too, once for each
+loss, of which it takes only what that loss's cotangent gets to; each result is asked two things:
 whether all of it is finite, and whether any of it is not zero. So the first operation that loses a
-gradient, or spoils it, is known. Losses come one after another, through the same program.
+gradient, or spoils it, is known. Nothing is compiled but single operations and loops.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
@@ -59,78 +61,70 @@ def gradients(
     Raises:
       Whatever JAX raises where it does not differentiate.
     """
-    losses = range(len(jaxpr.out_avals))
-    found = _Pass(jaxpr, graph, moving, losses).run(values)
-    for k in losses if len(losses) > 1 else ():
-        # Nothing times infinity, of another loss, is a NaN too.
-        if not all(g.is_finite and g.infinite is None for g in found[k]):
-            found[k] = _Pass(jaxpr, graph, moving, [k]).run(values)[0]
-    return found
+    return _Pass(jaxpr, graph, moving).run(values)
 
 
 class _Pass:
-    """A backward pass of some losses, and what is seen of it.
+    """A backward pass of all losses, and what is seen of it.
 
     Attributes:
       graph: of the pullback, from the cotangents of the losses to those of the values.
-      moved: whether each node depends on the cotangents of the losses.
-      seen: the results that are looked at: the equation's key, and which result.
+      moved: which losses' cotangents each node depends on.
     """
 
-    def __init__(self, jaxpr: ClosedJaxpr, graph: Graph, moving: list[int], losses: Sequence[int]):
-        self.jaxpr, self.moving, self.losses = jaxpr, moving, losses
+    def __init__(self, jaxpr: ClosedJaxpr, graph: Graph, moving: list[int]):
+        self.jaxpr, self.moving = jaxpr, moving
         self.steps = {_key(step): step for step in graph.steps if step.eqn is not None}
         self.names = {key: f'{_NAME}{i}' for i, key in enumerate(self.steps)}
         self.by_name = dict(zip(self.names.values(), self.steps.values(), strict=True))
 
     def run(self, values: list[Any]) -> list[list[Gradient]]:
-        sizes, signs = jax.device_get(jax.jit(self._run)(values))
-        return [
-            [
-                self._gradient(i, k, size, signs[k])
-                for i, size in enumerate(zip(*(s[k] for s in sizes), strict=True))
-            ]
-            for k in range(len(self.losses))
-        ]
-
-    def _run(self, values: list[Any]) -> Any:
         def of(*moved: Any) -> list[Any]:
             new = dict(zip(self.moving, moved, strict=True))
             args = [new.get(i, value) for i, value in enumerate(values)]
-            outs = _Named(self.names).run(self.jaxpr, args)
-            return [outs[k] for k in self.losses]
+            return _Named(self.names).run(self.jaxpr, args)
 
-        outs, pull = jax.vjp(of, *(values[i] for i in self.moving))
-        kinds = [x.dtype for x in outs]
-        closed = jax.make_jaxpr(lambda cts: pull(cts))([jnp.zeros((), kind) for kind in kinds])
+        outs, pull = jax.vjp(of, *(jnp.asarray(values[i]) for i in self.moving))
+        closed = jax.make_jaxpr(lambda cts: pull(cts))(list(map(jnp.zeros_like, outs)))
         self.graph = Graph(closed, inside=False)
-        self.moved = sweep(self.graph, dict.fromkeys(self.graph.inputs, 1), value_edges)
-        moves = lambda step: any(n is not None and self.moved[n] for n in step.ins)
-        steps = [step for step in self.graph.steps if step.eqn is not None]
-        keys = {_key(step) for step in steps if moves(step)}
+        starts = {node: 1 << k for k, node in enumerate(self.graph.inputs)}
+        self.moved = sweep(self.graph, starts, value_edges)
+        losses_of: dict[Key, int] = {}
+        for step in self.graph.steps:
+            if step.eqn is not None:
+                sets = (self.moved[n] for n in step.ins if n is not None)
+                losses_of[_key(step)] = functools.reduce(
+                    int.__or__, sets, losses_of.get(_key(step), 0)
+                )
+        keys = {key for key, losses in losses_of.items() if losses}
+        compiled: dict[Key, Any] = {}
+        rows = []
+        for k, out in enumerate(outs):
+            alive = {key for key in keys if losses_of[key] >> k & 1}
+            watch = _Watch(keys, alive, compiled)
+            cts = [jnp.ones_like(out) if j == k else _ZERO for j in range(len(outs))]
+            sizes = [_SIZES if g is _ZERO else _size(g) for g in watch.run(closed, cts)]
+            sizes, signs = jax.device_get((sizes, watch.found))
+            largest = np.concatenate([np.zeros(0), *map(np.atleast_1d, signs)])
+            rows.append(self._row(k, sizes, largest, watch.seen))
+        return rows
 
-        def of_one(row: jax.Array) -> Any:
-            watch = _Watch(keys)
-            cts = [w.astype(kind) for w, kind in zip(row, kinds, strict=True)]
-            grads = watch.run(closed, cts)
-            self.seen = watch.seen
-            return list(map(jnp.stack, zip(*map(_size, grads), strict=True))), watch.signs()
-
-        return lax.map(of_one, jnp.eye(len(outs)))
-
-    def _gradient(self, i: int, k: int, size: tuple, signs: Any) -> Gradient:
-        largest, relative, is_zero, is_finite = size
-        norm = float(largest) * float(relative) if is_finite else float('nan')
-        finite, moving = (
-            dict(zip(self.seen, map(bool, column), strict=True)) for column in signs.T
-        )
-        needed = self._needed(i)
+    def _row(
+        self, k: int, sizes: list[tuple], signs: np.ndarray, seen: list[tuple[Key, int]]
+    ) -> list[Gradient]:
+        finite = dict(zip(seen, np.isfinite(signs).tolist(), strict=True))
+        moving = dict(zip(seen, (signs != 0).tolist(), strict=True))
         given = {node: j == k for j, node in enumerate(self.graph.inputs)}
-        zero = self._first(needed, moving, given, any) if is_zero else None
-        infinite = None
-        if not all(finite.values()):
-            infinite = self._first(needed, finite, dict.fromkeys(given, True), all)
-        return Gradient(norm, bool(is_zero), bool(is_finite), zero, infinite)
+        row = []
+        for i, (most, relative, is_zero) in enumerate(sizes):
+            is_finite = bool(np.isfinite(most))
+            zero = self._first(i, k, moving, given, any) if is_zero else None
+            infinite = None
+            if not all(finite.values()):
+                infinite = self._first(i, k, finite, dict.fromkeys(given, True), all)
+            norm = float(most) * float(relative) if is_finite else float('nan')
+            row.append(Gradient(norm, bool(is_zero), is_finite, zero, infinite))
+        return row
 
     def _needed(self, i: int) -> list[int]:
         node = self.graph.outputs[i]
@@ -138,7 +132,8 @@ class _Pass:
 
     def _first(
         self,
-        needed: list[int],
+        i: int,
+        k: int,
         found: dict[tuple[Key, int], bool],
         given: dict[int, bool],
         among: Callable[[Iterable[bool]], bool],
@@ -146,11 +141,12 @@ class _Pass:
         """Return the first step on the way that makes of what is well something that is not.
 
         Args:
-          needed: the nodes that the gradient is computed from.
+          i, k: the places of the gradient and of the loss.
           found: whether results are well, and ``given`` whether cotangents of losses are.
           among: whether several values are well together, where all or any are.
         """
-        ins_of = lambda step: [n for n in step.ins if n is not None and self.moved[n]]
+        needed = self._needed(i)
+        ins_of = lambda step: [n for n in step.ins if n is not None and self.moved[n] >> k & 1]
         steps = [step for step in self.graph.steps if ins_of(step)]
         well = {node: among is all for step in steps for node in step.outs} | given
         changed = True
@@ -180,39 +176,59 @@ class _Pass:
 _NAME = 'flax_sg_step_'
 
 
+@jax.jit
 def _size(grad: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the largest entry, the norm in units of it, and whether all are zero, or finite."""
+    """Return the largest entry, the norm in units of it, and whether all are zero."""
     wide = jnp.abs(grad).astype(jnp.promote_types(jnp.float32, jnp.abs(grad).dtype))
     largest = jnp.max(wide, initial=0.0)
     unit = jnp.where(largest > 0, largest, 1.0)
-    return (
-        largest,
-        jnp.sqrt(jnp.sum((wide / unit) ** 2)),
-        ~jnp.any(grad != 0),
-        jnp.all(jnp.isfinite(grad)),
-    )
+    return largest, jnp.sqrt(jnp.sum((wide / unit) ** 2)), ~jnp.any(grad != 0)
+
+
+_SIZES = (0.0, 0.0, True)  # of nothing
+
+
+@jax.jit
+def _sign(value: jax.Array) -> jax.Array:
+    """Return a number that is zero if all of a value is, and not finite if any of it is not."""
+    return jnp.max(jnp.abs(value).astype(jnp.float32), initial=0.0)
 
 
 def _key(step: Step) -> Key:
     return (*map(id, step.context.around), id(step.eqn))
 
 
+_ZERO = object()  # a cotangent that is not there
+
+
 class _Watch:
     """Runs a jaxpr, and looks at the results of some of its equations.
 
+    Args:
+      keys: of the equations that depend on cotangents.
+      alive: those of them that are to be run; the results of others are zero. None: all.
+      compiled: loops and branches that were compiled before.
+
     Attributes:
       seen: the results that were looked at.
+      found: the `_sign` of each, one or several together.
     """
 
-    def __init__(self, keys: Collection[Key]):
-        self._keys = keys
-        self._around = {key[:n] for key in keys for n in range(1, len(key))}
+    def __init__(
+        self,
+        keys: Collection[Key],
+        alive: set[Key] | None = None,
+        compiled: dict[Key, Any] | None = None,
+    ):
+        self._keys, self._alive, self._compiled = keys, alive, compiled
+        self._around = _around(keys)
+        self._entered = self._around if alive is None else _around(alive)
         self.seen: list[tuple[Key, int]] = []
-        self._signs: list[jax.Array] = []
+        self.found: list[jax.Array] = []
 
     def signs(self) -> jax.Array:
-        """Return a row for each of `seen`: whether all is finite, and whether any is not zero."""
-        return jnp.concatenate([jnp.zeros((0, 2), bool), *self._signs])
+        """Return the `_sign` of each of `seen`."""
+        return jnp.concatenate([jnp.zeros(0), *map(jnp.atleast_1d, self.found)])
 
     def run(self, jaxpr: Any, args: list, around: Key = ()) -> list:
         """Run a jaxpr that stands in some equations."""
@@ -222,10 +238,24 @@ class _Watch:
         read = lambda v: v.val if isinstance(v, Literal) else env[v]
         for eqn in jaxpr.eqns:
             key = (*around, id(eqn))
-            way = self.ways.get(eqn.primitive.name) if key in self._around else None
-            outs = (way or type(self)._whole)(self, eqn, list(map(read, eqn.invars)), key)
+            if self._is_left_out(key):
+                env.update(dict.fromkeys(eqn.outvars, _ZERO))
+                continue
+            ins = list(map(read, eqn.invars))
+            there = [x for x in ins if x is not _ZERO]
+            if eqn.primitive.name == 'add_any' and len(there) == 1:
+                env[eqn.outvars[0]] = there[0]  # another loss adds nothing
+                continue
+            way = self.ways.get(eqn.primitive.name) if key in self._entered else None
+            ins = [_zeros(v) if x is _ZERO else x for v, x in zip(eqn.invars, ins, strict=True)]
+            outs = (way or type(self)._whole)(self, eqn, ins, key)
             env.update(zip(eqn.outvars, outs, strict=True))
         return list(map(read, jaxpr.outvars))
+
+    def _is_left_out(self, key: Key) -> bool:
+        if self._alive is None or key in self._alive or key in self._entered:
+            return False
+        return key in self._keys or key in self._around
 
     def _whole(self, eqn: JaxprEqn, args: list, key: Key) -> list:
         outs = evaluated(eqn, args)
@@ -233,8 +263,33 @@ class _Watch:
             for place, out in enumerate(outs):
                 if jnp.issubdtype(jnp.result_type(out), jnp.inexact):
                     self.seen.append((key, place))
-                    sign = jnp.stack([jnp.all(jnp.isfinite(out)), jnp.any(out != 0)])
-                    self._signs.append(sign[None])
+                    self.found.append(_sign(out))
+        return outs
+
+    def _inner(self, run: Callable[[_Watch], Any]) -> tuple[Any, jax.Array, list]:
+        """Run something with another watch; return its results, and what that has seen."""
+        watch = type(self)(self._keys)
+        outs = run(watch)
+        return outs, watch.signs(), watch.seen
+
+    def _compile(self, key: Key, run: Callable[[list], tuple], args: list) -> list:
+        """Run what has an inner watch; compiled once for all losses."""
+        if self._compiled is None:
+            outs, signs, seen = run(args)
+        else:
+            if key not in self._compiled:
+                seen = []
+
+                def traced(args: list) -> tuple:
+                    outs, signs, now = run(args)
+                    seen[:] = now
+                    return outs, signs
+
+                self._compiled[key] = jax.jit(traced), seen
+            fn, seen = self._compiled[key]
+            outs, signs = fn(args)
+        self.seen += seen
+        self.found.append(signs)
         return outs
 
     def _call(self, eqn: JaxprEqn, args: list, key: Key) -> list:
@@ -242,45 +297,50 @@ class _Watch:
 
     def _scan(self, eqn: JaxprEqn, args: list, key: Key) -> list:
         consts, carries = jax_compat.scan_counts(eqn.params)
-        seen: list[tuple[Key, int]] = []
 
-        def step(carry: list, xs: list) -> tuple:
-            watch = type(self)(self._keys)
-            outs = watch.run(eqn.params['jaxpr'], [*args[:consts], *carry, *xs], key)
-            seen[:] = watch.seen
-            return outs[:carries], (outs[carries:], watch.signs())
+        def run(args: list) -> tuple:
+            seen: list[tuple[Key, int]] = []
 
-        carry, xs = args[consts : consts + carries], args[consts + carries :]
-        length, reverse = eqn.params['length'], eqn.params['reverse']
-        carry, (ys, signs) = lax.scan(step, carry, xs, length=length, reverse=reverse)
-        self.seen += seen
-        self._signs.append(jnp.stack([signs[..., 0].all(0), signs[..., 1].any(0)], -1))
-        return [*carry, *ys]
+            def step(carry: list, xs: list) -> tuple:
+                body, ins = eqn.params['jaxpr'], [*args[:consts], *carry, *xs]
+                outs, signs, seen[:] = self._inner(lambda watch: watch.run(body, ins, key))
+                return outs[:carries], (outs[carries:], signs)
+
+            carry, xs = args[consts : consts + carries], args[consts + carries :]
+            length, reverse = eqn.params['length'], eqn.params['reverse']
+            carry, (ys, signs) = lax.scan(step, carry, xs, length=length, reverse=reverse)
+            return [*carry, *ys], jnp.max(signs, 0, initial=0.0), seen
+
+        return self._compile(key, run, args)
 
     def _cond(self, eqn: JaxprEqn, args: list, key: Key) -> list:
-        seen: dict[int, list[tuple[Key, int]]] = {}
+        branches = eqn.params['branches']
 
-        def branch(b: int, args: list) -> tuple:
-            watch = type(self)(self._keys)
-            outs = watch.run(eqn.params['branches'][b], args, key)
-            seen[b] = watch.seen
-            return outs, watch.signs()
+        def run(args: list) -> tuple:
+            def branch(b: int, args: list) -> tuple:
+                return self._inner(lambda watch: watch.run(branches[b], args, key))
 
-        places = range(len(eqn.params['branches']))
-        shapes = [jax.eval_shape(lambda args, b=b: branch(b, args)[1], args[1:]) for b in places]
-        none = jnp.array([True, False])  # of a branch that was not taken
+            seen: dict[int, list[tuple[Key, int]]] = {}
 
-        def taken(b: int, args: list) -> tuple:
-            outs, signs = branch(b, args)
-            rest = [jnp.broadcast_to(none, shape.shape) for shape in shapes]
-            return outs, jnp.concatenate([*rest[:b], signs, *rest[b + 1 :]])
+            def shape(b: int) -> Any:
+                def signs(args: list) -> jax.Array:
+                    _, found, seen[b] = branch(b, args)
+                    return found
 
-        outs, signs = lax.switch(
-            args[0], [lambda args, b=b: taken(b, args) for b in places], args[1:]
-        )
-        self.seen += [at for b in places for at in seen[b]]
-        self._signs.append(signs)
-        return outs
+                return jax.eval_shape(signs, args[1:])
+
+            shapes = [shape(b) for b in range(len(branches))]
+
+            def taken(b: int, args: list) -> tuple:
+                outs, signs, _ = branch(b, args)
+                rest = [jnp.zeros(other.shape) for other in shapes]
+                return outs, jnp.concatenate([*rest[:b], signs, *rest[b + 1 :]])
+
+            each = [functools.partial(taken, b) for b in range(len(branches))]
+            outs, signs = lax.switch(args[0], each, args[1:])
+            return outs, signs, [at for b in range(len(branches)) for at in seen[b]]
+
+        return self._compile(key, run, args)
 
     # What stands in other calls, as in the loops of a rule of somebody's, is looked at as a whole.
     ways: dict[str, Callable] = {
@@ -289,6 +349,14 @@ class _Watch:
         'scan': _scan,
         'cond': _cond,
     }
+
+
+def _around(keys: Collection[Key]) -> set[Key]:
+    return {key[:n] for key in keys for n in range(1, len(key))}
+
+
+def _zeros(v: Any) -> jax.Array:
+    return jnp.zeros(v.aval.shape, v.aval.dtype)
 
 
 class _Named(_Watch):

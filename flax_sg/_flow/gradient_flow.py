@@ -20,7 +20,7 @@ from flax_sg._flow.losses import Program, is_array
 from flax_sg._flow.records import FlowRecord, Verdict
 from flax_sg._flow.report import Flow
 
-__all__ = ['gradient_flow']
+__all__ = ['arrays_of', 'gradient_flow']
 
 
 def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
@@ -68,41 +68,53 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
         )
 
     def flow(params: Any, /, *args: Any, **kwargs: Any) -> Flow:
-        named = zip(*names_of(params)[:2], strict=True)
-        infos, leaves = map(list, zip(*((i, x) for i, x in named if is_array(x)), strict=True))
-        infos = [
-            info if info.path else VariableInfo.of(('params',), ('params',), 'params', x)
-            for info, x in zip(infos, leaves, strict=True)
-        ]
+        infos, leaves = map(list, zip(*arrays_of(params), strict=True))
         # Of a module of flax.nnx, whose other Variables are state.
         ours = {info.name for info in infos if info.collection == 'params'}
         shown = [info for info in infos if info.name in ours or not ours]
         twice = [name for name, n in Counter(info.name for info in infos).items() if n > 1]
         if twice:
             raise UsageError(f'gradient_flow: params has two leaves named {twice[0]!r}.')
-        programs = losses if isinstance(losses, Mapping) else {None: losses}
-        records: list[FlowRecord] = []
-        for name, fn in programs.items():
-            program = Program.trace(name, fn, params, args, kwargs)
-            found = _records(program, infos, leaves if norms else None)
-            records += [record for record in found if record.name in ours or not ours]
-        return Flow(tuple(records), shown)
+        program = Program.trace(losses, params, args, kwargs)
+        found = _records(program, infos, leaves if norms else None)
+        return Flow(tuple(r for r in found if r.name in ours or not ours), shown)
 
     return flow
+
+
+def arrays_of(params: Any) -> list[tuple[VariableInfo, Any]]:
+    """Return the arrays of a tree with their names; one that is no tree is called 'params'.
+
+    Raises:
+      UsageError: there are none.
+    """
+    infos, leaves, _ = names_of(params)
+    found = [
+        (info if info.path else VariableInfo.of(('params',), ('params',), 'params', leaf), leaf)
+        for info, leaf in zip(infos, leaves, strict=True)
+        if is_array(leaf)
+    ]
+    if not found:
+        raise UsageError(
+            f'gradient_flow: got {kind_of(params)} as parameters, in which there is no array; '
+            'expected the parameters that the losses take first.'
+        )
+    return found
 
 
 def _records(
     program: Program, infos: list[VariableInfo], values: list[Any] | None
 ) -> Iterator[FlowRecord]:
     findings = Analysis(program)
-    found_at: dict[int, list[Gradient]] = {}
+    found_at: dict[tuple[int, int], Gradient] = {}
     if values is not None:
-        found_at = program.gradients(findings.graph, values, findings.differentiable)
+        params = [findings.differentiable(k) for k in range(len(program.losses))]
+        found_at = program.gradients(findings.graph, values, params)
     for k, loss in enumerate(program.losses):
         for p, info in enumerate(infos):
             found = findings.of(p, k)
-            if p in found_at:
-                found = _with_gradient(found, found_at[p][k], findings)
+            if (p, k) in found_at:
+                found = _with_gradient(found, found_at[p, k], findings)
             elif values is not None and found['verdict'] is Verdict.UNUSED:
                 found = {**found, 'norm': 0.0}
             yield FlowRecord(loss=loss, name=info.name, **found)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from flax_sg._errors import UsageError
+from flax_sg._filters.of_nnx import key_name
+from flax_sg._filters.slips import kind_of
 from flax_sg._flow.backward import Gradient, gradients
 from flax_sg._flow.graph import Graph
 from flax_sg._flow.tangents import dependence
@@ -40,62 +42,82 @@ class Program:
 
     @classmethod
     def trace(
-        cls, name: str | None, fn: Callable, params: Any, args: tuple, kwargs: dict
+        cls, losses: Callable | Mapping[Any, Callable], params: Any, args: tuple, kwargs: dict
     ) -> Program:
         others, other_tree = jax.tree.flatten((args, kwargs))
         places = [i for i, x in enumerate(others) if isinstance(x, jax.ShapeDtypeStruct)]
         shapes = [others[i] for i in places]
 
         given, rebuilt = _arrays_of(params)
+        fns = losses if isinstance(losses, Mapping) else {None: losses}
 
         def call(given: Any, more: list[Any]) -> Any:
             args, kwargs = other_tree.unflatten(_with(others, places, more))
-            return fn(rebuilt(given), *args, **kwargs)
+            params = rebuilt(given)
+            return [fn(params, *args, **kwargs) for fn in fns.values()]
 
         with all_in_sight(True):
             traced = jax.jit(call).trace(given, shapes)  # which hands on modules as they lie
         jaxpr, out = traced.jaxpr, traced.out_info
-        if name is not None or not isinstance(out, Mapping):
-            out = {name or 'loss': out}
-        for key, value in out.items():
-            shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
-            if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-                got = f'{dtype}{list(shape)}' if shape is not None else type(value).__name__
-                raise UsageError(
-                    f'gradient_flow: the loss {str(key)!r} returns {got}; expected a real scalar. '
-                    'Of a loss with further results take the first: '
-                    'lambda *args: loss(*args)[0].'
-                )
-        names = tuple(str(keys[0].key) for keys, _ in jax.tree_util.tree_leaves_with_path(out))
+        wanted: dict[int, str] = {}
+        start = 0
+        for name, of_one in zip(fns, out, strict=True):
+            found = _losses_in(None if name is None else str(name), of_one, params)
+            wanted |= {start + i: name for i, name in found.items()}
+            start += len(jax.tree.leaves(of_one))
+        names = tuple(wanted.values())
         count = len(jaxpr.in_avals) - len(shapes)
 
         def run(leaves: list[Any], more: list[Any]) -> list[Any]:
-            args, _ = traced.in_tree.unflatten([*leaves, *more])
-            return jax.tree.leaves(call(*args))
+            (args, _) = traced.in_tree.unflatten([*leaves, *more])
+            outs = jax.tree.leaves(call(*args))
+            return [outs[i] for i in wanted]
 
-        return cls(run, jaxpr, names, count, shapes)
+        return cls(run, _outputs(jaxpr, [*wanted]), names, count, shapes)
 
     def gradients(
-        self, graph: Graph, values: list[Any], params: list[int], *, tries: int = 16
-    ) -> dict[int, list[Gradient]]:
-        """Run the losses, and return the gradient of each with respect to some parameters.
+        self, graph: Graph, values: list[Any], params: list[list[int]]
+    ) -> dict[tuple[int, int], Gradient]:
+        """Run the losses, and return their gradients, by parameter and loss.
 
-        Where JAX does not differentiate it is asked of each half, as in `depends`; parameters of
-        which it says nothing are left out.
+        What JAX does not differentiate is left out: where it fails, it is asked of each loss by
+        itself, and of each half of the parameters, as in `depends`.
+
+        Args:
+          graph: of the jaxpr.
+          values: of all parameters.
+          params: for each loss, those to differentiate with respect to.
         """
+        losses = [*range(len(self.losses))]
+        if all(each == params[0] for each in params):
+            found = self._gradients(graph, values, params[0], losses, 1)
+            if found is not None:
+                return found
+        each = [self._gradients(graph, values, params[k], [k], 16) for k in losses]
+        return {at: gradient for some in each if some for at, gradient in some.items()}
+
+    def _gradients(
+        self, graph: Graph, values: list[Any], params: list[int], losses: list[int], tries: int
+    ) -> dict[tuple[int, int], Gradient] | None:
         if not params:
             return {}
         try:
-            rows = gradients(self.jaxpr, graph, values, params)
-            return {p: [row[i] for row in rows] for i, p in enumerate(params)}
+            rows = gradients(_outputs(self.jaxpr, losses), graph, values, params)
         except Exception:  # whatever the rules in the program raise
             if len(params) == 1 or tries < 2:
-                return {}
+                return None
+        else:
+            return {
+                (p, k): row[i]
+                for k, row in zip(losses, rows, strict=True)
+                for i, p in enumerate(params)
+            }
         half = len(params) // 2
-        return {
-            **self.gradients(graph, values, params[:half], tries=tries // 2),
-            **self.gradients(graph, values, params[half:], tries=tries // 2),
-        }
+        halves = (
+            self._gradients(graph, values, part, losses, tries // 2)
+            for part in (params[:half], params[half:])
+        )
+        return {at: gradient for some in halves if some for at, gradient in some.items()}
 
     def depends(
         self, params: list[int], *, forward: bool = False, tries: int = 16
@@ -152,6 +174,71 @@ class Program:
         )
         bits = [b >> len(avals) for b in dependence(traced)]
         return [sum(1 << k for k, b in enumerate(bits) if b >> j & 1) for j in range(len(params))]
+
+
+def _losses_in(name: str | None, out: Any, params: Any) -> dict[int, str]:
+    """Return which of a function's results are losses, by place, with their names.
+
+    Whole numbers in a dict are metrics, and so is what a function returns beside a loss.
+    """
+    if isinstance(out, tuple) and len(out) == 2 and _is_loss(out[0]):  # as of has_aux=True
+        out = (out[0], None)
+    found = jax.tree_util.tree_leaves_with_path(out)
+    if isinstance(out, Mapping):
+        start = () if name is None else (name,)
+        named = [('/'.join([*start, *map(key_name, keys)]), x) for keys, x in found]
+        named = [(key, None if _is_metric(x) else x) for key, x in named]
+    else:
+        named = [(name or 'loss', x) for _, x in found[:1]]
+        if len(found) != 1:
+            named = [(name or 'loss', out)]
+    for key, value in named:
+        if value is not None and not _is_loss(value):
+            raise UsageError(_no_loss(key, value, out, params))
+    losses = {i: key for i, (key, value) in enumerate(named) if value is not None}
+    if not losses:
+        raise UsageError(
+            'gradient_flow: the function returns no loss; expected a real scalar or some in a dict'
+        )
+    return losses
+
+
+def _is_loss(value: Any) -> bool:
+    return getattr(value, 'shape', None) == () and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _is_metric(value: Any) -> bool:
+    return not jnp.issubdtype(getattr(value, 'dtype', jnp.float32), jnp.inexact)
+
+
+def _no_loss(key: str, value: Any, out: Any, params: Any) -> str:
+    same = jax.tree.structure(out) == jax.tree.structure(params)
+    shape = getattr(value, 'shape', None)
+    if same and [jnp.shape(x) for x in jax.tree.leaves(out)] == [
+        jnp.shape(x) for x in jax.tree.leaves(params)
+    ]:
+        got = 'a tree like the parameters'
+        way_out = 'Pass the loss itself, and not its gradient, nor a step that returns parameters.'
+    elif shape is not None:
+        got = f'{value.dtype}{list(shape)}'
+        way_out = 'Of an array take the mean, or leave it out of the dict.'
+    else:
+        got = kind_of(value)
+        way_out = (
+            'Of a step of training pass the loss in it; of a loss with further results the first: '
+            'lambda *args: loss(*args)[0].'
+        )
+    return f'gradient_flow: the loss {key!r} returns {got}; expected a real scalar. {way_out}'
+
+
+def _outputs(jaxpr: ClosedJaxpr, places: list[int]) -> ClosedJaxpr:
+    """Return a jaxpr with some of its results alone."""
+    if places == list(range(len(jaxpr.out_avals))):
+        return jaxpr
+    inner = jaxpr.jaxpr
+    info = inner.debug_info._replace(result_paths=None)
+    outs = [inner.outvars[i] for i in places]
+    return ClosedJaxpr(inner.replace(outvars=outs, debug_info=info), jaxpr.consts)
 
 
 def is_array(leaf: Any) -> bool:

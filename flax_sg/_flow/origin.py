@@ -39,7 +39,7 @@ class Origin:
             called = calls[0].eqn.params['name'].lstrip('_')
         else:
             into = call_into_jax(self.eqn.source_info.traceback)
-            called = into[1] if into and into[1] in _public() else name
+            called = into[1] if into and into[1] in _public() else _WORDS.get(name, name)
         return called if called == name else f'{called} ({name})'
 
     @functools.cached_property
@@ -98,6 +98,18 @@ def _line(eqn: JaxprEqn) -> Frame | None:
 
 def _owner_of(call: Call) -> str:
     return owner(jax_compat.written_at(call.eqn.params['jaxpr'])[1])
+
+
+# What people type where JAX has another name.
+_WORDS = {
+    'convert_element_type': 'astype',
+    'eq': '==, equal',
+    'ge': '>=, greater_equal',
+    'gt': '>, greater',
+    'le': '<=, less_equal',
+    'lt': '<, less',
+    'ne': '!=, not_equal',
+}
 
 
 @functools.cache

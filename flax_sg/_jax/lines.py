@@ -129,10 +129,7 @@ def caller(frames: Iterator[Frame], function: str) -> Frame | None:
         if frame.function == function:
             called = True
         elif (
-            called
-            and owner(frame.file) != 'python'
-            and os.path.basename(frame.file)
-            not in ('tree_util.py', 'tree.py', 'traceback_util.py', 'flattree.py')
+            called and owner(frame.file) != 'python' and os.path.basename(frame.file) not in _TREES
         ):
             found, called = frame, False
         if owner(frame.file) not in ('jax', 'jaxlib', 'python'):
@@ -148,8 +145,11 @@ def call_into_jax(traceback: Any) -> tuple[tuple[CodeType, int], str] | None:
             if owner(code.co_filename) not in ('jax', 'jaxlib', 'python'):
                 return (code, at), called
             if owner(code.co_filename) == 'jax' and code.co_name != _FILTER:
-                called = code.co_name
+                # jax.tree.map is not what the user did to a leaf.
+                named = os.path.basename(code.co_filename) not in _TREES
+                called = code.co_name if named else called
     return None
 
 
+_TREES = ('tree_util.py', 'tree.py', 'traceback_util.py', 'flattree.py')
 _FILTER = 'reraise_with_filtered_traceback'  # around many of JAX's functions

@@ -245,7 +245,10 @@ def _ask(block: OpenBlock, known: _Met, variable: Variable) -> Said:
     selected = transform.filter.selects_any(info.names)
     if block.answers is not None:
         for name in (first, *others):
-            block.note_answer(name.plain, transform.says(name))
+            known_as = name.plain
+            if name.path == OUTSIDE:  # which is not one Variable's name
+                known_as = dataclasses.replace(known_as, path=(*OUTSIDE, str(id(variable))))
+            block.note_answer(known_as, transform.says(name))
     return say(info if selected else None)
 
 

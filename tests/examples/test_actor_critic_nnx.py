@@ -148,7 +148,7 @@ def test_the_sum_has_each_part_s_own_gradient(problem):
 def test_each_loss_reaches_its_own_part(problem):
     for run in (example.Agent.losses, example.Agent.losses_in_blocks):
         trains = {'actor': 'actor', 'critic': ('torso', 'critic')}
-        flow = sg.assert_flow(lambda agent, run=run: run(agent, *problem), trains)(agent_of())
+        flow = sg.assert_flow(lambda agent, run=run: run(agent, *problem), trains, agent_of())
         assert flow['actor', 'torso/lower/kernel'].verdict == 'MASKED'
         assert flow['critic', 'actor/lower/kernel'].verdict == 'UNUSED'
 

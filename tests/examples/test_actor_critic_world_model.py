@@ -262,5 +262,5 @@ def test_needs_whole_parts_and_two_seeds(capsys):
 def test_each_loss_reaches_its_own_part(problem):
     params, record = problem
     losses = lambda params: example.Agent().apply({'params': params}, record)
-    flow = sg.assert_flow(losses, {loss: loss for loss in LOSSES})(params)
+    flow = sg.assert_flow(losses, {loss: loss for loss in LOSSES}, params)
     assert flow['actor', 'critic/Dense_0/kernel'].verdict == 'MASKED'

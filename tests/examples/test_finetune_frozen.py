@@ -226,8 +226,8 @@ def test_the_first_stage_reaches_the_head_alone():
     variables, digits = problem(0)
     for stage, spec in ((ft.HEAD, 'head'), (ft.ALL, True)):
         loss = lambda params, *args, stage=stage: ft.loss(params, args[0], stage, args[1])[0]
-        flow = sg.assert_flow(loss, {'loss': spec})(
-            variables['params'], variables['batch_stats'], digits
+        flow = sg.assert_flow(
+            loss, {'loss': spec}, variables['params'], variables['batch_stats'], digits
         )
         held = [record for record in flow if not record.reached]
         assert all(record.operation.startswith(('constant', 'stop_gradient')) for record in held)

@@ -146,6 +146,6 @@ def test_needs_a_step(capsys):
 def test_each_loss_reaches_its_own_part(problem):
     _, params, batch = problem
     losses = lambda params: example.Gan().apply({'params': params}, batch)
-    flow = sg.assert_flow(losses, {part: part for part in PARTS})(params)
+    flow = sg.assert_flow(losses, {part: part for part in PARTS}, params)
     assert {str(r.verdict) for r in flow} == {'REACHED', 'MASKED'}
     assert all(r.operation.startswith('gradient_views') for r in flow if not r.reached)

@@ -147,7 +147,7 @@ def test_what_each_way_holds(way):
 def test_what_is_trained_is_what_the_gradient_reaches():
     model, digits = problem(4)
     loss = lambda model: ex.loss(model, digits, ex.LORA)
-    flow = sg.assert_flow(loss, {'loss': '**/lora_*'})(model)
+    flow = sg.assert_flow(loss, {'loss': '**/lora_*'}, model)
     assert len([record for record in flow if record.reached]) == 8
 
 

@@ -333,7 +333,7 @@ def test_each_loss_reaches_its_own_parameters(modules, setting):
     for element in modules[0].COMPARED:
         compared = world.clone(element=element)
         losses = lambda params, *rest, world=compared: world.apply({'params': params}, *rest)
-        flow = sg.assert_flow(losses, spec)(params, *rest)
+        flow = sg.assert_flow(losses, spec, params, *rest)
         assert flow['gln', 'encoding/explanation/Dense_0/kernel'].verdict == 'MASKED'
         with pytest.raises(AssertionError, match='LEAK'):
-            sg.assert_flow(losses, {**spec, 'code': sg.nothing})(params, *rest)
+            sg.assert_flow(losses, {**spec, 'code': sg.nothing}, params, *rest)

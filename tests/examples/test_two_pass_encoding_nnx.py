@@ -94,7 +94,7 @@ def test_flow(example, setting):
         'reader': ['reader', 'retina'],
     }
     made = example.from_linen(world, params)
-    flow = sg.assert_flow(lambda world: world(*rest), spec)(made)
+    flow = sg.assert_flow(lambda world: world(*rest), spec, made)
     assert flow['gln', 'encoding/explanation/hidden/kernel'].verdict == 'MASKED'
 
 

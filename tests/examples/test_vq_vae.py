@@ -190,5 +190,5 @@ def test_main_draws_digits(tmp_path, capsys):
 def test_each_loss_reaches_its_own_part():
     params, pixels = problem(0)
     spec = {loss: sorted(parts) for loss, parts in TRAINED.items()}
-    flow = sg.assert_flow(vq.terms, spec)(params, pixels)
+    flow = sg.assert_flow(vq.terms, spec, params, pixels)
     assert flow['reconstruction', 'codebook/embedding'].operation == 'stop_gradient'

@@ -195,20 +195,86 @@ def test_losses_that_are_none(wrong, text):
     'loss, text',
     [
         (
-            lambda p: p['w'],
-            "the loss 'loss' returns float32[3]; expected a real scalar. Of a loss with "
-            'further results take the first: lambda *args: loss(*args)[0].',
+            lambda p: p['w'] * 2,
+            "the loss 'loss' returns float32[3]; expected a real scalar. Of an array take the "
+            'mean, or leave it out of the dict.',
         ),
-        (lambda p: (p['w'].sum(), 1.0), "the loss 'loss' returns tuple; expected a real scalar."),
         (
-            lambda p: {'a': p['w'].sum(), 'b': p['w'].argmax()},
-            "the loss 'b' returns int32[]; expected",
+            lambda p: (p['w'].sum(), 1.0, 2.0),
+            "the loss 'loss' returns an object of type tuple; expected a real scalar. Of a step of "
+            'training pass the loss in it; of a loss with further results the first: '
+            'lambda *args: loss(*args)[0].',
+        ),
+        (lambda p: {'a': p['w'].sum(), 'b': p['w']}, "the loss 'b' returns float32[3]; expected"),
+        (lambda p: {'hits': (p['w'] > 0).sum()}, 'the function returns no loss; expected a real'),
+        (
+            jax.grad(lambda p: p['w'].sum()),
+            "the loss 'w' returns a tree like the parameters; expected a real scalar. Pass the "
+            'loss itself, and not its gradient, nor a step that returns parameters.',
+        ),
+        (
+            lambda p: jax.tree.map(lambda v: v - 0.1, p),
+            "the loss 'w' returns a tree like the parameters",
         ),
     ],
 )
 def test_losses_that_are_no_scalars(loss, text):
-    with pytest.raises(sg.UsageError, match=re.escape(text)):
+    with pytest.raises(sg.UsageError, match='^gradient_flow: ' + re.escape(text)):
         sg.gradient_flow(loss)({'w': X})
+
+
+@pytest.mark.parametrize(
+    'loss, names',
+    [
+        (lambda p: (p['w'].sum(), {'logits': p['w']}), ('loss',)),
+        (lambda p: {'a': p['w'].sum(), 'hits': (p['w'] > 0).sum()}, ('a',)),
+        (lambda p: {'a': {'x': p['w'].sum(), 'y': p['w'].prod()}}, ('a/x', 'a/y')),
+        (lambda p: ({'hits': 1, 'z': p['w'].sum()}), ('z',)),
+    ],
+    ids=['has_aux', 'metrics', 'nested', 'numbers'],
+)
+def test_losses_with_what_else_people_return(loss, names):
+    flow = sg.gradient_flow(loss, norms=True)({'w': X})
+    assert flow.losses == names
+    assert all(record.reached and record.norm > 0 for record in flow)
+
+
+def test_parameters_that_hold_no_arrays():
+    for params in ({}, {'f': jnp.tanh}):
+        with pytest.raises(sg.UsageError, match='gradient_flow: got .* in which there is no array'):
+            sg.gradient_flow(lambda p: jnp.float32(0))(params)
+
+
+def test_leaves_that_are_no_arrays_are_held_fixed():
+    params = {'f': jnp.tanh, 'name': 'net', 'scale': 2.0, 'w': X}
+    flow = sg.gradient_flow(lambda p: (p['f'](p['w']) * p['scale']).sum(), norms=True)(params)
+    assert flow.names == ('scale', 'w') and all(record.reached for record in flow)
+
+
+def test_assert_flow_needs_parameters():
+    loss = lambda p: p['w'].sum()
+    with pytest.raises(sg.UsageError, match='^assert_flow was given no parameters, and has asser'):
+        sg.assert_flow(loss, {'loss': 'w'})({'w': X})
+
+
+# Words.
+
+
+@pytest.mark.parametrize(
+    'fn, operation',
+    [
+        (lambda v: v.astype(int).astype(jnp.float32), 'astype (convert_element_type)'),
+        (lambda v: (v < 0.5) * 1.0, '<, less (lt)'),
+        (lambda v: (v == 0.5) * 1.0, '==, equal (eq)'),
+        (lambda v: jnp.greater(v, 0.5) * 1.0, '>, greater (gt)'),
+        (lambda v: jax.tree.map(jnp.sign, v), 'sign'),
+        (lambda v: jax.vmap(jnp.sign)(v), 'sign'),
+        (jnp.floor, 'floor'),
+    ],
+)
+def test_operations_have_the_names_that_people_typed(fn, operation):
+    record = sg.gradient_flow(lambda p: fn(p['a']).sum())({'a': X})['loss', 'a']
+    assert record.operation == operation
 
 
 # Norms.
@@ -306,7 +372,7 @@ def test_a_while_loop_has_forward_mode_alone():
 
     flow = sg.gradient_flow(loss)({'a': X, 'b': X})
     assert flow['loss', 'a'].verdict == 'REACHED_PARTLY' and flow['loss', 'b'].verdict == 'REACHED'
-    assert flow['loss', 'a'].operation == 'lt'  # how often it runs depends on a as well
+    assert flow['loss', 'a'].operation == '<, less (lt)'  # how often it runs depends on a as well
     assert flow['loss', 'a'].reason.startswith('forward mode alone: jax.grad does not')
     assert flow['loss', 'b'].reason == ''
 
@@ -462,13 +528,13 @@ def test_pictures(which, request, tmp_path):
 
 def test_assert_flow_holds():
     spec = {'both': sg.everything & ~sg.path('old'), 'head': 'head'}
-    flow = sg.assert_flow(losses, spec)(PARAMS, X)
+    flow = sg.assert_flow(losses, spec, PARAMS, X)
     assert isinstance(flow, sg.Flow) and flow['head', 'head'].reached
 
 
 def test_assert_flow_lists_leaks_and_what_is_missing():
     with pytest.raises(AssertionError) as caught:
-        sg.assert_flow(losses, {'both': 'head', 'head': ['head', 'encoder', 'old']})(PARAMS, X)
+        sg.assert_flow(losses, {'both': 'head', 'head': ['head', 'encoder', 'old']}, PARAMS, X)
     first, *rest = str(caught.value).splitlines()
     assert first == 'assert_flow: 5 gradients are not as expected.'
     shown = [text.strip() for text in rest]
@@ -491,14 +557,14 @@ def test_assert_flow_counts_what_is_unknown():
     loss = lambda p: jax.pure_callback(lambda w: w, p['a'], p['a']).sum() + p['b'].sum()
     for spec in ('b', ['a', 'b']):
         with pytest.raises(AssertionError, match="loss 'loss': a is UNKNOWN, pure_callback at"):
-            sg.assert_flow(loss, {'loss': spec})({'a': X, 'b': X})
+            sg.assert_flow(loss, {'loss': spec}, {'a': X, 'b': X})
 
 
 def test_assert_flow_with_norms():
     loss = lambda p: 0.0 * p['w'].sum()
-    sg.assert_flow(loss, {'loss': 'w'})({'w': X})
+    sg.assert_flow(loss, {'loss': 'w'}, {'w': X})
     with pytest.raises(AssertionError, match="loss 'loss': w is NUMERIC_ZERO"):
-        sg.assert_flow(loss, {'loss': 'w'}, norms=True)({'w': X})
+        sg.assert_flow(loss, {'loss': 'w'}, {'w': X}, norms=True)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +592,7 @@ def test_assert_flow_with_norms():
 )
 def test_assert_flow_errors(spec, kind, text):
     with pytest.raises(kind, match='^' + re.escape(text)):
-        sg.assert_flow(losses, spec)(PARAMS, X)
+        sg.assert_flow(losses, spec, PARAMS, X)
 
 
 # A model of someone else's, with three things planted in it.

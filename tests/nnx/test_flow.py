@@ -55,9 +55,8 @@ def test_a_module_and_a_state(what, norms):
 
 
 def test_assert_flow():
-    check = sg.assert_flow({'loss': loss}, {'loss': ['layers', 'norm']})
-    check(Net(), X)
+    sg.assert_flow({'loss': loss}, {'loss': ['layers', 'norm']}, Net(), X)
     with pytest.raises(AssertionError, match='encoder/kernel'):
-        sg.assert_flow({'loss': loss}, {'loss': True})(Net(), X)
+        sg.assert_flow({'loss': loss}, {'loss': True}, Net(), X)
     with pytest.raises(sg.UnmatchedPathError, match="matches 'head'"):
-        sg.assert_flow({'loss': loss}, {'loss': 'head'})(Net(), X)
+        sg.assert_flow({'loss': loss}, {'loss': 'head'}, Net(), X)

@@ -200,6 +200,16 @@ def test_a_variable_that_goes_in_the_block_leaves_no_name():
     assert [grads(loss, Net()) for _ in range(5)] == [[0, 50]] * 5
 
 
+def test_variables_outside_of_the_module_of_which_a_predicate_says_different_things():
+    def loss(m, other):
+        with nnx.stop_gradient(
+            nnx.where(lambda v: False) | nnx.within(m.a), allow_unmatched=True
+        ).on(other):
+            return m(1.0) * other(1.0)
+
+    assert grads(loss, Net(), Net()) == [0, 12, 18, 12]
+
+
 def test_a_type_that_nnx_has_registered_by_its_own_name():
     class OwnParam(nnx.Param):
         pass
@@ -222,7 +232,8 @@ def test_a_type_that_nnx_has_registered_by_its_own_name():
 def test_a_collection_that_does_not_exist():
     model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
     typo = sg.constant(collections=['batch_stat'])
-    with pytest.raises(sg.UnmatchedPathError, match="no collection 'batch_stat'. There are: 'batch_stats', 'params'"):
+    message = "no collection 'batch_stat'. There are: 'batch_stats', 'params'"
+    with pytest.raises(sg.UnmatchedPathError, match=message):
         with typo.on(model):
             pass
     with pytest.raises(sg.UnmatchedPathError, match='batch_stat'):
