@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Iterator
 from typing import Any
+
+from jax.extend.core import JaxprEqn
 
 from flax_sg._compat import jax as jax_compat
 from flax_sg._flow.cuts import Cuts
@@ -55,8 +59,10 @@ class Analysis:
             for i in step.ins:
                 if i is not None:
                     self.users.setdefault(i, []).append(step)
-        # By parameter and loss; and whether the tangent goes on past it, see _tangent_escapes.
-        self.obstacles: dict[tuple[int, int], dict[tuple[bool, Obstacle], None]] = {}
+        # By parameter and loss; and how harmless it looks: 1 if it only chooses among values, as a
+        # comparison does, 2 if the tangent goes on past it, see _tangent_escapes.
+        self._starts, self.jaxpr = {self.params[p]: 1 << p for p in moving}, jaxpr
+        self.obstacles: dict[tuple[int, int], dict[tuple[int, Obstacle], None]] = {}
         self.rows: dict[tuple[int, int], dict[Obstacle, None]] = {}  # of those in a row
         self._find_obstacles()
         self.lines: dict[tuple[int, int], str] = {}
@@ -105,7 +111,9 @@ class Analysis:
             found = dataclasses.replace(found, alone=alone)
             for p in _bits(params):
                 for k in _bits(losses):
-                    self.obstacles.setdefault((p, k), {})[bool(past >> p & 1), found] = None
+                    chooses = alone and not self.cuts.unchosen[o] >> k & 1
+                    harmless = 2 if past >> p & 1 else int(chooses)
+                    self.obstacles.setdefault((p, k), {})[harmless, found] = None
                     if row:
                         self.rows.setdefault((p, k), {})[found] = None
 
@@ -113,6 +121,20 @@ class Analysis:
         """Describe what is in the way in a step; in a function with a rule, what ends in there."""
         found = obstacle(self._origin(step), step.outs.index(edge[1]), failure)
         return (found.verdict is Verdict.CUSTOM_ZERO and self._inside(step, edge)) or [found]
+
+    @functools.cached_property
+    def _opened(self) -> _Opened | None:
+        """The same with functions laid open whose rules are somebody's; None if there are none."""
+        rules = (step for step in self.graph.steps if step.eqn is not None)
+        return _Opened(self) if any(_is_anothers(step.eqn) for step in rules) else None
+
+    def ended_inside(self, p: int, k: int) -> dict[str, Any]:
+        """Return what `of` does if no rule of others counts; {} if the gradient gets there then."""
+        if self._opened is None or not has_tangent(self.avals[p]):
+            return {}
+        found = self._opened.of(p, k)
+        row = found if found and not found[0].alone else []
+        return _found(found[0].verdict, found[0], tuple(found), _in_a_row(row)) if found else {}
 
     def _inside(self, step: Step, edge: Edge) -> list[Obstacle]:
         """Find what ends a gradient in a function, whatever the function's own rule makes of it.
@@ -220,6 +242,9 @@ class Analysis:
             None,
         )
         checked, reason = self.checked.get((p, k), (reached, ''))
+        ended = self.ended_inside(p, k)
+        if ended and _is_unclear(reached, checked, obstacles, ended):
+            return ended
         if checked is False and (obstacles or not reached):
             reached = False  # a proof, whatever is not known
         elif unknown is not None:
@@ -229,7 +254,7 @@ class Analysis:
             return {**why, 'verdict': Verdict.UNKNOWN, 'reason': reason}
         if reached:
             line = self.lines.get((p, k)) or None
-            beside = next((o for past, o in found if not past), None)
+            beside = next((o for harmless, o in found if harmless < 2), None)
             if beside is not None:
                 found = _found(Verdict.REACHED_PARTLY, beside, obstacles, reason)
                 return {**found, 'used_at': line}
@@ -250,6 +275,60 @@ class Analysis:
                 'operation': f'its dtype, {self.avals[p].dtype}',
             }
         return {'verdict': Verdict.UNKNOWN, 'reason': 'no operation was found that stops it'}
+
+
+def _is_unclear(
+    reached: bool, checked: bool | None, obstacles: tuple, ended: dict[str, Any]
+) -> bool:
+    """Say whether what is inside functions with rules says more than the steps around them."""
+    operation = obstacles[0].operation if obstacles else ''
+    if not reached:
+        return not obstacles or (
+            obstacles[0].verdict is Verdict.PIECEWISE_CONSTANT and operation.endswith(_RULES)
+        )
+    # What solvers derive from a function has a path for all that they compute in a loop, and zeros
+    # on it; nobody has a rule that passes what a block in the function stops.
+    block = ended['verdict'] is Verdict.MASKED and ended['operation'].split()[0] != 'stop_gradient'
+    return not checked or block
+
+
+_RULES = ('(custom_jvp)', '(custom_vjp)')
+
+
+def _is_anothers(eqn: JaxprEqn) -> bool:
+    """Say whether an equation is a call of a function with a rule that is not JAX's own."""
+    body = eqn.params.get('call_jaxpr')
+    if body is None or eqn.primitive.name not in ('custom_jvp_call', 'custom_vjp_call'):
+        return False
+    file = jax_compat.written_at(body)[1]
+    return owner(file) != 'jax' or 'experimental' in file.split(os.sep)  # as odeint is
+
+
+class _Opened:
+    """The program of an analysis with the rules of others left out."""
+
+    def __init__(self, whole: Analysis):
+        self.graph = Graph(whole.jaxpr, inside=_is_anothers)
+        outputs: dict[int, int] = {}
+        for k, node in enumerate(self.graph.outputs):
+            if node is not None:
+                outputs[node] = outputs.get(node, 0) | 1 << k
+        self.params = self.graph.inputs[: len(whole.params)]
+        moving = {n: 1 << p for p, n in enumerate(self.params) if has_tangent(whole.avals[p])}
+        self.cuts = Cuts(self.graph, whole.rules, moving, outputs)
+
+    def of(self, p: int, k: int) -> list[Obstacle]:
+        """Return what ends a gradient, that which is to be named first."""
+        count = self.cuts.needed(self.params[p], k)
+        if not count:
+            return []
+        found: dict[Obstacle, None] = {}
+        for step, edge in self.cuts.crossed:
+            if any(a >> p & 1 and b >> k & 1 for a, b in self.cuts.on_the_way(edge, count)):
+                origin, failures = Origin(step.at, step.context), self.cuts.failures(step)
+                one = obstacle(origin, step.outs.index(edge[1]), failures.get(edge[0], ''))
+                found[dataclasses.replace(one, alone=count == 1)] = None
+        return sorted(found, key=lambda o: _FIRST[o.verdict])
 
 
 def _in_a_row(row: list[Obstacle]) -> str:

@@ -30,7 +30,7 @@ class Cuts:
     def __init__(
         self, graph: Graph, rules: Differentiation, params: dict[int, int], losses: dict[int, int]
     ):
-        self._graph, self._rules = graph, rules
+        self._graph, self._rules, self._losses = graph, rules, losses
         # What does not depend on a parameter is not asked about.
         self._touched = sweep(graph, dict.fromkeys(params, 1), rules.computed)
         self._fronts = [sweep(graph, params, rules.moved)]
@@ -38,6 +38,18 @@ class Cuts:
 
     def _concerns(self, step: Step) -> bool:
         return any(node is not None and self._touched[node] for node in step.ins)
+
+    @functools.cached_property
+    def unchosen(self) -> list[int]:
+        """The losses to which each node's tangent gets otherwise than by a choice among values."""
+        return sweep(self._graph, self._losses, self._valued, back=True)
+
+    def _valued(self, step: Step) -> Iterator[Edge]:
+        chosen_by = None if step.choice is None else step.ins[step.choice]
+        values = [n for place, n in enumerate(step.ins) if place != step.choice]
+        for edge in self._passed(step):
+            if edge[0] != chosen_by or edge[0] in values:
+                yield edge
 
     @functools.cached_property
     def crossed(self) -> list[tuple[Step, Edge]]:
@@ -71,6 +83,10 @@ class Cuts:
             if sets[source]:
                 start[target] = start.get(target, 0) | sets[source]
         return sweep(self._graph, start, self._passed, back=back)
+
+    def failures(self, step: Step) -> dict[int, str]:
+        """Return why JAX does not differentiate a step, by the node."""
+        return {step.ins[at]: why for at, why in self._rules.failures(step).items()}
 
     def front(self, count: int) -> list[int]:
         """Return the parameters whose tangents would get to each node past some obstacles."""

@@ -114,16 +114,23 @@ def _records(
         for p, info in enumerate(infos):
             found = findings.of(p, k)
             if (p, k) in found_at:
-                found = _with_gradient(found, found_at[p, k], findings)
+                gradient = found_at[p, k]
+                if gradient.is_zero and _is_reached(found):  # a rule that passes on nothing
+                    found = findings.ended_inside(p, k) or found
+                found = _with_gradient(found, gradient, findings)
             elif values is not None and found['verdict'] is Verdict.UNUSED:
                 found = {**found, 'norm': 0.0}
             yield FlowRecord(loss=loss, name=info.name, **found)
 
 
+def _is_reached(found: dict[str, Any]) -> bool:
+    return found['verdict'] in (Verdict.REACHED, Verdict.REACHED_PARTLY)
+
+
 def _with_gradient(found: dict[str, Any], gradient: Gradient, findings: Analysis) -> dict[str, Any]:
     verdict, norm = found['verdict'], gradient.norm
     found = {**found, 'norm': norm}
-    if verdict not in (Verdict.REACHED, Verdict.REACHED_PARTLY):
+    if not _is_reached(found):
         if not gradient.is_zero and verdict is not Verdict.UNKNOWN:
             reason = f'the program says {verdict}, and the gradient has the norm {norm}'
             found |= {'verdict': Verdict.UNKNOWN, 'reason': reason}

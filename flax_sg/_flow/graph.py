@@ -57,6 +57,7 @@ class Step:
       eqn: the equation, or None.
       at: the equation; of a joint that of the loop, branch or reference that it is for.
       of_nan: the operand that comes out for a NaN alone, as in `where(isnan(x), x, 1.0)`, or None.
+      choice: the operand that says which of the others comes out, or None.
     """
 
     ins: tuple[Node, ...]
@@ -65,6 +66,7 @@ class Step:
     at: JaxprEqn
     context: Context
     of_nan: int | None = None
+    choice: int | None = None
 
 
 Edge = tuple[int, int]
@@ -93,7 +95,7 @@ class Graph:
 
     Args:
       jaxpr: closed or not.
-      inside: lay open functions with a derivative rule of their own too.
+      inside: lay open functions with a derivative rule of their own too; or says of which.
       context: where it stands.
 
     Attributes:
@@ -102,13 +104,15 @@ class Graph:
       carried: the nodes in the carries of while loops.
     """
 
-    def __init__(self, jaxpr: Any, *, inside: bool, context: Context = _TOP):
+    def __init__(
+        self, jaxpr: Any, *, inside: bool | Callable[[JaxprEqn], bool], context: Context = _TOP
+    ):
         self.steps: list[Step] = []
         self.size = 0
         self.loops = False
         self.carried: list[int] = []
         self._nan: set[Node] = set()  # what is true of a NaN alone
-        self._inside = inside
+        self._inside = inside if callable(inside) else lambda eqn: inside
         self.inputs = self._new(len(_open(jaxpr).invars))
         self.outputs = self._inline(jaxpr, self.inputs, context)
 
@@ -116,9 +120,9 @@ class Graph:
         self.size += count
         return list(range(self.size - count, self.size))
 
-    def _join(self, at: JaxprEqn, context: Context, *ins: Node) -> int:
+    def _join(self, at: JaxprEqn, context: Context, *ins: Node, choice: int | None = None) -> int:
         (node,) = self._new(1)
-        self.steps.append(Step(ins, (node,), None, at, context))
+        self.steps.append(Step(ins, (node,), None, at, context, choice=choice))
         return node
 
     def _inline(self, jaxpr: Any, ins: list[Node], context: Context) -> list[Node]:
@@ -133,7 +137,7 @@ class Graph:
 
     def _equation(self, eqn: JaxprEqn, ins: list[Node], context: Context) -> list[Node]:
         name = eqn.primitive.name
-        call = CALLS.get(name) or (_CUSTOM.get(name) if self._inside else None)
+        call = CALLS.get(name) or (_CUSTOM.get(name) if self._inside(eqn) else None)
         inner = dataclasses.replace(context, around=(*context.around, eqn))
         if name in ('jit', 'pjit'):
             inner = dataclasses.replace(inner, calls=(*context.calls, Call(eqn)))
@@ -151,8 +155,9 @@ class Graph:
         step = Step(tuple(ins), (*outs, *refs), None if joined else eqn, eqn, context)
         if name == 'ne' and ins[0] == ins[1] or name in _MOVED and ins[0] in self._nan:
             self._nan.update(outs)
-        if name == 'select_n' and ins[0] in self._nan and ins[0] is not None:
-            step.of_nan = 2
+        if name == 'select_n':
+            step.choice = 0
+            step.of_nan = 2 if ins[0] in self._nan and ins[0] is not None else None
         self.steps.append(step)
         return outs
 
@@ -197,11 +202,13 @@ class Graph:
         (more,) = self._inline(params['cond_jaxpr'], [*ins[:cond], *joins], inner)
         outs = self._inline(params['body_jaxpr'], [*ins[cond : cond + body], *joins], inner)
         self._loop_back(start, outs)
-        return [self._join(eqn, context, join, more) for join in joins]
+        return [self._join(eqn, context, join, more, choice=1) for join in joins]
 
     def _cond(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context) -> list[Node]:
         branches = [self._inline(b, ins[1:], inner) for b in eqn.params['branches']]
-        return [self._join(eqn, context, *outs, ins[0]) for outs in zip(*branches, strict=True)]
+        count = len(branches)
+        outs = zip(*branches, strict=True)
+        return [self._join(eqn, context, *each, ins[0], choice=count) for each in outs]
 
     def _views(
         self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context

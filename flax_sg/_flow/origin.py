@@ -12,7 +12,16 @@ from jax.extend.core import JaxprEqn
 from flax_sg._compat import jax as jax_compat
 from flax_sg._flow.graph import Call, Context
 from flax_sg._jax.block_names import block_of
-from flax_sg._jax.lines import Frame, call_into_jax, caller, frames_of, owner, users_line
+from flax_sg._jax.lines import (
+    Frame,
+    call_into_jax,
+    call_into_package,
+    caller,
+    frames_of,
+    is_called_back,
+    owner,
+    users_line,
+)
 
 __all__ = ['Origin']
 
@@ -58,8 +67,9 @@ class Origin:
         for call in reversed(calls[: len(calls) - len(inside)]):
             if _owner_of(call) not in ('jax', 'flax', 'flax_sg'):
                 lines.append(_line(call.eqn))
-        found = list(dict.fromkeys(str(line) for line in lines if line is not None))
-        return ', called at '.join(found)
+        there = [line for line in lines if line is not None]
+        own = [line for line in there if not owner(line.file)]
+        return ', called at '.join(dict.fromkeys(map(str, own or there)))
 
     @functools.cached_property
     def block(self) -> tuple[str, str] | None:
@@ -73,10 +83,15 @@ class Origin:
 
     @functools.cached_property
     def function(self) -> Any:
-        """Which call of one of JAX's own functions it is part of, as a value, or None.
+        """Which call of a function of JAX's or a package's it is part of, as a value, or None.
 
-        A function under jit is known by its call, any other by the instruction that called it.
+        A function under jit is known by its call, any other by the instruction that called it. So
+        is a function of an installed package, with all that it calls.
         """
+        eqns = (self.eqn, *reversed(self.context.around))
+        package = call_into_package(eqn.source_info.traceback for eqn in eqns)
+        if package is not None:
+            return package
         if self._calls_of_jax:
             return self._calls_of_jax[0]
         place = call_into_jax(self.eqn.source_info.traceback)
@@ -84,11 +99,18 @@ class Origin:
 
     @functools.cached_property
     def _calls_of_jax(self) -> tuple[Call, ...]:
-        """The innermost jitted functions around it, as long as they are JAX's own."""
+        """The innermost jitted functions around it, as long as they are JAX's own.
+
+        One that calls a function of the user's, as odeint does, is none for what that does.
+        """
         calls = self.context.calls
-        start = len(calls)
-        while start and _owner_of(calls[start - 1]) == 'jax':
+        start, inner = len(calls), self.eqn
+        while start:
+            file = jax_compat.written_at(calls[start - 1].eqn.params['jaxpr'])[1]
+            if owner(file) != 'jax' or is_called_back(inner.source_info.traceback, file):
+                break
             start -= 1
+            inner = calls[start].eqn
         return calls[start:]
 
 

@@ -19,7 +19,17 @@ import flax
 import jax
 import jaxlib
 
-__all__ = ['Frame', 'call_into_jax', 'caller', 'frames_of', 'here', 'owner', 'users_line']
+__all__ = [
+    'Frame',
+    'call_into_jax',
+    'call_into_package',
+    'caller',
+    'frames_of',
+    'here',
+    'is_called_back',
+    'owner',
+    'users_line',
+]
 
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the package
@@ -149,6 +159,32 @@ def call_into_jax(traceback: Any) -> tuple[tuple[CodeType, int], str] | None:
                 named = os.path.basename(code.co_filename) not in _TREES
                 called = code.co_name if named else called
     return None
+
+
+def call_into_package(tracebacks: Iterable[Any]) -> tuple[CodeType, int] | None:
+    """Return the user's instruction that called into an installed package, if it is one's code.
+
+    ``tracebacks`` are those of an equation and of the equations around it, the innermost first.
+    What a package has traced before has its own frames alone.
+    """
+    inside = False
+    for traceback in tracebacks:
+        for code, at in zip(*traceback.raw_frames(), strict=True) if traceback is not None else ():
+            whose = _whose(code)
+            if whose == 'own':
+                return (code, at) if inside else None
+            inside |= whose == 'installed'
+    return None
+
+
+def is_called_back(traceback: Any, file: str) -> bool:
+    """Say whether the user's own code stands between an equation and the code in a file."""
+    for code, _ in zip(*traceback.raw_frames(), strict=True) if traceback is not None else ():
+        if code.co_filename == file:
+            return False
+        if _whose(code) == 'own':
+            return True
+    return False
 
 
 _TREES = ('tree_util.py', 'tree.py', 'traceback_util.py', 'flattree.py')
