@@ -8,10 +8,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import jax
 from flax import nnx
 
-from flax_sg._filters import modules
+from flax_sg._filters import modules, of_nnx
 from flax_sg._transforms import front_ends
 from flax_sg._transforms.open_blocks import opened
 from flax_sg._transforms.stop_gradient import stop_gradient
@@ -74,8 +73,7 @@ def _is_node(value: Any) -> bool:
 
 
 def _has_variables(tree: Any) -> bool:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return any(isinstance(leaf, nnx.Variable) for leaf in leaves)
+    return next(of_nnx.paths_below(tree), None) is not None
 
 
 def _infos_below(node: Any) -> Any:
