@@ -51,6 +51,7 @@ class _Thread(threading.local):
     as_it_lies = False  # NNX takes Variables apart for a function, or puts them together
     marking = False  # it takes apart what it gives to a function
     giving_back = False  # or what the function returns
+    ruled = False  # a function with a rule of the user's runs, which returns what the rule does
     merging = False  # it puts them together
     given_back: dict[int, Variable]  # what it has written meanwhile
     of_mirrors: dict[int, tuple[Variable, Any]]  # and what it would write to mirrors
@@ -309,7 +310,7 @@ def _handing_on(original, self, *args, **kwargs):
         )
     before = thread.marking, thread.giving_back
     back = nnx_compat.gives_back(self)
-    thread.giving_back, thread.marking = bool(back), back is False
+    thread.giving_back, thread.marking = bool(back) and not thread.ruled, back is False
     try:
         with reading_as_it_lies():
             return original(self, *args, **kwargs)
@@ -408,7 +409,11 @@ def _custom_vjp(original, self, *args, **kwargs):
                         'Pass graph_updates=False to nnx.custom_vjp, or open the block in the '
                         'function.'
                     )
-    return original(self, *args, **kwargs)
+    before, thread.ruled = thread.ruled, True
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        thread.ruled = before
 
 
 def _read_hijax(original, variable):
