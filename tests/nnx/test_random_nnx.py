@@ -17,7 +17,7 @@ def check_seed(seed):
         raise
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize('seed', range(36))
 def test_random_programs(seed):
     check_seed(seed)

@@ -59,6 +59,7 @@ def is_there(shape, f, g):
     return any(bool(grad.any()) for grad in grads)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('names', [*itertools.permutations(OBSTACLES, 2)], ids='-'.join)
 def test_the_cause(names, shape):
