@@ -77,27 +77,32 @@ def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict)
     return outs
 
 
-_ARRAYS = (jax.Array, np.ndarray)
-
-
-def _changes(inner: Any, live: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _changes(
+    inner: Any, live: Any, path: tuple[str, ...] = (), above: tuple[int, ...] = ()
+) -> Iterator[tuple[str, ...]]:
     """Yield what a target has changed in a copy of its module, but for values and new Variables."""
-    if isinstance(inner, nnx.Variable) or isinstance(inner, _ARRAYS):
-        if type(inner) is not type(live) and not isinstance(live, _ARRAYS):
-            yield path
-        return
-    if not isinstance(inner, nnx.Pytree):
-        if inner is not live and not bool(inner == live):
-            yield path
+    kinds = (nnx.Variable, jax.Array, np.ndarray)
+    if id(inner) in above or isinstance(inner, kinds) and isinstance(live, kinds):
         return
     if type(inner) is not type(live):
         yield path
         return
     new, old = (dict(of_nnx.children_of(node)) for node in (inner, live))
+    if not new and not old and not _is_equal(inner, live):
+        yield path
     for name in old.keys() - new.keys():
         yield (*path, str(name))
     for name, child in new.items():
         if name in old:
-            yield from _changes(child, old[name], (*path, str(name)))
+            yield from _changes(child, old[name], (*path, str(name)), (*above, id(inner)))
         elif not isinstance(child, nnx.Variable):
             yield (*path, str(name))
+
+
+def _is_equal(value: Any, other: Any) -> bool:
+    if value is other or isinstance(value, nnx.Pytree):
+        return True
+    try:
+        return bool(value == other)
+    except Exception:  # it cannot say
+        return True

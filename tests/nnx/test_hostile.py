@@ -74,7 +74,8 @@ def test_views_whose_target_calls_a_traced_function_and_reads_on(lift):
     assert float(model.a[...]) == 2
 
 
-def test_branches_of_which_one_writes():
+@pytest.mark.parametrize('first', [True, False])
+def test_branches_of_which_one_writes(first):
     def loss(m, up):
         with sg.scale_gradient(m.a, 0.5):
             copied = nnx.clone(m)
@@ -83,7 +84,10 @@ def test_branches_of_which_one_writes():
                 m.b[...] = 2 * m.b[...]
                 return m(1.0)
 
-            return nnx.cond(up, write, nnx.remat(lambda m: m(1.0)), copied) + copied(1.0)
+            read = nnx.remat(lambda m: m(1.0))
+            if first:
+                return nnx.cond(up, write, read, copied) + copied(1.0)
+            return nnx.switch(2 * up, [read, read, write], copied) + copied(1.0)
 
     for up, want in ((True, [6, 8]), (False, [3, 4])):
         assert grads(functools.partial(loss, up=up), Net()) == want
@@ -528,6 +532,21 @@ class Writing(Net):
     def popped(self, x):
         nnx.pop(self, nnx.Intermediate)
         return self(x)
+
+
+def test_views_of_a_module_that_holds_itself_and_lists():
+    class Around(nnx.Module, pytree=False):
+        def __init__(self):
+            self.parts, self.extra = [Net(), Net()], {'scale': 2.0, 'none': None}
+            self.parts[0].parent = self
+
+        def run(self, x):
+            return self.parts[0](x) * self.parts[1](x) * self.extra['scale']
+
+    def loss(m):
+        return sg.gradient_views({'a': 'parts/0/a', 'b': 'parts/1/b'})(m.run)(1.0)['a']
+
+    assert grads(loss, Around()) == [36, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
