@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import numbers
 from collections.abc import Callable, Iterable, Mapping
@@ -131,9 +132,11 @@ class Program:
         """
         if not params:
             return {}
+        ask = self._pushed if forward else self._pulled
+        with contextlib.suppress(Exception):  # a rule that has closed over the trace of the jaxpr
+            return dict(zip(params, ask(params, self._evaluated), strict=True))
         try:
-            found = self._pushed(params) if forward else self._pulled(params)
-            return dict(zip(params, found, strict=True))
+            return dict(zip(params, ask(params, self.run), strict=True))
         except Exception as error:  # whatever the rules in the program raise
             if len(params) == 1 or tries < 2:
                 first = str(error).strip().partition('\n')[0]
@@ -146,9 +149,13 @@ class Program:
             for key, value in self.depends(part, forward=forward, tries=tries // 2).items()
         }
 
-    def _pulled(self, params: list[int]) -> list[int]:
+    def _evaluated(self, values: list[Any], more: list[Any]) -> list[Any]:
+        """Do as `run` does, with the functions that were traced not called again."""
+        return jax.core.eval_jaxpr(self.jaxpr.jaxpr, self.jaxpr.consts, *values, *more)
+
+    def _pulled(self, params: list[int], run: Callable) -> list[int]:
         def pulled(values: list[Any], more: list[Any], cts: list[Any]) -> Any:
-            of = lambda *moved: self.run(_with(values, params, moved), more)
+            of = lambda *moved: run(_with(values, params, moved), more)
             return jax.vjp(of, *(values[p] for p in params))[1](cts)
 
         avals = self.jaxpr.in_avals
@@ -163,9 +170,9 @@ class Program:
             )
         return [bits >> len(avals) for bits in dependence(traced)]
 
-    def _pushed(self, params: list[int]) -> list[int]:
+    def _pushed(self, params: list[int], run: Callable) -> list[int]:
         def pushed(values: list[Any], more: list[Any], tangents: list[Any]) -> Any:
-            of = lambda *moved: self.run(_with(values, params, moved), more)
+            of = lambda *moved: run(_with(values, params, moved), more)
             return jax.jvp(of, [values[p] for p in params], tangents)[1]
 
         avals = self.jaxpr.in_avals
