@@ -167,8 +167,8 @@ def _ask(eqn: JaxprEqn, context: Context) -> Answer:
     def ask(moving: list[int]) -> None:
         bits, failure = _survive(SingleEquation(eqn, inputs, moving), context)
         if failure and len(moving) > 1:
-            for i in moving:
-                ask([i])
+            ask(moving[: len(moving) // 2])
+            ask(moving[len(moving) // 2 :])
         elif failure:
             failures.update(dict.fromkeys(places[moving[0]], failure))
         else:
