@@ -7,12 +7,15 @@ said of it. When the other Variable is put together that is taken out again, and
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Hashable
 from typing import Any
 
+import jax
+
 from flax_sg._compat import jax as jax_compat
-from flax_sg._compat.nnx import TraceState, Variable, set_trace_state, trace_state_of
+from flax_sg._compat.nnx import TraceState, Variable, set_trace_state, stored, trace_state_of
 from flax_sg._filters.variables import Path, VariableInfo
 from flax_sg._transforms.block import OpenBlock
 from flax_sg._transforms.thread_state import anywhere
@@ -27,6 +30,9 @@ __all__ = [
     'Seen',
     'concerns',
     'is_among',
+    'is_same',
+    'kept',
+    'known_of_another',
     'live_of',
     'mirrors',
     'see',
@@ -212,14 +218,18 @@ class Seen(TraceState):
     ):
         self._jax_trace = state._jax_trace
         self.came = came
-        self.said, self.held, self.done, self.live = said, held, done, live
+        self.said, self.held, self.done, self.live = said, held, kept(done), live
         self.by, self.computed, self.is_derivative = by, computed, is_derivative
 
     def is_done(self, said: Said, value: Any) -> bool:
         """Say whether a value is already what a block makes of it."""
         if self.is_derivative:
             return is_among(said, (*self.said, *self.held))
-        return self.done is value and is_among(said, self.by)
+        return self.is_of(value) and is_among(said, self.by)
+
+    def is_of(self, value: Any) -> bool:
+        """Say whether it is about a value."""
+        return is_same(self.done, value)
 
     def of(self, block: OpenBlock) -> Said | None:
         """Return what a block said."""
@@ -227,13 +237,33 @@ class Seen(TraceState):
 
     def gives_back(self, value: Any) -> Back | None:
         """Return what goes along with the Variable out of the function, if it came into one."""
-        return None if self.came is NOTHING else Back(self.came is not value)
+        if self.came is NOTHING:
+            return None
+        return Back(self.came is not value or not isinstance(value, jax.Array))
 
     def __reduce__(self) -> Any:
         return TraceState, ()
 
     def __deepcopy__(self, memo: dict) -> Seen:
         return self
+
+
+def kept(value: Any) -> Any:
+    """Return what to compare a value with later: a dict may be changed in place meanwhile."""
+    if isinstance(value, jax.Array) or value is NOTHING:
+        return value
+    return jax.tree.map(lambda leaf: leaf, value, is_leaf=lambda leaf: isinstance(leaf, Variable))
+
+
+def is_same(before: Any, value: Any) -> bool:
+    """Say whether a value that was kept is one as it is now."""
+    if before is value:
+        return True
+    if before is NOTHING or isinstance(value, jax.Array):
+        return False
+    is_leaf = lambda leaf: isinstance(leaf, Variable)
+    (a, kind_a), (b, kind_b) = (jax.tree.flatten(x, is_leaf=is_leaf) for x in (before, value))
+    return kind_a == kind_b and all(map(operator.is_, a, b))
 
 
 def is_among(said: Said, others: tuple[Said, ...]) -> bool:
@@ -249,6 +279,15 @@ def see(variable: Variable, *args: Any, **kwargs: Any) -> None:
 def seen_of(variable: Variable) -> Seen | None:
     state = trace_state_of(variable)
     return state if type(state) is Seen else None
+
+
+def known_of_another(variable: Variable, value: Any) -> None:
+    """Let what is known of a value be known of the one that has taken its place."""
+    seen = seen_of(variable)
+    if seen is not None:
+        now = kept(stored(variable))
+        seen.done = now if seen.is_of(value) else seen.done
+        seen.came = now if seen.came is value else seen.came
 
 
 def live_of(variable: Variable) -> Variable:

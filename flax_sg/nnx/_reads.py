@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +37,9 @@ from flax_sg.nnx._marks import (
     Seen,
     concerns,
     is_among,
+    is_same,
+    kept,
+    known_of_another,
     live_of,
     mirrors,
     see,
@@ -147,22 +149,15 @@ def _read_in(block: OpenBlock, variable: Variable, said: Said, value: Any) -> An
     here = jax_compat.trace_state() == block.trace
     reads = met(block).reads
     found = reads.get(id(variable))
-    # A mirror is there for long: its function may draw numbers, and its source may change.
-    once = here and not (block.of_module and block.transform.uses_names)
-    if once and found is not None and _same(found[1], value):
+    # A mirror is there for long: its function may draw numbers. A source may change at any time.
+    transform = block.transform
+    once = here and not (block.of_module and transform.uses_names or transform.needs_names)
+    if once and found is not None and is_same(found[1], value):
         return found[2]
     with named(block.transform, block.line), asking(block):
         out = block.transform.read(said.info, value, _no_other)
-    kept = jax.tree.map(lambda leaf: leaf, value)  # a dict may be changed in place
-    reads[id(variable)] = (variable, kept, out) if here else (variable, None, None)
+    reads[id(variable)] = (variable, kept(value), out) if here else (variable, None, None)
     return out
-
-
-def _same(kept: Any, value: Any) -> bool:
-    if kept is value:
-        return True
-    (a, kind_a), (b, kind_b) = jax.tree.flatten(kept), jax.tree.flatten(value)
-    return kind_a == kind_b and all(map(operator.is_, a, b))
 
 
 def _no_other(collection: str) -> Any:
@@ -334,8 +329,11 @@ def _merging(original, self, graphdef, *args, **kwargs):
         thread.merging = False
     for variable, value in as_they_came:  # so that what is known of the value stays known
         if thread.of_mirrors.pop(id(variable), None) is None:
-            store(variable, value)
             thread.given_back.pop(id(variable), None)
+            if jax_compat.is_as_good(value, stored(variable)):
+                store(variable, value)
+            else:
+                known_of_another(variable, value)
     for variable, value in thread.of_mirrors.values():
         live = live_of(variable)
         if id(live) not in thread.given_back:  # which is newer
@@ -367,7 +365,7 @@ def _copy(original, self, *args, **kwargs):
         elif not thread.as_it_lies:
             see(out, said, done=stored(out), by=said)
         else:
-            same = seen is not None and seen.done is stored(self)
+            same = seen is not None and seen.is_of(stored(self))
             value = stored(out)
             came = value if seen is not None and seen.came is stored(self) else NOTHING
             if same:

@@ -21,6 +21,7 @@ from flax_sg._filters import of_nnx
 from flax_sg._transforms.open_blocks import opened
 from flax_sg._views.gradient_views import GradientViews
 from flax_sg.nnx._blocks import ModuleBlock, also_of
+from flax_sg.nnx._marks import NOTHING, is_same, kept
 from flax_sg.nnx._modules import bound_by_nnx, subclass_named_alike
 
 __all__ = ['views_of', 'views_of_call']
@@ -51,7 +52,7 @@ def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict)
     def call() -> tuple[Any, list[Any]]:
         inner = nnx.merge(graph, state, copy=True)
         copies = dict(nnx.to_flat_state(nnx.state(inner)))
-        before = {path: stored(copy) for path, copy in copies.items()}
+        before = {path: kept(stored(copy)) for path, copy in copies.items()}
         block = ModuleBlock(views.marked(), module)
         also_of(block, [(live[path], copy) for path, copy in copies.items()])
         with opened(block):
@@ -64,7 +65,9 @@ def views_of_call(views: GradientViews, fn: Callable, args: tuple, kwargs: dict)
                 'the target.'
             )
         after = nnx.to_flat_state(nnx.state(inner))
-        made[:] = [(path, v) for path, v in after if stored(v) is not before.get(path, made)]
+        made[:] = [
+            (path, v) for path, v in after if not is_same(before.get(path, NOTHING), stored(v))
+        ]
         return out, [stored(variable) for _, variable in made]
 
     outs, written = views.in_views(call)

@@ -617,3 +617,56 @@ def test_hijax_variables_outside_of_blocks():
     nnx.update(hijax, nnx.state(other))
     copy.deepcopy(hijax)
     assert float(hijax(1.0)) == 35 and float(mirror(1.0)) == 6
+
+
+# What was given to a function, and what is changed in place.
+
+
+@pytest.mark.filterwarnings('ignore:Some donated buffers were not usable')
+def test_donated_arguments():
+    model = Net()
+    step = nnx.jit(lambda m: m(1.0), donate_argnums=0)
+    with sg.scale_gradient(model.a, 0.5):
+        assert [float(step(model)) for _ in range(3)] == [6, 6, 6]
+    assert float(model(1.0)) == 6
+
+
+class Noting(Net):
+    def __init__(self):
+        super().__init__()
+        self.seen = nnx.Variable({'n': jnp.float32(0)})
+        self.d = nnx.Param({'x': jnp.float32(2)})
+
+    def run(self, x):
+        self.seen['n'] = self.seen['n'] + 1
+        return self(x)
+
+
+@lifts
+def test_a_dict_that_is_written_in_place(lift):
+    model = Noting()
+    with sg.stop_gradient(model.a):
+        lift(lambda m: m.run(1.0))(model)
+        sg.gradient_views({'a': 'a'})(model.run)(1.0)
+    assert float(model.seen['n']) == 2
+
+
+@pytest.mark.parametrize(
+    't, want', [(sg.stop_gradient, 0), (lambda p: sg.scale_gradient(p, 0.5), 3)]
+)
+def test_a_dict_that_is_written_in_a_copy(t, want):
+    def loss(m, x):
+        with t(True).on(m):
+            copied = nnx.clone(m)
+            copied.d['x'] = x * x
+            return copied.d['x']
+
+    assert float(nnx.grad(loss, argnums=1)(Noting(), jnp.float32(3))) == want
+
+
+def test_a_source_that_changes_in_the_block():
+    model, target = Net(), Net(5, 7)
+    with sg.replace_values(True, target).on(model):
+        before = float(model(1.0))
+        target.a[...] = jnp.float32(1)
+        assert (before, float(model(1.0))) == (35, 7)
