@@ -15,6 +15,7 @@ __all__ = [
     'child_of',
     'children_of',
     'collection_of',
+    'dicts_below',
     'is_collection',
     'is_module',
     'is_state',
@@ -85,6 +86,25 @@ def paths_below(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
                 yield from visit(child, (*path, str(key)), (*above, id(node)))
 
     return visit(node, (), ())
+
+
+def dicts_below(node: Any) -> list[dict]:
+    """Return the dicts in which modules keep what they hold, from a module down."""
+    found: dict[int, dict] = {}
+
+    def visit(node: Any) -> None:
+        if is_variable(node) or isinstance(node, _LEAVES):
+            return
+        if is_module(node) or isinstance(node, dict):
+            held = vars(node) if is_module(node) else node
+            if id(held) in found:
+                return
+            found[id(held)] = held
+        for _, child in children_of(node):
+            visit(child)
+
+    visit(node)
+    return list(found.values())
 
 
 def child_of(node: Any, name: str) -> Any:

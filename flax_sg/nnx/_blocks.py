@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -156,23 +157,41 @@ class _Met:
     def _found(self, variable: Variable, objects: tuple[Any, ...]) -> list[Path] | None:
         key = tuple(map(id, objects))
         if key not in self._below:
-            self._below[key] = _below(objects)
-        if id(variable) not in self._below[key]:  # or it was put there since
-            self._below[key] = _below(objects) | self._below[key]
-        return self._below[key].get(id(variable), (None, None))[1]
+            self._below[key] = _Below(objects)
+        return self._below[key].paths(variable)
 
 
-# By id, with the Variable, so that the id is not used again.
-_Below = dict[int, tuple[Variable, list[Path]]]
+class _Below:
+    """The Variables below some modules, by paths; looked for again when modules have changed."""
 
+    def __init__(self, objects: tuple[Any, ...]):
+        self._objects = objects
+        # By id, with the Variable, so that the id is not used again.
+        self._found: dict[int, tuple[Variable, list[Path]]] = {}
+        self._look()
 
-def _below(objects: tuple[Any, ...]) -> _Below:
-    found: _Below = {}
-    for node in objects:
-        for path, variable in paths_below(node):
-            live = live_of(variable)
-            found.setdefault(id(live), (live, []))[1].append(path)
-    return found
+    def _look(self) -> None:
+        found: dict[int, tuple[Variable, list[Path]]] = {}
+        for node in self._objects:
+            for path, variable in paths_below(node):
+                live = live_of(variable)
+                found.setdefault(id(live), (live, []))[1].append(path)
+        self._found = found | self._found
+        self._dicts = [each for node in self._objects for each in of_nnx.dicts_below(node)]
+        self._held = self._now()
+
+    def _now(self) -> list[tuple[Any, ...]]:
+        return [tuple(each.values()) for each in self._dicts]
+
+    def paths(self, variable: Variable) -> list[Path] | None:
+        if id(variable) not in self._found:
+            now = self._now()
+            if any(
+                len(a) != len(b) or any(map(operator.is_not, a, b))
+                for a, b in zip(now, self._held, strict=True)
+            ):
+                self._look()
+        return self._found.get(id(variable), (None, None))[1]
 
 
 def met(block: OpenBlock) -> _Met:
