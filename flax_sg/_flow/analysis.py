@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from typing import Any
 
-from jax.extend.core import JaxprEqn
-
-from flax_sg._compat import jax as jax_compat
 from flax_sg._flow.cuts import Cuts
 from flax_sg._flow.graph import Edge, Graph, Step, sweep
 from flax_sg._flow.losses import Program
-from flax_sg._flow.obstacles import NOT_SEEN, obstacle
+from flax_sg._flow.obstacles import FIRST, NOT_SEEN, obstacle
 from flax_sg._flow.origin import Origin
+from flax_sg._flow.others import Opened, in_step, is_anothers
 from flax_sg._flow.records import Obstacle, Verdict
 from flax_sg._flow.tangents import Differentiation
 from flax_sg._jax.jaxprs import has_tangent
-from flax_sg._jax.lines import owner
 
 __all__ = ['Analysis']
-
-# What explains a gradient that is not there, first: what stands in the way is said to be a mask
-# only if there is one, and a mask can be taken away.
-_FIRST = {
-    Verdict.UNKNOWN: 0,
-    Verdict.MASKED: 1,
-    Verdict.CUSTOM_ZERO: 2,
-    Verdict.PIECEWISE_CONSTANT: 3,
-}
 
 
 class Analysis:
@@ -43,16 +30,13 @@ class Analysis:
         self.rules = rules = Differentiation()
         self.params = graph.inputs[:count]
         moving = [p for p in range(count) if has_tangent(self.avals[p])]
-        outputs: dict[int, int] = {}
-        for k, node in enumerate(graph.outputs):
-            if node is not None:
-                outputs[node] = outputs.get(node, 0) | 1 << k
+        outputs = graph.losses
         # Sets of parameters: whose tangents get to a node. Sets of losses: which need a node's
         # value, and to which its tangent gets.
         self.cuts = Cuts(graph, rules, {self.params[p]: 1 << p for p in moving}, outputs)
         self.live, self.alive = self.cuts.front(0), self.cuts.tail(0)
         self.need = sweep(graph, outputs, rules.computed, back=True)
-        self.outputs = outputs
+        self.jaxpr, self.moving = jaxpr, moving
         self._origins: dict[int, Origin] = {}
         self.users: dict[int, list[Step]] = {}
         for step in graph.steps:
@@ -61,7 +45,6 @@ class Analysis:
                     self.users.setdefault(i, []).append(step)
         # By parameter and loss; and how harmless it looks: 1 if it only chooses among values, as a
         # comparison does, 2 if the tangent goes on past it, see _tangent_escapes.
-        self._starts, self.jaxpr = {self.params[p]: 1 << p for p in moving}, jaxpr
         self.obstacles: dict[tuple[int, int], dict[tuple[int, Obstacle], None]] = {}
         self.rows: dict[tuple[int, int], dict[Obstacle, None]] = {}  # of those in a row
         self._find_obstacles()
@@ -108,61 +91,36 @@ class Analysis:
         for found in self._described(step, edge, failure):
             if row and found.verdict is Verdict.UNKNOWN:
                 continue  # no tangent gets there, so that it need not be known
-            found = dataclasses.replace(found, alone=alone)
+            in_row = row or alone and not found.alone  # the row is in a function with a rule
+            found = dataclasses.replace(found, alone=alone and found.alone)
             for p in _bits(params):
                 for k in _bits(losses):
                     chooses = alone and not self.cuts.unchosen[o] >> k & 1
                     harmless = 2 if past >> p & 1 else int(chooses)
                     self.obstacles.setdefault((p, k), {})[harmless, found] = None
-                    if row:
+                    if in_row:
                         self.rows.setdefault((p, k), {})[found] = None
 
     def _described(self, step: Step, edge: Edge, failure: str) -> list[Obstacle]:
         """Describe what is in the way in a step; in a function with a rule, what ends in there."""
         found = obstacle(self._origin(step), step.outs.index(edge[1]), failure)
-        return (found.verdict is Verdict.CUSTOM_ZERO and self._inside(step, edge)) or [found]
+        inside = found.verdict is Verdict.CUSTOM_ZERO and in_step(self.rules, step, edge)
+        return inside or [dataclasses.replace(found, alone=True)]
 
     @functools.cached_property
-    def _opened(self) -> _Opened | None:
+    def _opened(self) -> Opened | None:
         """The same with functions laid open whose rules are somebody's; None if there are none."""
         rules = (step for step in self.graph.steps if step.eqn is not None)
-        return _Opened(self) if any(_is_anothers(step.eqn) for step in rules) else None
+        there = any(is_anothers(step.eqn) for step in rules)
+        return Opened(self.jaxpr, self.rules, self.moving) if there else None
 
     def ended_inside(self, p: int, k: int) -> dict[str, Any]:
         """Return what `of` does if no rule of others counts; {} if the gradient gets there then."""
-        if self._opened is None or not has_tangent(self.avals[p]):
+        if self._opened is None or p not in self.moving:
             return {}
         found = self._opened.of(p, k)
         row = found if found and not found[0].alone else []
         return _found(found[0].verdict, found[0], tuple(found), _in_a_row(row)) if found else {}
-
-    def _inside(self, step: Step, edge: Edge) -> list[Obstacle]:
-        """Find what ends a gradient in a function, whatever the function's own rule makes of it.
-
-        Returns:
-          Nothing, if it does not end in there without the rule, or if the function is JAX's.
-        """
-        body = step.eqn.params.get('call_jaxpr')
-        if body is None or len(getattr(body, 'jaxpr', body).invars) != len(step.ins):
-            return []
-        if owner(jax_compat.written_at(body)[1]) == 'jax':
-            return []
-        around = (*step.context.around, step.eqn)
-        graph = Graph(body, inside=True, context=dataclasses.replace(step.context, around=around))
-        params = {n: 1 for n, i in zip(graph.inputs, step.ins, strict=True) if i == edge[0]}
-        out = graph.outputs[step.outs.index(edge[1])]
-        if out is None:
-            return []
-        cuts = Cuts(graph, self.rules, params, {out: 1})
-        count = min((n for node in params if (n := cuts.needed(node, 0)) is not None), default=0)
-        found = [
-            obstacle(Origin(step.at, step.context), step.outs.index(o), '')
-            for step, (i, o) in cuts.crossed
-            if cuts.on_the_way((i, o), count)
-        ]
-        if any(o.verdict is Verdict.UNKNOWN for o in found):
-            return []
-        return sorted(found, key=lambda o: _FIRST[o.verdict])
 
     def _tangent_escapes(self, step: Step, output: int) -> int:
         """Return the parameters whose tangents leave the function of JAX that a step is part of.
@@ -184,7 +142,7 @@ class Analysis:
                 new = [o for i, o in self.rules.computed(user) if i == node and o not in seen]
                 seen.update(new)
                 nodes += new
-            if node in self.outputs:
+            if node in self.graph.losses:
                 past |= self.live[node]
         return past
 
@@ -228,9 +186,10 @@ class Analysis:
 
     def of(self, p: int, k: int) -> dict[str, Any]:
         """Return verdict, operation, source, reason and obstacles for a parameter and a loss."""
-        rank = lambda o: (not o[1].alone, o[0], _FIRST[o[1].verdict])
+        rank = lambda o: (not o[1].alone, o[0], FIRST[o[1].verdict])
         found = sorted(self.obstacles.get((p, k), ()), key=rank)
-        row = sorted(self.rows.get((p, k), ()), key=lambda o: _FIRST[o.verdict])
+        row = sorted(self.rows.get((p, k), ()), key=lambda o: FIRST[o.verdict])
+        row = [] if found and found[0][1].alone else row
         obstacles = tuple(dict.fromkeys([*row, *(o for _, o in found)]))
         reached = self.reached(p, k)
         unknown = next(
@@ -242,9 +201,10 @@ class Analysis:
             None,
         )
         checked, reason = self.checked.get((p, k), (reached, ''))
-        ended = self.ended_inside(p, k)
-        if ended and _is_unclear(reached, checked, obstacles, ended):
-            return ended
+        if reached or not obstacles or _is_a_rule(obstacles[0]):
+            ended = self.ended_inside(p, k)
+            if ended and (not reached or not checked or _is_a_block(ended)):
+                return ended
         if checked is False and (obstacles or not reached):
             reached = False  # a proof, whatever is not known
         elif unknown is not None:
@@ -277,58 +237,19 @@ class Analysis:
         return {'verdict': Verdict.UNKNOWN, 'reason': 'no operation was found that stops it'}
 
 
-def _is_unclear(
-    reached: bool, checked: bool | None, obstacles: tuple, ended: dict[str, Any]
-) -> bool:
-    """Say whether what is inside functions with rules says more than the steps around them."""
-    operation = obstacles[0].operation if obstacles else ''
-    if not reached:
-        return not obstacles or (
-            obstacles[0].verdict is Verdict.PIECEWISE_CONSTANT and operation.endswith(_RULES)
-        )
-    # What solvers derive from a function has a path for all that they compute in a loop, and zeros
-    # on it; nobody has a rule that passes what a block in the function stops.
-    block = ended['verdict'] is Verdict.MASKED and ended['operation'].split()[0] != 'stop_gradient'
-    return not checked or block
+def _is_a_rule(o: Obstacle) -> bool:
+    """Say whether an obstacle is a function with a rule whose result is whole numbers."""
+    rules = ('(custom_jvp)', '(custom_vjp)')
+    return o.verdict is Verdict.PIECEWISE_CONSTANT and o.operation.endswith(rules)
 
 
-_RULES = ('(custom_jvp)', '(custom_vjp)')
+def _is_a_block(ended: dict[str, Any]) -> bool:
+    """Say whether a block ends a gradient in a function with a rule, which then cannot pass it on.
 
-
-def _is_anothers(eqn: JaxprEqn) -> bool:
-    """Say whether an equation is a call of a function with a rule that is not JAX's own."""
-    body = eqn.params.get('call_jaxpr')
-    if body is None or eqn.primitive.name not in ('custom_jvp_call', 'custom_vjp_call'):
-        return False
-    file = jax_compat.written_at(body)[1]
-    return owner(file) != 'jax' or 'experimental' in file.split(os.sep)  # as odeint is
-
-
-class _Opened:
-    """The program of an analysis with the rules of others left out."""
-
-    def __init__(self, whole: Analysis):
-        self.graph = Graph(whole.jaxpr, inside=_is_anothers)
-        outputs: dict[int, int] = {}
-        for k, node in enumerate(self.graph.outputs):
-            if node is not None:
-                outputs[node] = outputs.get(node, 0) | 1 << k
-        self.params = self.graph.inputs[: len(whole.params)]
-        moving = {n: 1 << p for p, n in enumerate(self.params) if has_tangent(whole.avals[p])}
-        self.cuts = Cuts(self.graph, whole.rules, moving, outputs)
-
-    def of(self, p: int, k: int) -> list[Obstacle]:
-        """Return what ends a gradient, that which is to be named first."""
-        count = self.cuts.needed(self.params[p], k)
-        if not count:
-            return []
-        found: dict[Obstacle, None] = {}
-        for step, edge in self.cuts.crossed:
-            if any(a >> p & 1 and b >> k & 1 for a, b in self.cuts.on_the_way(edge, count)):
-                origin, failures = Origin(step.at, step.context), self.cuts.failures(step)
-                one = obstacle(origin, step.outs.index(edge[1]), failures.get(edge[0], ''))
-                found[dataclasses.replace(one, alone=count == 1)] = None
-        return sorted(found, key=lambda o: _FIRST[o.verdict])
+    What solvers derive from a function has a path for all that they compute in a loop, and zeros on
+    it. Anybody's own stop_gradient may stand in a function whose rule passes a gradient on purpose.
+    """
+    return ended['verdict'] is Verdict.MASKED and ended['operation'].split()[0] != 'stop_gradient'
 
 
 def _in_a_row(row: list[Obstacle]) -> str:

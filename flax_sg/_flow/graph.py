@@ -9,6 +9,7 @@ loops are nested. The graph knows JAX's ways of calling, and nothing about deriv
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,10 +112,19 @@ class Graph:
         self.size = 0
         self.loops = False
         self.carried: list[int] = []
-        self._nan: set[Node] = set()  # what is true of a NaN alone
+        self._nan: dict[Node, int] = {}  # what tells a NaN from numbers
         self._inside = inside if callable(inside) else lambda eqn: inside
         self.inputs = self._new(len(_open(jaxpr).invars))
         self.outputs = self._inline(jaxpr, self.inputs, context)
+
+    @functools.cached_property
+    def losses(self) -> dict[int, int]:
+        """The outputs by node, as sets: which of them it is."""
+        found: dict[int, int] = {}
+        for k, node in enumerate(self.outputs):
+            if node is not None:
+                found[node] = found.get(node, 0) | 1 << k
+        return found
 
     def _new(self, count: int) -> list[int]:
         self.size += count
@@ -153,13 +163,23 @@ class Graph:
         joined = refs or any(jax_compat.is_ref(v.aval) for v in eqn.outvars)
         self.loops |= bool(joined)
         step = Step(tuple(ins), (*outs, *refs), None if joined else eqn, eqn, context)
-        if name == 'ne' and ins[0] == ins[1] or name in _MOVED and ins[0] in self._nan:
-            self._nan.update(outs)
+        self._note_nan(name, ins, outs)
         if name == 'select_n':
-            step.choice = 0
-            step.of_nan = 2 if ins[0] in self._nan and ins[0] is not None else None
+            step.choice, step.of_nan = 0, self._nan.get(ins[0])
         self.steps.append(step)
         return outs
+
+    def _note_nan(self, name: str, ins: list[Node], outs: list[int]) -> None:
+        """Note what tells a NaN from numbers: the place of what a `select_n` takes for it."""
+        place = None
+        if name in ('ne', 'eq') and ins[0] is not None and ins[0] == ins[1]:
+            place = 2 if name == 'ne' else 1
+        elif name in _MOVED and ins[0] in self._nan:
+            place = self._nan[ins[0]]
+        elif name == 'not' and ins[0] in self._nan:
+            place = 3 - self._nan[ins[0]]
+        if place is not None:
+            self._nan.update(dict.fromkeys(outs, place))
 
     def _scan(self, eqn: JaxprEqn, ins: list[Node], context: Context, inner: Context) -> list[Node]:
         consts, carries = jax_compat.scan_counts(eqn.params)

@@ -12,8 +12,16 @@ from flax_sg._jax.jaxprs import has_tangent
 from flax_sg._jax.lines import owner
 from flax_sg._views.masks import is_view_mask
 
-__all__ = ['NOT_SEEN', 'obstacle']
+__all__ = ['FIRST', 'NOT_SEEN', 'obstacle']
 
+# What explains a gradient that is not there, first: what stands in the way is said to be a mask
+# only if there is one, and a mask can be taken away.
+FIRST = {
+    Verdict.UNKNOWN: 0,
+    Verdict.MASKED: 1,
+    Verdict.CUSTOM_ZERO: 2,
+    Verdict.PIECEWISE_CONSTANT: 3,
+}
 NOT_SEEN = 'what is inside was not looked at'
 
 
