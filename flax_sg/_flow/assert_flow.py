@@ -94,7 +94,7 @@ def assert_flow(
         line
         for loss, filter in filters.items()
         for info in infos
-        for line in _wrong(flow[loss, info.name], filter, filter.selects(info))
+        for line in _wrong(flow[loss, info.name], filter, filter.selects(info), norms)
     ]
     if wrong:
         count = '1 gradient is' if len(wrong) == 1 else f'{len(wrong)} gradients are'
@@ -102,12 +102,14 @@ def assert_flow(
     return flow
 
 
-def _wrong(record: FlowRecord, filter: Filter, expected: bool) -> list[str]:
+def _wrong(record: FlowRecord, filter: Filter, expected: bool, norms: bool) -> list[str]:
     start, why = f'loss {record.loss!r}: {record.name}', record.explain()
     if record.verdict in (Verdict.UNKNOWN, Verdict.NOT_FINITE):
         return [f'{start} is {record.verdict}, {why}.']
     if expected and not record.reached:
         return [f'{start} is {record.verdict}{", " + why if why else ""}.']
+    if record.reached and expected and norms and record.norm is None:
+        return [f'{start} has no norm, {why}.']
     if record.reached and not expected:
         line = f', reached at {shortened(record.used_at)}' if record.used_at else ''
         return [f'{start} is a LEAK{line}; the spec has {written(filter)}.']

@@ -25,7 +25,7 @@ from flax_sg._compat import jax as jax_compat
 from flax_sg._flow.graph import CALLS, Graph, Step, sweep
 from flax_sg._flow.tangents import evaluated, value_edges
 
-__all__ = ['Gradient', 'gradients']
+__all__ = ['BackwardPass', 'Gradient']
 
 Key = tuple[int, ...]  # the ids of the equations around an equation, and of it
 
@@ -37,38 +37,27 @@ class Gradient:
     Attributes:
       norm: in as many digits as Python has.
       is_zero, is_finite: of all of it.
-      zero, infinite: the step in whose derivative it becomes all zero; in whose a cotangent on its
-        way, or it itself, becomes infinite or NaN; or None.
+      zero, infinite: find the step in whose derivative it becomes all zero; in whose a cotangent on
+        its way, or it itself, becomes infinite or NaN; or None.
     """
 
     norm: float
     is_zero: bool
     is_finite: bool
-    zero: Step | None
-    infinite: Step | None
+    zero: Callable[[], Step | None]
+    infinite: Callable[[], Step | None]
 
 
-def gradients(
-    jaxpr: ClosedJaxpr, graph: Graph, values: list[Any], moving: list[int]
-) -> list[list[Gradient]]:
-    """Return for each loss the gradients with respect to some values.
+class BackwardPass:
+    """A backward pass of losses, and what is seen of it.
 
     Args:
-      jaxpr: gives the losses, real scalars, for the values, which are arrays.
+      jaxpr: gives the losses, real scalars, for some arrays.
       graph: of that.
-      moving: the places of values of real or complex numbers.
-
-    Raises:
-      Whatever JAX raises where it does not differentiate.
-    """
-    return _Pass(jaxpr, graph, moving).run(values)
-
-
-class _Pass:
-    """A backward pass of all losses, and what is seen of it.
+      moving: the places of arrays of real or complex numbers, to differentiate with respect to.
 
     Attributes:
-      graph: of the pullback, from the cotangents of the losses to those of the values.
+      graph: of the pullback, from the cotangents of the losses to those of the arrays.
       moved: which losses' cotangents each node depends on.
     """
 
@@ -79,6 +68,12 @@ class _Pass:
         self.by_name = dict(zip(self.names.values(), self.steps.values(), strict=True))
 
     def run(self, values: list[Any]) -> list[list[Gradient]]:
+        """Return for each loss the gradients.
+
+        Raises:
+          Whatever JAX raises where it does not differentiate.
+        """
+
         def of(*moved: Any) -> list[Any]:
             new = dict(zip(self.moving, moved, strict=True))
             args = [new.get(i, value) for i, value in enumerate(values)]
@@ -118,10 +113,11 @@ class _Pass:
         row = []
         for i, (most, relative, is_zero) in enumerate(sizes):
             is_finite = bool(np.isfinite(most))
-            zero = self._first(i, k, moving, given, any) if is_zero else None
-            infinite = None
+            first = functools.partial(self._first, i, k)
+            zero = functools.partial(first, moving, given, any)
+            infinite = lambda: None
             if not all(finite.values()):
-                infinite = self._first(i, k, finite, dict.fromkeys(given, True), all)
+                infinite = functools.partial(first, finite, dict.fromkeys(given, True), all)
             norm = float(most) * float(relative) if is_finite else float('nan')
             row.append(Gradient(norm, bool(is_zero), is_finite, zero, infinite))
         return row
@@ -179,7 +175,8 @@ _NAME = 'flax_sg_step_'
 @jax.jit
 def _size(grad: jax.Array) -> tuple[jax.Array, ...]:
     """Return the largest entry, the norm in units of it, and whether all are zero."""
-    wide = jnp.abs(grad).astype(jnp.promote_types(jnp.float32, jnp.abs(grad).dtype))
+    size = jnp.abs(grad)
+    wide = size.astype(jnp.promote_types(jnp.float32, size.dtype))
     largest = jnp.max(wide, initial=0.0)
     unit = jnp.where(largest > 0, largest, 1.0)
     return largest, jnp.sqrt(jnp.sum((wide / unit) ** 2)), ~jnp.any(grad != 0)
@@ -191,7 +188,8 @@ _SIZES = (0.0, 0.0, True)  # of nothing
 @jax.jit
 def _sign(value: jax.Array) -> jax.Array:
     """Return a number that is zero if all of a value is, and not finite if any of it is not."""
-    return jnp.max(jnp.abs(value).astype(jnp.float32), initial=0.0)
+    size = jnp.abs(value)
+    return jnp.max(size.astype(jnp.promote_types(jnp.float32, size.dtype)), initial=0.0)
 
 
 def _key(step: Step) -> Key:

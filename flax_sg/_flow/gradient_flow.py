@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+
 from flax_sg._errors import UsageError
 from flax_sg._filters.slips import kind_of
 from flax_sg._filters.variables import VariableInfo, names_of
@@ -44,8 +46,9 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
     Args:
       losses: a dict of functions that return a scalar, a function that returns a dict of scalars,
         or one that returns a scalar, which is called ``'loss'``.
-      norms: compile and run the losses once too, and give each record the norm of its gradient;
-        finds gradients that are zero on this input alone.
+      norms: run the losses too, forward once and back for each, one operation at a time, and give
+        each record the norm of its gradient; finds gradients that are zero or not finite on this
+        input, and the operation at which they become so.
 
     Returns:
       A function of ``(params, *args, **kwargs)`` as the losses take them, that returns a
@@ -54,8 +57,8 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
       ``jax.ShapeDtypeStruct`` unless ``norms``.
 
     Raises:
-      UsageError: ``losses`` are none, a loss does not return a real scalar, or two parameters have
-        one name, as 'a/b' and b in a.
+      UsageError: ``losses`` are none, one does not return a real scalar, there are no arrays among
+        the parameters, or two have one name, as 'a/b' and b in a; with norms, an array is abstract.
 
     Source: jax issue 10867, google/flax issue 1857.
     """
@@ -75,11 +78,22 @@ def gradient_flow(losses: Any, *, norms: bool = False) -> Callable[..., Flow]:
         twice = [name for name, n in Counter(info.name for info in infos).items() if n > 1]
         if twice:
             raise UsageError(f'gradient_flow: params has two leaves named {twice[0]!r}.')
+        abstract = [i.name for i, x in zip(infos, leaves, strict=True) if _is_abstract(x)]
+        if norms and (abstract or any(map(_is_abstract, jax.tree.leaves((args, kwargs))))):
+            what = f'the parameter {abstract[0]!r}' if abstract else 'an argument'
+            raise UsageError(
+                f'gradient_flow: norms=True runs the losses, and {what} is a ShapeDtypeStruct; '
+                'expected arrays. Pass arrays, or leave norms out.'
+            )
         program = Program.trace(losses, params, args, kwargs)
         found = _records(program, infos, leaves if norms else None)
         return Flow(tuple(r for r in found if r.name in ours or not ours), shown)
 
     return flow
+
+
+def _is_abstract(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def arrays_of(params: Any) -> list[tuple[VariableInfo, Any]]:
@@ -106,20 +120,20 @@ def _records(
     program: Program, infos: list[VariableInfo], values: list[Any] | None
 ) -> Iterator[FlowRecord]:
     findings = Analysis(program)
-    found_at: dict[tuple[int, int], Gradient] = {}
+    found_at: dict[tuple[int, int], Gradient | str] = {}
     if values is not None:
         params = [findings.differentiable(k) for k in range(len(program.losses))]
         found_at = program.gradients(findings.graph, values, params)
     for k, loss in enumerate(program.losses):
         for p, info in enumerate(infos):
             found = findings.of(p, k)
-            if (p, k) in found_at:
-                gradient = found_at[p, k]
+            gradient = found_at.get((p, k))
+            if isinstance(gradient, Gradient):
                 if gradient.is_zero and _is_reached(found):  # a rule that passes on nothing
                     found = findings.ended_inside(p, k) or found
                 found = _with_gradient(found, gradient, findings)
-            elif values is not None and found['verdict'] is Verdict.UNUSED:
-                found = {**found, 'norm': 0.0}
+            elif gradient is not None and _is_reached(found):
+                found = {**found, 'reason': found['reason'] or gradient}
             yield FlowRecord(loss=loss, name=info.name, **found)
 
 
@@ -135,15 +149,13 @@ def _with_gradient(found: dict[str, Any], gradient: Gradient, findings: Analysis
             reason = f'the program says {verdict}, and the gradient has the norm {norm}'
             found |= {'verdict': Verdict.UNKNOWN, 'reason': reason}
         return found
-    if gradient.infinite is not None or not gradient.is_finite:
-        reason = '' if gradient.is_finite else 'the gradient is not finite'
+    spoiled = gradient.infinite()
+    if spoiled is not None or not gradient.is_finite:
+        reason = 'the gradient is not finite'
         if gradient.is_finite:
             reason = 'a cotangent on its way is infinite, and is not chosen on this input'
-        return (
-            found
-            | findings.located(gradient.infinite)
-            | {'verdict': Verdict.NOT_FINITE, 'reason': reason}
-        )
+        found |= {'verdict': Verdict.NOT_FINITE, 'reason': reason}
+        return found | findings.located(spoiled)
     if gradient.is_zero:
-        return found | findings.located(gradient.zero) | {'verdict': Verdict.NUMERIC_ZERO}
+        return found | findings.located(gradient.zero()) | {'verdict': Verdict.NUMERIC_ZERO}
     return found

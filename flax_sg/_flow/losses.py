@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr
 from flax_sg._errors import UsageError
 from flax_sg._filters.of_nnx import key_name
 from flax_sg._filters.slips import kind_of
-from flax_sg._flow.backward import Gradient, gradients
+from flax_sg._flow.backward import BackwardPass, Gradient
 from flax_sg._flow.graph import Graph
 from flax_sg._flow.tangents import dependence
 from flax_sg._views.masks import all_in_sight
@@ -78,11 +78,11 @@ class Program:
 
     def gradients(
         self, graph: Graph, values: list[Any], params: list[list[int]]
-    ) -> dict[tuple[int, int], Gradient]:
-        """Run the losses, and return their gradients, by parameter and loss.
+    ) -> dict[tuple[int, int], Gradient | str]:
+        """Run the losses, and return their gradients, by parameter and loss, or why there is none.
 
-        What JAX does not differentiate is left out: where it fails, it is asked of each loss by
-        itself, and of each half of the parameters, as in `depends`.
+        Where JAX does not differentiate all together, it is asked of each loss by itself, and of
+        each half of the parameters, as in `depends`.
 
         Args:
           graph: of the jaxpr.
@@ -92,21 +92,21 @@ class Program:
         losses = [*range(len(self.losses))]
         if all(each == params[0] for each in params):
             found = self._gradients(graph, values, params[0], losses, 1)
-            if found is not None:
+            if not any(isinstance(gradient, str) for gradient in found.values()):
                 return found
-        each = [self._gradients(graph, values, params[k], [k], 16) for k in losses]
-        return {at: gradient for some in each if some for at, gradient in some.items()}
+        each = (self._gradients(graph, values, params[k], [k], 16) for k in losses)
+        return {at: gradient for some in each for at, gradient in some.items()}
 
     def _gradients(
         self, graph: Graph, values: list[Any], params: list[int], losses: list[int], tries: int
-    ) -> dict[tuple[int, int], Gradient] | None:
+    ) -> dict[tuple[int, int], Gradient | str]:
         if not params:
             return {}
         try:
-            rows = gradients(_outputs(self.jaxpr, losses), graph, values, params)
-        except Exception:  # whatever the rules in the program raise
+            rows = BackwardPass(_outputs(self.jaxpr, losses), graph, params).run(values)
+        except Exception as error:  # whatever the rules in the program raise
             if len(params) == 1 or tries < 2:
-                return None
+                return {(p, k): _why(error) for p in params for k in losses}
         else:
             return {
                 (p, k): row[i]
@@ -118,7 +118,7 @@ class Program:
             self._gradients(graph, values, part, losses, tries // 2)
             for part in (params[:half], params[half:])
         )
-        return {at: gradient for some in halves if some for at, gradient in some.items()}
+        return {at: gradient for some in halves for at, gradient in some.items()}
 
     def depends(
         self, params: list[int], *, forward: bool = False, tries: int = 16
@@ -139,9 +139,7 @@ class Program:
             return dict(zip(params, ask(params, self.run), strict=True))
         except Exception as error:  # whatever the rules in the program raise
             if len(params) == 1 or tries < 2:
-                first = str(error).strip().partition('\n')[0]
-                why = f'JAX does not differentiate it: {type(error).__name__}: {first}'
-                return dict.fromkeys(params, why)
+                return dict.fromkeys(params, _why(error))
         half = len(params) // 2
         return {
             key: value
@@ -246,6 +244,11 @@ def _outputs(jaxpr: ClosedJaxpr, places: list[int]) -> ClosedJaxpr:
     info = inner.debug_info._replace(result_paths=None)
     outs = [inner.outvars[i] for i in places]
     return ClosedJaxpr(inner.replace(outvars=outs, debug_info=info), jaxpr.consts)
+
+
+def _why(error: Exception) -> str:
+    first = str(error).strip().partition('\n')[0]
+    return f'JAX does not differentiate it: {type(error).__name__}: {first}'
 
 
 def is_array(leaf: Any) -> bool:

@@ -201,3 +201,73 @@ def test_numbers_in_a_loop_and_in_a_branch():
     )
     assert 'relu' in flow['stacked', 'b'].operation
     assert flow['branch', 'b'].verdict == 'NUMERIC_ZERO' and flow['branch', 'b'].operation == 'mul'
+
+
+def test_numbers_in_double_precision():
+    with jax.enable_x64(True):
+        params = {'small': jnp.full(3, 1.0), 'large': jnp.full(3, 1.0)}
+        loss = lambda p: (1e-60 * p['small']).sum() + (1e200 * p['large']).sum()
+        flow = sg.gradient_flow(loss, norms=True)(params)
+        for name, size in (('small', 1e-60), ('large', 1e200)):
+            assert flow['loss', name].verdict == 'REACHED'
+            assert flow['loss', name].norm == pytest.approx(size * 3**0.5)
+
+
+def test_norms_need_arrays():
+    abstract = jax.ShapeDtypeStruct((3,), jnp.float32)
+    loss = lambda p, x: (p['a'] * x).sum()
+    for args, what in (
+        (({'a': abstract}, X), "the parameter 'a'"),
+        (({'a': X}, abstract), 'an arg'),
+    ):
+        with pytest.raises(
+            sg.UsageError, match=f'norms=True runs the losses, and {what}.* is a Shape'
+        ):
+            sg.gradient_flow(loss, norms=True)(*args)
+        with pytest.raises(sg.UsageError, match='ShapeDtypeStruct'):
+            sg.assert_flow(loss, {'loss': 'a'}, *args, norms=True)
+
+
+def test_an_assertion_with_norms_does_not_pass_without_them():
+    def loss(p):
+        return jax.lax.while_loop(lambda s: s.sum() < 9, lambda s: s + jnp.exp(s), p['a']).sum()
+
+    sg.assert_flow(loss, {'loss': 'a'}, {'a': X})
+    with pytest.raises(AssertionError, match='a has no norm, .*forward mode alone'):
+        sg.assert_flow(loss, {'loss': 'a'}, {'a': X}, norms=True)
+
+
+def test_a_row_in_a_function_with_a_rule():
+    @jax.custom_vjp
+    def f(x):
+        return jnp.round(jnp.sign(x) * 3.3)
+
+    f.defvjp(lambda x: (f(x), x), lambda x, ct: (jnp.zeros_like(x),))
+    record = sg.gradient_flow(lambda p: f(p['a']).sum())({'a': X})['loss', 'a']
+    assert record.operation == 'sign' and 'in a row with round at ' in record.reason
+    assert not any(o.alone for o in record.obstacles)
+
+
+@pytest.mark.parametrize(
+    'step',
+    [
+        lambda x: jnp.heaviside(x, 0.5),
+        lambda x: jnp.where(jnp.isnan(x), x, jnp.sign(x)),
+        lambda x: jnp.where(~jnp.isnan(x), jnp.sign(x), x),
+        lambda x: jnp.where(x == x, jnp.sign(x), x),
+        lambda x: jnp.where(jnp.isnan(x)[None], x, jnp.sign(x))[0],
+    ],
+)
+def test_what_comes_out_for_a_nan_alone_is_no_path(step):
+    record = sg.gradient_flow(lambda p: step(p['a']).sum())({'a': X})['loss', 'a']
+    assert record.verdict == 'PIECEWISE_CONSTANT'
+
+
+def test_many_losses_and_parameters_of_which_each_needs_few():
+    params = {f'w{i}': X for i in range(60)}
+    losses = {f'l{i}': lambda p, i=i: (p[f'w{i}'] ** 2).sum() for i in range(60)}
+    flow = sg.gradient_flow(losses, norms=True)(params)
+    assert {(r.loss[1:], r.name[1:]) for r in flow if r.reached} == {
+        (str(i),) * 2 for i in range(60)
+    }
+    assert all(record.norm == 0 for record in flow if not record.reached)
