@@ -15,7 +15,7 @@ __all__ = [
     'child_of',
     'children_of',
     'collection_of',
-    'dicts_below',
+    'holders_below',
     'is_collection',
     'is_module',
     'is_state',
@@ -88,15 +88,15 @@ def paths_below(node: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     return visit(node, (), ())
 
 
-def dicts_below(node: Any) -> list[dict]:
-    """Return the dicts in which modules keep what they hold, from a module down."""
-    found: dict[int, dict] = {}
+def holders_below(node: Any) -> list[dict | list]:
+    """Return the dicts and lists in which things are kept that can change, from a module down."""
+    found: dict[int, dict | list] = {}
 
     def visit(node: Any) -> None:
         if is_variable(node) or isinstance(node, _LEAVES):
             return
-        if is_module(node) or isinstance(node, dict):
-            held = vars(node) if is_module(node) else node
+        held = vars(node) if is_module(node) else node
+        if isinstance(held, (dict, list)):
             if id(held) in found:
                 return
             found[id(held)] = held

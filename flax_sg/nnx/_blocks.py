@@ -177,21 +177,20 @@ class _Below:
                 live = live_of(variable)
                 found.setdefault(id(live), (live, []))[1].append(path)
         self._found = found | self._found
-        self._dicts = [each for node in self._objects for each in of_nnx.dicts_below(node)]
+        self._holders = [h for node in self._objects for h in of_nnx.holders_below(node)]
         self._held = self._now()
 
     def _now(self) -> list[tuple[Any, ...]]:
-        return [tuple(each.values()) for each in self._dicts]
+        return [tuple(h.values() if isinstance(h, dict) else h) for h in self._holders]
 
     def paths(self, variable: Variable) -> list[Path] | None:
-        if id(variable) not in self._found:
-            now = self._now()
-            if any(
-                len(a) != len(b) or any(map(operator.is_not, a, b))
-                for a, b in zip(now, self._held, strict=True)
-            ):
-                self._look()
+        if id(variable) not in self._found and not all(map(_are_same, self._now(), self._held)):
+            self._look()
         return self._found.get(id(variable), (None, None))[1]
+
+
+def _are_same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def met(block: OpenBlock) -> _Met:

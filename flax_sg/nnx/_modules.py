@@ -45,6 +45,10 @@ def mirror_of(transform: Any, module: nnx.Module) -> nnx.Module:
         if said is None or said.info is None:
             return variable
         mirror, before = alike(variable), seen_of(variable)
+        if before is None:
+            see(
+                variable
+            )  # so that a function which is given both says which of them it has written
         see(mirror, held=(*(before.held if before else ()), said), live=variable)
         return mirror
 

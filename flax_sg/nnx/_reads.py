@@ -168,7 +168,7 @@ def _mark(variable: Variable, *, read: bool = False, differentiated: bool = Fals
     """Return what goes along with a Variable that is handed on; `read` says that it was read."""
     seen, said, value = seen_of(variable), _said(variable), stored(variable)
     held = seen.held if seen is not None else ()
-    if not said and not held:
+    if seen is None and not said:
         return None
     if not all(seen is not None and is_among(each, seen.said) for each in said):
         note_read(None)  # JAX may keep the mark, in the structure of what a function returns

@@ -192,6 +192,21 @@ def test_a_variable_that_is_made_in_the_block(by):
     assert grads(loss, Net()) == [0, 0]
 
 
+def test_a_variable_that_is_put_into_a_list():
+    class Stack(nnx.Module, pytree=False):
+        def __init__(self):
+            self.parts = [nnx.Param(jnp.float32(1))]
+
+    def loss(m):
+        stack = Stack()
+        with nnx.stop_gradient('parts').on(stack):
+            y = stack.parts[0][...]
+            stack.parts.append(nnx.Param(2 * m.b[...]))
+            return y * stack.parts[1][...]
+
+    assert grads(loss, Net()) == [0, 0]
+
+
 def test_a_variable_that_goes_in_the_block_leaves_no_name():
     def loss(m):
         holder, b = nnx.Dict(part=Net(), other=Net()), m.b
@@ -374,6 +389,25 @@ def test_an_update_of_the_mirror_alone():
     optimizer = nnx.Optimizer(pair, optax.sgd(1.0), wrt=wrt)
     optimizer.update(pair, nnx.grad(lambda p: p.mirror(1.0), argnums=nnx.DiffState(0, wrt))(pair))
     assert float(pair.live.a[...]) == 0.5
+
+
+@pytest.mark.parametrize('lift', LIFTS.values(), ids=LIFTS)
+@pytest.mark.parametrize('written', [(0, 1), (1, 0), (1, 1)], ids=str)
+def test_a_function_of_a_mirror_and_its_live_model(lift, written):
+    live = Net()
+    mirror = sg.stop_gradient('a')(live)
+
+    @lift
+    def run(live, mirror):
+        for model, add in zip((live, mirror), written, strict=True):
+            if add:
+                nnx.update(model, {'a': model.a[...] + 10 * (1 + (model is mirror))})
+        return live(1.0) + mirror(1.0)
+
+    for _ in range(2):  # from a cached trace too
+        live.a[...] = jnp.float32(2)
+        run(live, mirror)
+        assert float(live.a[...]) > 2 and float(mirror.a[...]) == float(live.a[...])
 
 
 def test_a_mirror_asks_its_function_and_source_each_time():
