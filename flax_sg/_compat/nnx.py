@@ -38,6 +38,7 @@ __all__ = [
     'is_hijax',
     'is_pytree',
     'is_ref',
+    'memory_of',
     'set_trace_state',
     'slot',
     'store',
@@ -154,6 +155,11 @@ def given_back(context: Any, graphdef: Any) -> list[tuple[Variable, Any]]:
     kinds = (node for node in graphdef.nodes if isinstance(node, _graphlib.VariableDef))
     found = ((outer.get(node.outer_index), node.metadata) for node in kinds)
     return [(variable, dict(metadata)) for variable, metadata in found if variable is not None]
+
+
+def memory_of(context: Any) -> dict:
+    """Return a dict that lasts as long as NNX puts together what one function gives back."""
+    return vars(context).setdefault('_flax_sg', {})
 
 
 def is_ref(value: Any) -> bool:

@@ -163,22 +163,24 @@ class Copied:
 class Back:
     """What goes along with a Variable that a function gives back which NNX traces.
 
-    All are equal, as JAX compares what the branches of a condition give; then it was written if any
-    has written it.
+    All are equal. JAX compares what the branches of a condition give, and takes the first: so one
+    that compares those of one Variable notes that it was written if any has written it.
 
     Attributes:
       written: it has another value than the one with which it came in.
+      mark: what went along with it into the function, or into all branches.
     """
 
-    __slots__ = ('written',)
+    __slots__ = ('mark', 'written')
 
-    def __init__(self, written: bool):
-        self.written = written
+    def __init__(self, written: bool, mark: Mark):
+        self.written, self.mark = written, mark
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Back):
             return NotImplemented
-        self.written = other.written = self.written or other.written
+        if self.mark is other.mark:
+            self.written = other.written = self.written or other.written
         return True
 
     def __hash__(self) -> int:
@@ -199,10 +201,12 @@ class Seen(TraceState):
       computed: it was computed, so that a block about whatever is read is about it too.
       is_derivative: it is a gradient or tangent, which goes by the names of the Variable.
       live: the Variable whose value it has, of a mirror's.
-      came: the value with which it came into a function that is traced.
+      came: the value with which it came into a function that is traced; and ``mark``, with what.
     """
 
-    __slots__ = (*('by', 'came', 'computed', 'done', 'held', 'is_derivative', 'live', 'said'),)
+    __slots__ = (
+        *('by', 'came', 'computed', 'done', 'held', 'is_derivative', 'live', 'mark', 'said'),
+    )
 
     def __init__(
         self,
@@ -215,9 +219,10 @@ class Seen(TraceState):
         computed: bool = False,
         is_derivative: bool = False,
         came: Any = NOTHING,
+        mark: Mark | None = None,
     ):
         self._jax_trace = state._jax_trace
-        self.came = came
+        self.came, self.mark = came, mark
         self.said, self.held, self.done, self.live = said, held, kept(done), live
         self.by, self.computed, self.is_derivative = by, computed, is_derivative
 
@@ -237,9 +242,9 @@ class Seen(TraceState):
 
     def gives_back(self, value: Any) -> Back | None:
         """Return what goes along with the Variable out of the function, if it came into one."""
-        if self.came is NOTHING:
+        if self.mark is None:
             return None
-        return Back(self.came is not value or not isinstance(value, jax.Array))
+        return Back(self.came is not value or not isinstance(value, jax.Array), self.mark)
 
     def __reduce__(self) -> Any:
         return TraceState, ()

@@ -29,7 +29,6 @@ from flax_sg._transforms.thread_state import anywhere, state
 from flax_sg.nnx._blocks import answer, asking, blocks_about, met, refuse_hijax, selects_others
 from flax_sg.nnx._marks import (
     MARK,
-    NOTHING,
     Back,
     Copied,
     Mark,
@@ -55,7 +54,7 @@ class _Thread(threading.local):
     giving_back = False  # or what the function returns
     ruled = False  # a function with a rule of the user's runs, which returns what the rule does
     merging = False  # it puts them together
-    given_back: dict[int, Variable]  # what it has written meanwhile
+    given_back: dict[int, Variable]  # what a function has given back and has written
     of_mirrors: dict[int, tuple[Variable, Any]]  # and what it would write to mirrors
     updated: frozenset[int] = frozenset()  # the ids of all that `nnx.update` is given
     writing: Variable | None = None  # in part, so that the rest is read as it lies
@@ -245,7 +244,7 @@ def _new(original: Any, cls: type, value: Any, metadata: dict) -> Variable:
     by = mark.read_by(said) if len(said) == len(mark.said) else ()
     value = _as_it_comes_in(mark, by, value)
     store(variable, value)
-    see(variable, said, mark.held, value, by, came=value)
+    see(variable, said, mark.held, value, by, came=value, mark=mark)
     return variable
 
 
@@ -321,7 +320,8 @@ def _merging(original, self, graphdef, *args, **kwargs):
         for variable, metadata in nnx_compat.given_back(self, graphdef)
         if isinstance(back := metadata.get(MARK), Back) and not back.written
     ]
-    thread.merging, thread.given_back, thread.of_mirrors = True, {}, {}
+    thread.merging, thread.of_mirrors = True, {}
+    thread.given_back = nnx_compat.memory_of(self)  # of all that the function gives back
     try:
         with reading_as_it_lies():
             out = original(self, graphdef, *args, **kwargs)
@@ -367,11 +367,12 @@ def _copy(original, self, *args, **kwargs):
         else:
             same = seen is not None and seen.is_of(stored(self))
             value = stored(out)
-            came = value if seen is not None and seen.came is stored(self) else NOTHING
+            came = seen is not None and seen.came is stored(self)
+            into = {'came': value, 'mark': seen.mark} if came else {}
             if same:
-                see(out, said, held, value, seen.by, computed=seen.computed, came=came)
+                see(out, said, held, value, seen.by, computed=seen.computed, **into)
             else:
-                see(out, said, held, came=came)
+                see(out, said, held, **into)
     return out
 
 

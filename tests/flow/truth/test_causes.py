@@ -89,6 +89,23 @@ def test_the_cause(names, shape):
     assert ('in a row with' in record.reason) is not bool(alone), record.reason
 
 
+@pytest.mark.parametrize(
+    'fn',
+    [
+        lambda x: jnp.where(x > 0, jnp.round(3 * x), -jnp.round(2 * x)),
+        lambda x: jax.lax.cond(x[0] > 0, lambda x: jnp.round(3 * x), lambda x: jnp.round(x), x),
+        lambda x: jax.lax.while_loop(lambda c: c.sum() < x[0], jnp.exp, jnp.round(3 * x)),
+    ],
+    ids=['where', 'cond', 'while'],
+)
+def test_what_only_chooses_is_named_last(fn):
+    record = sg.gradient_flow(lambda p: (fn(p['a']) * X).sum())({'a': X})['loss', 'a']
+    assert record.operation == 'round'
+    assert [
+        o.alone for o in record.obstacles if 'greater' in o.operation or 'less' in o.operation
+    ] == [True]
+
+
 def test_three_in_a_row():
     loss = lambda p: jnp.sign(jnp.floor(2 * stop(p['a']))).sum()
     record = sg.gradient_flow(loss)({'a': X})['loss', 'a']
