@@ -46,9 +46,8 @@ def mirror_of(transform: Any, module: nnx.Module) -> nnx.Module:
             return variable
         mirror, before = alike(variable), seen_of(variable)
         if before is None:
-            see(
-                variable
-            )  # so that a function which is given both says which of them it has written
+            # A function that is given both says then which of them it has written.
+            see(variable)
         see(mirror, held=(*(before.held if before else ()), said), live=variable)
         return mirror
 
